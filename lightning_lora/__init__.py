@@ -1,0 +1,30 @@
+"""LoRA for PyTorch Lightning: one callback freezes the base, trains small adapters, saves them alone, merges them."""
+
+from lightning_lora.callback import LoRA
+from lightning_lora.checkpoint import load_from_checkpoint
+from lightning_lora.config import LoraConfig
+from lightning_lora.inject import eject, inject
+from lightning_lora.merging import merge, unmerge
+from lightning_lora.optim import param_groups
+from lightning_lora.peft_format import load_adapter, save_adapter
+from lightning_lora.state import CheckpointError, adapter_state_dict, load_adapter_state_dict
+from lightning_lora.targets import TargetError
+from lightning_lora.version import __version__
+
+__all__ = [
+    "CheckpointError",
+    "LoRA",
+    "LoraConfig",
+    "TargetError",
+    "__version__",
+    "adapter_state_dict",
+    "eject",
+    "inject",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "load_from_checkpoint",
+    "merge",
+    "param_groups",
+    "save_adapter",
+    "unmerge",
+]

@@ -1,0 +1,285 @@
+"""``LoRA``: the life of a run, hook by hook, in the order in which Lightning calls them."""
+
+import copyreg
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch import nn
+from typing_extensions import Self, override
+
+from lightning_lora import averaging, gradients
+from lightning_lora.checkpoint import install, load_best, rng_to_restore
+from lightning_lora.config import ALL_LINEAR, AUTO, LoraConfig
+from lightning_lora.diagnostics import print_summary
+from lightning_lora.distributed import require_supported
+from lightning_lora.export import ADAPTER_DIR, MERGED_DIR, save_merged
+from lightning_lora.inject import eject, inject, injections_of, is_folded
+from lightning_lora.merging import unmerge
+from lightning_lora.optim import drop_frozen
+from lightning_lora.peft_format import load_adapter, save_adapter
+from lightning_lora.rng import set_rng_state
+from lightning_lora.state import fingerprint
+
+_MERGE_MODES = ("last", "best", None)
+
+
+class LoRA(Callback):
+    r"""Turn a training run into a LoRA run: freeze the model, train small adapters, save them alone, merge at the end.
+
+    The update of each adapted weight is ``scaling * B A`` (Hu et al., "LoRA: Low-Rank Adaptation of Large Language
+    Models", arXiv 2106.09685). The ``LightningModule`` needs no change and knows nothing of it.
+
+    Example::
+
+        import lightning as L
+        from lightning_lora import LoRA
+
+        trainer = L.Trainer(callbacks=[LoRA(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])], max_epochs=1)
+        trainer.fit(model, data)                    # frozen base, trained adapter, small checkpoints
+        trainer.fit(model, data, ckpt_path="last")  # resumes on the same trajectory
+        trainer.test(model, data, ckpt_path="best") # an adapter checkpoint on the untouched base
+
+    After ``fit``, the model is merged: it has its own layer types and keys again, and the adapter is in its weights.
+    The same Trainer or another one can still test, resume or go on training with it, and
+    :func:`~lightning_lora.unmerge` restores the base weights bit for bit; for that, the base's copy of the adapted
+    weights stays in memory as long as the model does.
+
+    Args:
+        r: See :class:`~lightning_lora.LoraConfig`, as for all arguments up to ``seed``.
+        config: All of those at once, instead of them.
+        merge: Which adapter is folded into the weights when ``fit`` ends: that of the ``"last"`` step, that of the
+            ``"best"`` checkpoint by ``ModelCheckpoint(monitor=...)``, or none (``None``), which leaves the adapted
+            model. Nothing is merged after an exception or an interrupt.
+        export_dir: Where the end of ``fit`` writes ``adapter/``, in PEFT's format, and ``merged/``, the merged model.
+        adapter: Where to start from: a directory in PEFT's format or an adapter checkpoint. Unlike ``ckpt_path``, it
+            brings the adapter's tensors alone, no optimizer and no progress.
+        module: Dotted name of the submodule to adapt; the rest of the module then trains as it would without LoRA, and
+            is in the checkpoints. ``None`` is the whole module.
+        adapter_name: Name of the adapter.
+        summary: Whether to print a table of what is trained when ``fit`` starts.
+
+    Raises:
+        ValueError: If a setting is out of range or of no known kind.
+    """
+
+    def __init__(
+        self,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        target_modules: Union[str, list[str]] = ALL_LINEAR,
+        exclude_modules: Union[str, list[str], None] = None,
+        rank_pattern: Optional[dict[str, int]] = None,
+        alpha_pattern: Optional[dict[str, float]] = None,
+        layers_to_transform: Union[int, list[int], None] = None,
+        layers_pattern: Optional[str] = None,
+        modules_to_save: Union[str, list[str], None] = AUTO,
+        bias: str = "none",
+        use_rslora: bool = False,
+        init_lora_weights: Union[bool, str] = True,
+        seed: int = 0,
+        *,
+        config: Optional[LoraConfig] = None,
+        merge: Optional[str] = "last",
+        export_dir: Union[str, Path, None] = None,
+        adapter: Union[str, Path, None] = None,
+        module: Optional[str] = None,
+        adapter_name: str = "default",
+        summary: bool = True,
+    ) -> None:
+        super().__init__()
+        given = LoraConfig(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            rank_pattern=rank_pattern or {},
+            alpha_pattern=alpha_pattern or {},
+            layers_to_transform=layers_to_transform,
+            layers_pattern=layers_pattern,
+            modules_to_save=modules_to_save,
+            bias=bias,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            seed=seed,
+        )
+        if config is not None and given != LoraConfig():
+            raise ValueError("LoRA got both a config and settings of its own: put all of them into the config.")
+        if merge not in _MERGE_MODES:
+            raise ValueError(f"merge is {merge!r}, but it must be one of {', '.join(map(repr, _MERGE_MODES))}.")
+        self.config = config or given
+        self.merge = merge
+        self.export_dir = Path(export_dir) if export_dir is not None else None
+        self.adapter = Path(adapter) if adapter is not None else None
+        self.module = module
+        self.adapter_name = adapter_name
+        self.summary = summary
+        self._injected_now = False
+        self._was_folded = False
+        self._running = False
+        self._rng_to_restore: Optional[dict[str, Any]] = None
+        self._gradients_seen = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(
+            module=self.module, adapter_name=self.adapter_name, target_modules=self.config.target_modules
+        )
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Install the checkpoint seam, and have the adapters injected as soon as the model is built."""
+        require_supported(trainer.strategy)
+        self._injected_now = self._running = self._gradients_seen = False
+        install(trainer.strategy)
+        _after_configure_model(pl_module, self)
+        if averaging.must_be_injected_early(trainer, pl_module, self):
+            self.attach(pl_module)
+
+    def attach(self, pl_module: "pl.LightningModule") -> None:
+        """Put the adapter in, right after ``configure_model`` and before the strategy wraps the model."""
+        self._was_folded = is_folded(pl_module)
+        unmerge(pl_module)
+        root = self._root(pl_module)
+        before = len(injections_of(root))
+        inject(root, self.config, self.adapter_name)
+        if len(injections_of(root)) > before:
+            self._injected_now = True
+            if self.adapter is not None:
+                # A checkpoint names modules from the LightningModule on, a directory from the model on.
+                load_adapter(pl_module if self.adapter.is_file() else root, self.adapter, self.adapter_name)
+        for injection in injections_of(root):
+            fingerprint(root, injection)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with the random numbers where the saved run stopped."""
+        if trainer.state.fn == "fit":
+            self._rng_to_restore = rng_to_restore(checkpoint, trainer)
+            if self._rng_to_restore is not None:
+                set_rng_state(self._rng_to_restore["states"])
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Drop frozen parameters from the optimizers, make checkpointed blocks pass gradients, say what is trained."""
+        self._running = True
+        drop_frozen(trainer.optimizers, pl_module)
+        gradients.enable_through_checkpointing(pl_module)
+        first = next(cb for cb in trainer.callbacks if isinstance(cb, LoRA))  # type: ignore[attr-defined]
+        if self.summary and self is first:
+            rank_zero_only(print_summary)(pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        # Making the data loader's iterator has drawn numbers, which a run that goes on in the middle has not.
+        if self._rng_to_restore is not None and self._rng_to_restore["mid_epoch"]:
+            set_rng_state(self._rng_to_restore["states"])
+        self._rng_to_restore = None
+
+    @override
+    def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Never train silently on nothing: the first backward pass must reach the adapters."""
+        if not self._gradients_seen:
+            self._gradients_seen = True
+            gradients.require_some(self._root(pl_module))
+
+    @override
+    def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Training is over and the last checkpoint is written: fold the adapter in and export."""
+        if self.merge == "best":
+            load_best(trainer, pl_module)
+        if self.export_dir is not None and trainer.is_global_zero:
+            save_adapter(self._root(pl_module), self.export_dir / ADAPTER_DIR)
+        if self.merge is not None:
+            eject(self._root(pl_module), merge=True)
+        if self.merge is not None and self.export_dir is not None and trainer.is_global_zero:
+            tokenizer = getattr(pl_module, "tokenizer", getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
+            save_merged(self._root(pl_module), self.export_dir / MERGED_DIR, tokenizer)
+            rank_zero_info(f"Exported the adapter and the merged model to {self.export_dir}")
+
+    @override
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        """Leave the module's methods as they were, and a model that came merged merged again."""
+        self._release(pl_module)
+        if self._was_folded and not is_folded(pl_module) and stage != "fit":
+            eject(self._root(pl_module), merge=True)
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        """Merge nothing; and where the run had not begun, leave the model as it came."""
+        self._release(pl_module)
+        if not self._running and self._injected_now and injections_of(self._root(pl_module)):
+            eject(self._root(pl_module))
+
+    def _release(self, pl_module: "pl.LightningModule") -> None:
+        pl_module.__dict__.pop("configure_model", None)
+        gradients.disable_through_checkpointing(pl_module)
+
+    def _root(self, pl_module: "pl.LightningModule") -> nn.Module:
+        if not self.module:
+            return pl_module
+        try:
+            return pl_module.get_submodule(self.module)
+        except AttributeError as error:
+            children = ", ".join(name for name, _ in pl_module.named_children()) or "none"
+            raise ValueError(
+                f"LoRA(module={self.module!r}) names no submodule of {type(pl_module).__name__}, whose own submodules "
+                f"are: {children}. Name one of these or a dotted path below one."
+            ) from error
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        both = "pytorch_lightning" in sys.modules
+        return super().__new__(_for_both_packages(cls) if both else cls)  # type: ignore[arg-type]
+
+    def __reduce__(self) -> Any:
+        return copyreg.__newobj__, (_original(type(self)),), self.__dict__  # type: ignore[attr-defined]
+
+
+def _after_configure_model(pl_module: "pl.LightningModule", callback: LoRA) -> None:
+    """Attach a callback's adapter when Lightning calls ``configure_model``.
+
+    Lightning 2.6 has no callback hook between ``configure_model`` and the strategy's set-up, where optimizers are made
+    and the model is wrapped. So the instance gets a ``configure_model`` of its own until the run ends.
+    """
+    current = pl_module.__dict__.get("configure_model")
+    waiting: Optional[list[LoRA]] = getattr(current, "waiting", None)
+    if waiting is not None:
+        waiting.append(callback)
+        return
+    waiting = [callback]
+    build = pl_module.configure_model
+
+    def configure_model() -> None:
+        build()
+        for waiting_callback in waiting:
+            waiting_callback.attach(pl_module)
+
+    configure_model.waiting = waiting  # type: ignore[attr-defined]
+    pl_module.__dict__["configure_model"] = configure_model
+
+
+@cache
+def _for_both_packages(cls: type) -> type:
+    """The class as a callback of ``pytorch_lightning`` too, which is a package of its own with a Trainer of its own."""
+    other: type = sys.modules["pytorch_lightning"].Callback
+    if issubclass(cls, other):
+        return cls
+    both = type(cls.__name__, (cls, other), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    both._original = cls  # type: ignore[attr-defined]
+    return both
+
+
+def _original(cls: type) -> type:
+    original: type = cls.__dict__.get("_original", cls)
+    return original

@@ -1,0 +1,220 @@
+"""The seam to Lightning's strategies: the adapter alone in every path that saves, checks in every path that loads.
+
+Lightning 2.6 calls no callback when it saves weights only (``ModelCheckpoint(save_weights_only=True)``), so the filter
+cannot live in ``Callback.on_save_checkpoint``. Every path, with every strategy, goes through four public methods of the
+strategy: ``lightning_module_state_dict``, ``save_checkpoint``, ``load_checkpoint`` and ``load_model_state_dict``. There
+is no public way to plug into them, so the Trainer's strategy object takes on a subclass that overrides these four.
+"""
+
+import io
+import pickle
+import warnings
+from abc import ABC
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Optional, TypeVar, Union
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
+
+from lightning_lora.config import LoraConfig
+from lightning_lora.inject import inject
+from lightning_lora.merging import unfolded
+from lightning_lora.rng import rng_state
+from lightning_lora.state import (
+    CheckpointError,
+    adapter_state_dict,
+    check_metadata,
+    check_tensors,
+    drop_base,
+    load_adapter_state_dict,
+    metadata,
+    require_known_format,
+)
+
+KEY = "lightning_lora"
+RNG_KEY = "rng"
+_SEAM = ("lightning_module_state_dict", "save_checkpoint", "load_checkpoint", "load_model_state_dict")
+# Lightning's WeightAveraging keeps a second set of weights beside "state_dict".
+_STATE_DICTS = ("state_dict", "current_model_state")
+
+ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
+
+
+def install(strategy: Any) -> None:
+    """Make a Trainer's strategy save, check and load adapters alone, from now on.
+
+    Raises:
+        RuntimeError: If this version of Lightning has changed the seam.
+    """
+    if isinstance(strategy, AdapterCheckpoints):
+        return
+    absent = [name for name in _SEAM if not callable(getattr(strategy, name, None))]
+    if absent:
+        raise RuntimeError(
+            f"{type(strategy).__name__} has no {', '.join(absent)}, through which lightning-lora keeps checkpoints "
+            "small: it was made for Lightning 2.6, so install that version."
+        )
+    strategy.__class__ = _with_adapter_checkpoints(type(strategy))  # type: ignore[arg-type]
+
+
+@cache
+def _with_adapter_checkpoints(strategy_class: type) -> type:
+    return type(strategy_class.__name__, (AdapterCheckpoints, strategy_class), {"__module__": __name__})
+
+
+class AdapterCheckpoints(ABC):  # as strategies are: an object can only take on a class of the same layout
+    """What a strategy does differently once its Trainer has a ``LoRA`` callback."""
+
+    lightning_module: Any
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        with unfolded(self.lightning_module):
+            return drop_base(self.lightning_module, super().lightning_module_state_dict())  # type: ignore[misc]
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Union[str, Path], *args: Any, **kwargs: Any
+    ) -> None:
+        with unfolded(self.lightning_module):
+            for key in _STATE_DICTS:
+                if key in checkpoint:
+                    checkpoint[key] = drop_base(self.lightning_module, checkpoint[key])
+            checkpoint[KEY] = metadata(self.lightning_module)
+        if "optimizer_states" in checkpoint:
+            checkpoint[KEY][RNG_KEY] = _rng_state(self.lightning_module.trainer)
+        super().save_checkpoint(checkpoint, filepath, *args, **kwargs)  # type: ignore[misc]
+
+    def load_checkpoint(self, checkpoint_path: Union[str, Path], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        with _readable(checkpoint_path):
+            checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[misc]
+        check_checkpoint(self.lightning_module, checkpoint, str(checkpoint_path))
+        if "current_model_state" in checkpoint:  # WeightAveraging loads both with strict=True
+            for key in _STATE_DICTS:
+                checkpoint[key] = {**self.lightning_module.state_dict(), **checkpoint[key]}
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        state_dict = drop_base(self.lightning_module, checkpoint["state_dict"])
+        # Not strict, since the base is absent on purpose; `load_checkpoint` has required all the rest.
+        super().load_model_state_dict({**checkpoint, "state_dict": state_dict}, strict=False)  # type: ignore[misc]
+
+
+def check_checkpoint(module: pl.LightningModule, checkpoint: Mapping[str, Any], source: str) -> None:
+    """Require that a checkpoint holds exactly the adapters of this module, trained on this base.
+
+    Raises:
+        CheckpointError: Saying what was found and what was expected. Nothing is loaded then.
+    """
+    meta = _metadata_of(checkpoint, source)
+    check_metadata(module, meta, source)
+    check_tensors(drop_base(module, module.state_dict()), checkpoint["state_dict"], source)
+
+
+def read_checkpoint(path: Union[str, Path]) -> dict[str, Any]:
+    """Read an adapter checkpoint that Lightning wrote, opening no pickled objects but plain types and tensors.
+
+    Raises:
+        CheckpointError: If it cannot be read so, or holds no adapter.
+    """
+    with _readable(path), get_filesystem(path).open(str(path), "rb") as file:
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    require_known_format(_metadata_of(checkpoint, str(path)), str(path))
+    return checkpoint
+
+
+def load_from_checkpoint(module_class: type[ModuleT], checkpoint_path: Union[str, Path], **init_kwargs: Any) -> ModuleT:
+    """Rebuild a LightningModule from its base and a small adapter checkpoint.
+
+    Args:
+        module_class: Its class, which builds the base model in ``__init__`` or ``configure_model``.
+        checkpoint_path: A checkpoint that a Trainer with a ``LoRA`` callback wrote.
+        init_kwargs: Arguments of the class, over the hyperparameters that the checkpoint holds.
+
+    Returns:
+        The module with the trained adapter at work. To fold it in, ``eject(module, merge=True)``.
+
+    Raises:
+        CheckpointError: If the file is unreadable, holds no adapter, or belongs to another base.
+    """
+    checkpoint = read_checkpoint(checkpoint_path)
+    with warnings.catch_warnings():
+        # The base comes from the class itself, so that its absence from the file is no news.
+        warnings.filterwarnings("ignore", ".*contains no parameters.*")
+        warnings.filterwarnings("ignore", ".*not in the checkpoint.*")
+        module = module_class.load_from_checkpoint(
+            _as_file({**checkpoint, "state_dict": {}}), strict=False, weights_only=True, **init_kwargs
+        )
+    for entry in checkpoint[KEY]["adapters"]:
+        inject(module.get_submodule(entry["module"]), LoraConfig.from_dict(entry["config"]), entry["adapter_name"])
+    check_checkpoint(module, checkpoint, str(checkpoint_path))
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    return module
+
+
+def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Load the adapter of the best checkpoint of the run that just ended.
+
+    Raises:
+        CheckpointError: If the run kept none.
+    """
+    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if not path:
+        raise CheckpointError(
+            'merge="best" needs a best checkpoint, and this run kept none: add '
+            'ModelCheckpoint(monitor="val_loss") to the Trainer\'s callbacks, or use merge="last". The adapter of the '
+            "last step is still in the model, unmerged."
+        )
+    checkpoint = read_checkpoint(path)
+    check_checkpoint(module, checkpoint, path)
+    adapter = adapter_state_dict(module)
+    load_adapter_state_dict(module, {name: checkpoint["state_dict"][name] for name in adapter})
+
+
+@contextmanager
+def _readable(path: Union[str, Path]) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, pickle.UnpicklingError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0] if str(error) else 'it ends early'} "
+            "The file is damaged or cut short, or holds more than tensors and plain types. Take another checkpoint. "
+            "Nothing was loaded."
+        ) from error
+
+
+def _metadata_of(checkpoint: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    if KEY not in checkpoint:
+        tensors = len(checkpoint.get("state_dict", ()))
+        raise CheckpointError(
+            f"{source} is no adapter checkpoint: it holds {tensors} tensors and no {KEY!r} entry, so it was saved "
+            "without the LoRA callback. Load such full weights into the LightningModule before the Trainer gets it, "
+            "and resume adapters from a checkpoint that a Trainer with the LoRA callback saved. Nothing was loaded."
+        )
+    meta: Mapping[str, Any] = checkpoint[KEY]
+    return meta
+
+
+def _as_file(checkpoint: dict[str, Any]) -> io.BytesIO:
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def _rng_state(trainer: pl.Trainer) -> dict[str, Any]:
+    batch_idx = trainer.fit_loop.batch_idx
+    return {
+        "world_size": trainer.world_size,
+        "mid_epoch": batch_idx >= 0 and not trainer.is_last_batch,
+        "states": rng_state(),
+    }
+
+
+def rng_to_restore(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> Optional[dict[str, Any]]:
+    """The random state in a checkpoint, if it is that of a run like this one."""
+    saved: Optional[dict[str, Any]] = checkpoint.get(KEY, {}).get(RNG_KEY)
+    # Each rank has a state of its own, and the file holds that of the first.
+    return saved if saved is not None and saved["world_size"] == trainer.world_size == 1 else None

@@ -1,0 +1,150 @@
+"""What to adapt and how: the validated settings of one LoRA adapter."""
+
+import dataclasses
+import math
+import re
+from typing import Any, Optional, Union
+
+ALL_LINEAR = "all-linear"
+AUTO = "auto"
+_BIAS_MODES = ("none", "all", "lora_only")
+_INITS = (True, False, "gaussian")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Settings of one LoRA adapter, under the names that PEFT users know.
+
+    The adapted layer computes ``W0 x + scaling * B A x`` with ``scaling = lora_alpha / r`` (Hu et al., "LoRA: Low-Rank
+    Adaptation of Large Language Models", arXiv 2106.09685), or ``lora_alpha / sqrt(r)`` with ``use_rslora``
+    (Kalajdzievski, arXiv 2312.03732).
+
+    Args:
+        r: Rank of the update, at least 1.
+        lora_alpha: Numerator of the scaling.
+        lora_dropout: Probability of dropping an input element of the adapter path while training, in ``[0, 1)``.
+        target_modules: Which layers to adapt. A list holds module names, each matched exactly, as a dotted suffix
+            (``"q_proj"``) or as a glob (``"*.layers.[01].*_proj"``); a string is one regular expression that must match
+            the whole name; ``"all-linear"`` is every supported linear layer but the output head.
+        exclude_modules: Layers to leave out of ``target_modules``, written in the same ways.
+        rank_pattern: Ranks that differ from ``r``, by module name or regular expression matched at the name's end.
+        alpha_pattern: The same for ``lora_alpha``.
+        layers_to_transform: Indices of the blocks to adapt (``model.layers.<index>.``); ``None`` is all of them.
+        layers_pattern: Name of the list that holds the blocks, where a model has several; ``None`` is any list.
+        modules_to_save: Modules trained in full and stored with the adapter. ``"auto"`` finds new heads: in a
+            transformers model everything beside the pretrained body and its output embedding, and in a module that
+            contains a transformers model everything outside of that.
+        bias: ``"none"`` trains no bias, ``"all"`` every bias, ``"lora_only"`` those of adapted layers.
+        use_rslora: Scale by ``lora_alpha / sqrt(r)``.
+        init_lora_weights: ``True`` draws A from the Kaiming-uniform distribution of ``nn.Linear``, ``"gaussian"`` from
+            a normal one with deviation ``1 / r``; B is zero, so that the fresh adapter changes nothing. ``False`` draws
+            B too, which is of use in tests alone.
+        seed: Seed of the initial weights. Each tensor depends on this seed and on its own name only, so all ranks and
+            any order of injection agree.
+
+    Raises:
+        ValueError: If a value is out of range or of no known kind.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: Union[str, list[str]] = ALL_LINEAR
+    exclude_modules: Union[str, list[str], None] = None
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    layers_to_transform: Union[int, list[int], None] = None
+    layers_pattern: Optional[str] = None
+    modules_to_save: Union[str, list[str], None] = AUTO
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: Union[bool, str] = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_rank("r", self.r)
+        for pattern, rank in self.rank_pattern.items():
+            _require_rank(f"rank_pattern[{pattern!r}]", rank)
+        for name, alpha in [("lora_alpha", self.lora_alpha)] + [
+            (f"alpha_pattern[{pattern!r}]", alpha) for pattern, alpha in self.alpha_pattern.items()
+        ]:
+            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha) or alpha <= 0:
+                raise ValueError(f"{name} is {alpha!r}, but it must be a positive number: pass, say, twice the rank.")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout is {self.lora_dropout!r}, but it must lie in [0, 1): pass 0.0 for none.")
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            self._check_patterns(name)
+        if not self.target_modules:
+            raise ValueError(
+                'target_modules is empty, so there is nothing to adapt: name layers such as ["q_proj", "v_proj"], or '
+                'pass "all-linear".'
+            )
+        if self.bias not in _BIAS_MODES:
+            raise ValueError(f"bias is {self.bias!r}, but it must be one of {', '.join(map(repr, _BIAS_MODES))}.")
+        if self.init_lora_weights not in _INITS:
+            raise ValueError(
+                f"init_lora_weights is {self.init_lora_weights!r}, but it must be one of "
+                f"{', '.join(map(repr, _INITS))}."
+            )
+
+    def _check_patterns(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, (tuple, set)):
+            object.__setattr__(self, name, sorted(value) if isinstance(value, set) else list(value))
+        elif isinstance(value, str) and value not in (ALL_LINEAR, AUTO):
+            if name == "modules_to_save":
+                raise ValueError(f"modules_to_save is {value!r}, but it must be a list of names, 'auto' or None.")
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(
+                    f"{name} is the string {value!r}, which is read as one regular expression and is not a valid one "
+                    f"({error}): correct it, or pass a list of names."
+                ) from error
+        elif not isinstance(value, (str, list, type(None))):
+            raise ValueError(f"{name} is of type {type(value).__name__}, but it must be a list of names or a string.")
+
+    def rank(self, module_name: str) -> int:
+        """The rank of the adapter of the module with this name."""
+        return int(_first_match(self.rank_pattern, module_name, self.r))
+
+    def alpha(self, module_name: str) -> float:
+        """The ``lora_alpha`` of the module with this name."""
+        return float(_first_match(self.alpha_pattern, module_name, self.lora_alpha))
+
+    def scaling(self, module_name: str) -> float:
+        """The factor in front of ``B A`` for the module with this name."""
+        rank = self.rank(module_name)
+        return self.alpha(module_name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain types, which ``from_dict`` reads."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LoraConfig":
+        """Make a config of plain values.
+
+        Raises:
+            ValueError: If a name is unknown, as when a newer version wrote the values.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise ValueError(
+                f"The LoRA settings hold {', '.join(unknown)}, which this version of lightning-lora does not know: a "
+                "newer version probably wrote them, so update lightning-lora."
+            )
+        return cls(**values)
+
+
+def _require_rank(name: str, rank: Any) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"{name} is {rank!r}, but a rank must be an integer of at least 1: 8 is a common choice.")
+
+
+def _first_match(patterns: dict[str, Any], module_name: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module_name):
+            return value
+    return default

@@ -1,0 +1,57 @@
+"""What is trained, in one table."""
+
+import re
+from collections import Counter
+
+from torch import nn
+
+from lightning_lora.inject import adapted_layers, injections
+from lightning_lora.state import adapter_state_dict
+
+
+def print_summary(model: nn.Module) -> None:
+    """Print a table of the adapted layers, grouped by pattern, and of the parameter counts.
+
+    Args:
+        model: A model with adapters.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    groups: Counter[tuple[str, str, int]] = Counter()
+    parameters: Counter[tuple[str, str, int]] = Counter()
+    for root_name, root, injection in injections(model):
+        for name, layer in adapted_layers(root, injection):
+            adapter = layer.lora[injection.adapter_name]
+            pattern = re.sub(r"\.\d+(?=\.)", ".*", f"{root_name}.{name}".strip("."))
+            group = (pattern, type(layer).__name__, int(adapter.r))  # type: ignore[arg-type]
+            groups[group] += 1
+            parameters[group] += sum(parameter.numel() for parameter in adapter.parameters())  # type: ignore[union-attr]
+    table = Table(title="LoRA", title_justify="left")
+    for heading in ("adapted modules", "layer"):
+        table.add_column(heading)
+    for heading in ("r", "layers", "parameters"):
+        table.add_column(heading, justify="right")
+    for (pattern, kind, r), count in groups.items():
+        table.add_row(pattern, kind, str(r), str(count), f"{parameters[pattern, kind, r]:,}")
+    console = Console()
+    console.print(table)
+    for line in _totals(model):
+        console.print(line)
+
+
+def _totals(model: nn.Module) -> list[str]:
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in adapter_state_dict(model).values())
+    saved = [f"{root}.{name}".strip(".") for root, _, injection in injections(model) for name in injection.saved]
+    biases = sum(len(injection.trained) for _, _, injection in injections(model) if injection.config.bias != "none")
+    lines = [
+        f"trainable {trainable:,} | frozen {total - trainable:,} | total {total:,} | "
+        f"{100 * trainable / max(total, 1):.3f}% trained | {size / 1e6:.2f} MB on disk",
+    ]
+    if saved:
+        lines.append(f"trained in full and stored with the adapter: {', '.join(saved)}")
+    if biases:
+        lines.append(f"biases trained: {biases}")
+    return lines

@@ -1,0 +1,46 @@
+"""Gradients must reach the adapters, also through activation checkpointing over a frozen embedding."""
+
+from torch import nn
+
+from lightning_lora.inject import adapted_layers, injections
+from lightning_lora.targets import pretrained_models
+
+
+def enable_through_checkpointing(model: nn.Module) -> None:
+    """Let transformers models that checkpoint activations pass gradients.
+
+    Reentrant checkpointing computes no gradient for a block unless one of its inputs requires it, and with a frozen
+    embedding none does.
+    """
+    for hf_model in pretrained_models(model).values():
+        if getattr(hf_model, "is_gradient_checkpointing", False):
+            hf_model.enable_input_require_grads()  # type: ignore[operator]
+
+
+def disable_through_checkpointing(model: nn.Module) -> None:
+    """Take the hooks of :func:`enable_through_checkpointing` out again."""
+    for hf_model in pretrained_models(model).values():
+        if getattr(hf_model, "_require_grads_hook", None) is not None:
+            hf_model.disable_input_require_grads()  # type: ignore[operator]
+            hf_model._require_grads_hook = None  # type: ignore[assignment]
+
+
+def require_some(model: nn.Module) -> None:
+    """Require that a backward pass has reached at least one adapter.
+
+    Raises:
+        RuntimeError: If it reached none.
+    """
+    layers = {
+        name: layer
+        for root_name, root, injection in injections(model)
+        for name, layer in adapted_layers(root, injection)
+    }
+    reached = [name for name, layer in layers.items() if any(p.grad is not None for p in layer.lora.parameters())]
+    if layers and not reached:
+        raise RuntimeError(
+            f"The first backward pass gave none of the {len(layers)} adapted layers a gradient, so nothing would be "
+            f"trained. Either the loss does not depend on them (the first is {next(iter(layers))!r}), or they lie in "
+            "blocks under reentrant activation checkpointing whose inputs require no gradient: use "
+            "torch.utils.checkpoint with use_reentrant=False, or make the inputs require gradients."
+        )

@@ -1,0 +1,310 @@
+"""Put adapters into a model and take them out: swap layers' classes, freeze and thaw.
+
+Everything that an injection did is noted in one :class:`Injection` on the module that it was made on, so that taking it
+out restores the very objects that were there before.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Optional, TypeVar
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_lora.config import LoraConfig
+from lightning_lora.layers import LoraLayer, adapted_class, base_class, layer_class_for
+from lightning_lora.targets import TargetError, clean_name, find_modules_to_save, find_targets
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_ATTRIBUTE = "_lora_injections"
+
+
+@dataclasses.dataclass
+class Injection:
+    """What one injection did to a model.
+
+    Attributes:
+        config: The settings.
+        adapter_name: Name of the adapter.
+        targets: Names of the adapted layers.
+        saved: Names of the modules that are trained in full.
+        originals: By the name of each parameter that is trained in full, the base's own.
+        trained: By the same names, the trained copies.
+        frozen: Names of the base parameters that were trainable before.
+        frozen_norms: By name, the ``training`` flag that each normalization layer with frozen statistics had.
+        fingerprint: Of the base, once it is known.
+    """
+
+    config: LoraConfig
+    adapter_name: str
+    targets: list[str] = dataclasses.field(default_factory=list)
+    saved: list[str] = dataclasses.field(default_factory=list)
+    originals: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
+    trained: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
+    frozen: list[str] = dataclasses.field(default_factory=list)
+    frozen_norms: dict[str, bool] = dataclasses.field(default_factory=dict)
+    fingerprint: Optional[str] = None
+
+
+class FrozenNorm(nn.Module):
+    """A normalization layer of the base with running statistics: it uses them, and no training step moves them."""
+
+    def train(self: ModuleT, mode: bool = True) -> ModuleT:
+        return super().train(False)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]
+        return (_new_frozen_norm, (type(self).__bases__[1],), *state)
+
+
+@cache
+def _frozen_norm_class(base: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Frozen{base.__name__}", (FrozenNorm, base), {"__module__": __name__})
+
+
+def _new_frozen_norm(base: type[nn.Module]) -> nn.Module:
+    cls = _frozen_norm_class(base)  # type: ignore[arg-type]
+    return cls.__new__(cls)
+
+
+def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") -> ModuleT:
+    """Freeze a model and put LoRA adapters into it, in place.
+
+    The fresh adapter changes nothing: the outputs equal the base model's, bit for bit. Injecting the same config again
+    does nothing.
+
+    Args:
+        model: Any module. Its parameters keep their names; each adapted layer gains ``lora.<adapter_name>``.
+        config: What to adapt and how.
+        adapter_name: Name of the adapter.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TargetError: If the config does not fit the model, or another adapter is in the way. Nothing is changed then.
+    """
+    present = injections_of(model)
+    if any((injection.config, injection.adapter_name) == (config, adapter_name) for injection in present):
+        return model
+    targets = find_targets(model, config)
+    saved = find_modules_to_save(model, config)
+    _require_free(targets, present)
+    injection = Injection(config, adapter_name, targets=list(targets), saved=list(saved))
+    _warn_of_ties(model, targets)
+
+    # Built before anything is changed, so that an error leaves the model as it was.
+    adapters = {
+        name: layer_class_for(module).adapter_class(module, config, name, adapter_name)  # type: ignore[union-attr]
+        for name, module in targets.items()
+    }
+    trained = _parameters_to_train(model, targets, saved, config.bias)
+
+    injection.frozen = [name for name, parameter in base_parameters(model) if parameter.requires_grad]
+    for _, parameter in base_parameters(model):
+        parameter.requires_grad_(False)
+    for name, module in targets.items():
+        module.__class__ = adapted_class(layer_class_for(module), type(module))  # type: ignore[arg-type,assignment]
+        module.__dict__["_base_weight"] = None
+        module.lora = nn.ModuleDict({adapter_name: adapters[name]})
+    _train_in_full(model, trained, injection)
+    _freeze_norms(model, injection)
+    model.__dict__.setdefault(_ATTRIBUTE, []).append(injection)
+    return model
+
+
+def injections_of(model: nn.Module) -> list[Injection]:
+    """What was injected with this very module as the root."""
+    found: list[Injection] = model.__dict__.get(_ATTRIBUTE, [])
+    return found
+
+
+def injections(model: nn.Module) -> Iterator[tuple[str, nn.Module, Injection]]:
+    """All injections in a model: the name of the module on which each was made, that module, and the record."""
+    for name, module in model.named_modules():
+        for injection in injections_of(module):
+            yield clean_name(name), module, injection
+
+
+def adapted_layers(root: nn.Module, injection: Injection) -> Iterator[tuple[str, LoraLayer]]:
+    """The adapted layers of one injection."""
+    modules = {clean_name(name): module for name, module in root.named_modules()}
+    for name in injection.targets:
+        layer = modules[name]
+        assert isinstance(layer, LoraLayer)
+        yield name, layer
+
+
+@dataclasses.dataclass
+class _Folded:
+    """An injection that was taken out with its adapters folded in: all it takes to put it back."""
+
+    injection: Injection
+    adapters: dict[str, nn.ModuleDict]
+    base_weights: dict[str, nn.Parameter]
+
+
+# The base weights of a folded model live here, so that nothing of the plugin is left on the model itself.
+_folded: "weakref.WeakKeyDictionary[nn.Module, list[_Folded]]" = weakref.WeakKeyDictionary()
+
+
+def eject(model: ModuleT, merge: bool = False) -> ModuleT:
+    """Take the adapters out of a model, in place: class and attributes of every layer are again as they were.
+
+    Args:
+        model: The model, or one that contains it.
+        merge: Fold the adapters into the weights, and keep the weights trained in full. :func:`unmerge` then restores
+            the adapted model, whose base weights are kept in memory until the model is gone. By default, the base
+            weights are restored and the adapters dropped.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If a merged weight holds a NaN or an infinity, or if there is no adapter in the model. Nothing is
+            changed then.
+    """
+    found = list(injections(model))
+    if not found:
+        raise ValueError(f"There is no adapter in this {type(model).__name__}: inject one first, or leave out eject.")
+    merged = {
+        id(layer): layer.merged_weight()
+        for _, root, injection in found
+        for _, layer in adapted_layers(root, injection)
+        if merge and not layer.merged
+    }
+    for _, root, injection in found:
+        folded = _Folded(injection, {}, {})
+        for name, layer in adapted_layers(root, injection):
+            if merge and not layer.merged:
+                layer.merge(merged[id(layer)])
+            elif not merge and layer.merged:
+                layer.unmerge()
+            folded.adapters[name] = layer.lora
+            if merge:
+                assert layer._base_weight is not None
+                folded.base_weights[name] = layer._base_weight
+            layer.__class__ = base_class(layer)  # type: ignore[assignment]
+            del layer.lora, layer._base_weight
+        if not merge:
+            _put_parameters(root, injection.originals)
+        _thaw(root, injection)
+        root.__dict__.pop(_ATTRIBUTE, None)
+        if merge:
+            _folded.setdefault(root, []).append(folded)
+    return model
+
+
+def is_folded(model: nn.Module) -> bool:
+    """Whether adapters were folded into this model and taken out of sight."""
+    return any(module in _folded for module in model.modules())
+
+
+def restore_folded(model: nn.Module) -> None:
+    """Undo ``eject(model, merge=True)``: the base weights back bit for bit, the adapters in their layers."""
+    for root in [module for module in model.modules() if module in _folded]:
+        modules = {clean_name(name): module for name, module in root.named_modules()}
+        for folded in _folded.pop(root):
+            for name in folded.injection.targets:
+                layer = modules[name]
+                layer.__class__ = adapted_class(layer_class_for(layer), type(layer))  # type: ignore[arg-type,assignment]
+                layer.lora = folded.adapters[name].to(layer.weight.device)  # type: ignore[arg-type]
+                layer.__dict__["_base_weight"] = folded.base_weights[name]
+                layer.unmerge()  # type: ignore[operator]
+            _freeze_norms(root, folded.injection)
+            root.__dict__.setdefault(_ATTRIBUTE, []).append(folded.injection)
+        for _, parameter in base_parameters(root):
+            parameter.requires_grad_(False)
+        for injection in injections_of(root):
+            for parameter in injection.trained.values():
+                parameter.requires_grad_(True)
+
+
+def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that no injection trains, under each of their names."""
+    trained = {id(p) for _, _, injection in injections(model) for p in injection.trained.values()}
+    trained |= {id(p) for m in model.modules() if isinstance(m, LoraLayer) for p in m.lora.parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    return [(name, parameter) for name, parameter in named if id(parameter) not in trained]
+
+
+def _parameters_to_train(
+    model: nn.Module, targets: dict[str, nn.Module], saved: dict[str, nn.Module], bias: str
+) -> dict[str, nn.Parameter]:
+    names = [f"{module_name}.{name}" for module_name, m in saved.items() for name, _ in m.named_parameters()]
+    if bias == "lora_only":
+        names += [f"{name}.bias" for name, module in targets.items() if getattr(module, "bias", None) is not None]
+    parameters = {clean_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    if bias == "all":
+        names += [name for name in parameters if name.split(".")[-1] == "bias"]
+    free = {id(parameter) for _, parameter in base_parameters(model)}  # another injection may train some already
+    wanted = {name.lstrip("."): parameters[name.lstrip(".")] for name in names}
+    return {name: parameter for name, parameter in wanted.items() if id(parameter) in free}
+
+
+def _train_in_full(model: nn.Module, trained: dict[str, nn.Parameter], injection: Injection) -> None:
+    """Train copies, so that the base's own parameters stay as they are."""
+    copies = {id(parameter): nn.Parameter(parameter.detach().clone()) for parameter in trained.values()}
+    injection.originals = trained
+    injection.trained = {name: copies[id(parameter)] for name, parameter in trained.items()}
+    _put_parameters(model, injection.trained)
+
+
+def _put_parameters(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    modules = {clean_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    for name, parameter in parameters.items():
+        module_name, _, attribute = name.rpartition(".")
+        owner = modules[module_name]
+        parameter.data = parameter.data.to(getattr(owner, attribute).device)
+        setattr(owner, attribute, parameter)
+
+
+def _freeze_norms(model: nn.Module, injection: Injection) -> None:
+    for name, module in model.named_modules():
+        inside_saved = any(name == saved or name.startswith(f"{saved}.") for saved in injection.saved)
+        tracks = isinstance(module, _NormBase) and module.track_running_stats
+        if tracks and not inside_saved and not isinstance(module, FrozenNorm):
+            injection.frozen_norms[name] = module.training
+            module.__class__ = _frozen_norm_class(type(module))  # type: ignore[assignment,arg-type]
+            module.train()
+
+
+def _thaw(model: nn.Module, injection: Injection) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in injection.frozen:
+        parameters[name].requires_grad_(True)
+    modules = dict(model.named_modules())
+    for name, training in injection.frozen_norms.items():
+        norm = modules[name]
+        norm.__class__ = type(norm).__bases__[1]  # type: ignore[assignment]
+        norm.training = training
+    injection.frozen_norms = {}
+
+
+def _require_free(targets: dict[str, nn.Module], present: list[Injection]) -> None:
+    taken = [name for name, module in targets.items() if isinstance(module, LoraLayer)]
+    if taken:
+        there = "; ".join(f"{injection.adapter_name!r} with {injection.config}" for injection in present)
+        raise TargetError(
+            f"{', '.join(taken[:3])}{' and others' if len(taken) > 3 else ''} already carry an adapter"
+            + (f" ({there})" if there else "")
+            + ", and a second one cannot be put over it: eject the first, use the same settings, or give each adapter "
+            "layers of its own. Nothing was changed."
+        )
+
+
+def _warn_of_ties(model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(clean_name(name))
+    for name, module in targets.items():
+        others = [other for other in names[id(module.weight)] if other != f"{name}.weight"]  # type: ignore[arg-type]
+        if others:
+            rank_zero_warn(
+                f"The weight of {name!r} is tied to {', '.join(map(repr, others))}. The adapter changes {name!r} "
+                "alone; merging it gives the layer a weight of its own, so the merged model is no longer tied."
+            )

@@ -1,0 +1,26 @@
+"""The layers that can be adapted, one file a kind."""
+
+from typing import Optional
+
+from torch import nn
+
+from lightning_lora.layers.base import LoraAdapter, LoraLayer, adapted_class, base_class
+from lightning_lora.layers.linear import LoraConv1D, LoraLinear
+
+__all__ = ["SUPPORTED", "LoraAdapter", "LoraLayer", "adapted_class", "base_class", "layer_class_for"]
+
+SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D"
+
+
+def layer_class_for(module: nn.Module) -> Optional[type[LoraLayer]]:
+    """The class that adapts this module, ``None`` if its kind is not supported.
+
+    Transformers' ``Conv1D`` is recognized by name, so that transformers need not be imported.
+    """
+    if isinstance(module, nn.Linear):
+        return LoraLinear
+    if any(
+        f"{cls.__module__}.{cls.__qualname__}" == "transformers.pytorch_utils.Conv1D" for cls in type(module).__mro__
+    ):
+        return LoraConv1D
+    return None

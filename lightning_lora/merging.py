@@ -1,0 +1,68 @@
+"""Fold adapters into the weights, and bring the base weights back bit for bit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import nn
+
+from lightning_lora.inject import adapted_layers, eject, injections, is_folded, restore_folded
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def merge(model: ModuleT) -> ModuleT:
+    """Fold the adapters into the weights, in place: ``W = W0 + scaling * B A``, so that inference costs nothing extra.
+
+    The adapters stay in their layers, at rest, and the base weights stay in memory for :func:`unmerge`. To get a model
+    with no trace of LoRA in it, use ``eject(model, merge=True)``. Merging twice changes nothing.
+
+    Args:
+        model: A model with adapters.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If there is no adapter, or a merged weight holds a NaN or an infinity. Nothing is changed then.
+    """
+    found = list(injections(model))
+    if not found:
+        if is_folded(model):
+            return model
+        raise ValueError(f"There is no adapter to merge in this {type(model).__name__}: inject or load one first.")
+    layers = [layer for _, root, injection in found for _, layer in adapted_layers(root, injection) if not layer.merged]
+    merged = [layer.merged_weight() for layer in layers]
+    for layer, weight in zip(layers, merged):
+        layer.merge(weight)
+    return model
+
+
+def unmerge(model: ModuleT) -> ModuleT:
+    """Bring the base weights back, bit for bit, and the adapters to work, after :func:`merge` or ``eject(merge=True)``.
+
+    Args:
+        model: A merged model; one that is not merged is left as it is.
+
+    Returns:
+        The same model.
+    """
+    restore_folded(model)
+    for _, root, injection in injections(model):
+        for _, layer in adapted_layers(root, injection):
+            if layer.merged:
+                layer.unmerge()
+    return model
+
+
+@contextmanager
+def unfolded(model: nn.Module) -> Iterator[None]:
+    """Bring the adapters that ``eject(merge=True)`` folded in to light meanwhile; does nothing to other models."""
+    folded = is_folded(model)
+    if folded:
+        restore_folded(model)
+    try:
+        yield
+    finally:
+        if folded:
+            eject(model, merge=True)

@@ -1,0 +1,230 @@
+"""PEFT's adapter directory: ``adapter_config.json`` and ``adapter_model.safetensors``, out and in.
+
+A tensor is named ``base_model.model.<module>.lora_A.weight``, with the module's name in the model that PEFT would wrap:
+the transformers model where there is one. https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Union
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_lora.checkpoint import KEY, read_checkpoint
+from lightning_lora.config import LoraConfig
+from lightning_lora.inject import Injection, adapted_layers, inject, injections
+from lightning_lora.layers import LoraLayer
+from lightning_lora.merging import unfolded
+from lightning_lora.state import (
+    CheckpointError,
+    adapter_state_dict,
+    base_tensors,
+    check_metadata,
+    check_tensors,
+    fingerprint_of,
+    load_adapter_state_dict,
+)
+from lightning_lora.targets import pretrained_models
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_FINGERPRINT = "lightning_lora_base_fingerprint"
+# Settings that PEFT and this package share name and meaning of.
+_SHARED = (
+    "r", "lora_alpha", "lora_dropout", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform",
+    "layers_pattern", "bias", "use_rslora",
+)  # fmt: skip
+
+
+def save_adapter(model: nn.Module, directory: Union[str, Path]) -> Path:
+    """Write the adapter of a model as a directory that PEFT opens.
+
+    Args:
+        model: A model with one adapter, of which ``modules_to_save`` are stored too.
+        directory: Made if it is not there.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: If the model has no adapter, or several.
+    """
+    with unfolded(model):
+        return _save(*_only_injection(model), Path(directory))
+
+
+def _save(root: nn.Module, injection: Injection, directory: Path) -> Path:
+    prefix = _peft_root(root, injection)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        _PREFIX + peft_name[len(prefix) :]: tensor.detach().cpu().contiguous()
+        for peft_name, tensor in _peft_state_dict(root, injection).items()
+    }
+    # Cloned where they share memory, which safetensors refuses.
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    save_file(tensors, directory / WEIGHTS_FILE, {"format": "pt", _FINGERPRINT: _fingerprint(root, injection, prefix)})
+    settings = _peft_config(root, injection, prefix)
+    (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    return directory
+
+
+def load_adapter(model: nn.Module, path: Union[str, Path], adapter_name: str = "default") -> nn.Module:
+    """Load an adapter: a directory in PEFT's format, or an adapter checkpoint that a Trainer wrote.
+
+    The adapter is injected first, unless the model already carries one of the same shapes.
+
+    Args:
+        model: The base model, or the LightningModule that holds it.
+        path: The directory or the ``.ckpt`` file.
+        adapter_name: Name to inject it under.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CheckpointError: If the files are damaged, or do not fit the model or its base. Nothing is loaded then.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _load_directory(model, path, adapter_name)
+    checkpoint = read_checkpoint(path)
+    if not list(injections(model)):
+        for entry in checkpoint[KEY]["adapters"]:
+            inject(model.get_submodule(entry["module"]), LoraConfig.from_dict(entry["config"]), entry["adapter_name"])
+    check_metadata(model, checkpoint[KEY], str(path))
+    expected = adapter_state_dict(model)
+    load_adapter_state_dict(model, {k: v for k, v in checkpoint["state_dict"].items() if k in expected})
+    return model
+
+
+def read_directory(directory: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, str]]:
+    """Settings, tensors under PEFT's names, and the metadata of the tensor file.
+
+    Raises:
+        CheckpointError: If a file is absent or damaged, or the settings are of a kind that is not supported.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / name).is_file():
+            raise CheckpointError(
+                f"{directory} has no {name}, so it is no adapter in PEFT's format: give the directory that holds "
+                f"{CONFIG_FILE} and {WEIGHTS_FILE}. Nothing was loaded."
+            )
+    settings = json.loads((directory / CONFIG_FILE).read_text())
+    try:
+        with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            meta = dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{directory / WEIGHTS_FILE} cannot be read ({error}): it is damaged or cut short, so copy it again. "
+            "Nothing was loaded."
+        ) from error
+    return _config_from_peft(settings, directory), tensors, meta
+
+
+def _load_directory(model: nn.Module, directory: Path, adapter_name: str) -> nn.Module:
+    config, tensors, meta = read_directory(directory)
+    if not list(injections(model)):
+        hf_models = list(pretrained_models(model).values())
+        inject(hf_models[0] if len(hf_models) == 1 else model, config, adapter_name)
+    root, injection = _only_injection(model)
+    prefix = _peft_root(root, injection)
+    base = _fingerprint(root, injection, prefix)
+    if meta.get(_FINGERPRINT, base) != base:
+        raise CheckpointError(
+            f"{directory} was trained on another base model: its fingerprint is {meta[_FINGERPRINT]}, this model's is "
+            f"{base}. Load it onto the pretrained weights that it was trained on. Nothing was "
+            "loaded."
+        )
+    expected = {_PREFIX + name[len(prefix) :]: tensor for name, tensor in _peft_state_dict(root, injection).items()}
+    check_tensors(expected, tensors, str(directory))
+    for name, tensor in _peft_state_dict(root, injection).items():
+        tensor.detach().copy_(tensors[_PREFIX + name[len(prefix) :]])
+    return model
+
+
+def _only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
+    found = list(injections(model))
+    if len(found) != 1:
+        raise ValueError(
+            f"PEFT's format holds one adapter, and this {type(model).__name__} has {len(found)}: "
+            + ("inject or load one first." if not found else "pass the submodule that has one.")
+        )
+    return found[0][1:]
+
+
+def _fingerprint(root: nn.Module, injection: Injection, prefix: str) -> str:
+    """The base's fingerprint under the names that it has in the model that PEFT would wrap."""
+    tensors = base_tensors(root, injection)
+    return fingerprint_of({name[len(prefix) :]: tensor for name, tensor in tensors if name.startswith(prefix)})
+
+
+def _peft_state_dict(root: nn.Module, injection: Injection) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names, before the prefix."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in adapted_layers(root, injection):
+        adapter = layer.lora[injection.adapter_name]
+        for attribute, peft_name in adapter.peft_names.items():  # type: ignore[union-attr,operator]
+            tensors[f"{name}.{peft_name}".lstrip(".")] = getattr(adapter, attribute)
+    in_lora = {name for name, module in root.named_modules() if isinstance(module, LoraLayer)}
+    adapters = adapter_state_dict(root)
+    for name, tensor in adapters.items():
+        owner, _, attribute = name.rpartition(".")
+        if ".lora." in f".{name}":
+            continue
+        # PEFT wraps an adapted layer, whose own bias then is one level down.
+        tensors[f"{owner}.base_layer.{attribute}" if owner in in_lora else name] = tensor
+    return tensors
+
+
+def _peft_root(root: nn.Module, injection: Injection) -> str:
+    """The name, with a dot, of the transformers model that holds all that the injection trains; else none."""
+    names = [*injection.targets, *injection.trained]
+    for hf_name in pretrained_models(root):
+        if hf_name and all(name.startswith(f"{hf_name}.") for name in names):
+            return f"{hf_name}."
+    return ""
+
+
+def _peft_config(root: nn.Module, injection: Injection, prefix: str) -> dict[str, Any]:
+    config = injection.config
+    base = root.get_submodule(prefix.rstrip("."))
+    base_name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_name,
+        "task_type": None,
+        "inference_mode": True,
+        **{name: getattr(config, name) for name in _SHARED},
+        # The names themselves, so that globs and regular expressions mean the same to PEFT.
+        "target_modules": sorted(name[len(prefix) :] for name in injection.targets),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": sorted(name[len(prefix) :] for name in injection.saved) or None,
+        "fan_in_fan_out": any(hasattr(layer, "nf") for _, layer in adapted_layers(root, injection)),
+        "init_lora_weights": True,
+    }
+
+
+def _config_from_peft(settings: dict[str, Any], directory: Path) -> LoraConfig:
+    if settings.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{directory / CONFIG_FILE} describes an adapter of type {settings.get('peft_type')!r}, and only 'LORA' is "
+            "supported. Nothing was loaded."
+        )
+    unsupported = [name for name in ("use_dora", "lora_bias", "target_parameters", "use_qalora") if settings.get(name)]
+    if unsupported:
+        raise CheckpointError(
+            f"{directory / CONFIG_FILE} uses {', '.join(unsupported)}, which this version does not support. Nothing "
+            "was loaded."
+        )
+    shared = {name: settings[name] for name in _SHARED if name in settings}
+    return LoraConfig(
+        **shared,
+        target_modules=settings["target_modules"],
+        modules_to_save=settings.get("modules_to_save"),
+    )

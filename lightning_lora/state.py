@@ -1,0 +1,218 @@
+"""The state of adapters: collect it, say what it belongs to, check it, load it."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Union
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import LoraConfig
+from lightning_lora.inject import Injection, adapted_layers, base_parameters, injections
+from lightning_lora.layers import LoraLayer
+from lightning_lora.targets import clean_name
+
+FORMAT_VERSION = 1
+_SAMPLES = 16
+_BINDING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+
+
+class CheckpointError(RuntimeError):
+    """Saved adapter state that cannot be used with this model. The model is left as it was."""
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors alone: every adapter, every parameter trained in full, buffers of ``modules_to_save``.
+
+    Args:
+        model: A model with adapters.
+
+    Returns:
+        The tensors under the names that ``model.state_dict()`` has for them; no copies.
+    """
+    names = set(_adapter_names(model))
+    return {name: tensor for name, tensor in model.state_dict().items() if clean_name(name) in names}
+
+
+def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load what :func:`adapter_state_dict` gave, in place.
+
+    Raises:
+        CheckpointError: If a tensor is missing, left over or of another shape. Nothing is loaded then.
+    """
+    check_tensors(adapter_state_dict(model), state_dict, "the state dict")
+    model.load_state_dict(dict(state_dict), strict=False)
+
+
+def drop_base(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of a full state dict of ``model`` what the adapters' injections hold frozen."""
+    adapter = set(_adapter_names(model))
+    roots = [f"{name}." if name else "" for name, _, _ in injections(model)]
+    return {
+        name: value
+        for name, value in state_dict.items()
+        if clean_name(name) in adapter or not any(clean_name(name).startswith(root) for root in roots)
+    }
+
+
+def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Any], source: str) -> None:
+    """Require the same names and shapes.
+
+    Raises:
+        CheckpointError: Naming what differs.
+    """
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    shapes = [
+        f"{name} ({tuple(found[name].shape)} found, {tuple(tensor.shape)} expected)"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    problems = [
+        f"{what}: {_shorten(names)}"
+        for what, names in (("missing", missing), ("left over", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"The tensors in {source} do not fit the adapters of this model. {'; '.join(problems)}. Use the LoRA "
+            "settings (r, target_modules, modules_to_save, ...) with which it was saved. Nothing was loaded."
+        )
+
+
+def metadata(model: nn.Module) -> dict[str, Any]:
+    """What adapters a model has and on which base, in plain types."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "adapters": [
+            {
+                "module": name,
+                "adapter_name": injection.adapter_name,
+                "config": injection.config.to_dict(),
+                "base_fingerprint": fingerprint(root, injection),
+            }
+            for name, root, injection in injections(model)
+        ],
+    }
+
+
+def check_metadata(model: nn.Module, meta: Mapping[str, Any], source: str) -> None:
+    """Require that saved adapters belong to this model's adapters and to this base.
+
+    Raises:
+        CheckpointError: If the format is newer, the settings differ in what the adapter computes, or the base differs.
+    """
+    require_known_format(meta, source)
+    # Two injections may share module and name; then their targets tell them apart.
+    saved = sorted(
+        meta["adapters"], key=lambda entry: _identity(entry["module"], entry["adapter_name"], entry["config"])
+    )
+    here = sorted(
+        injections(model), key=lambda item: _identity(item[0], item[2].adapter_name, item[2].config.to_dict())
+    )
+    saved_names = [(entry["adapter_name"], entry["module"]) for entry in saved]
+    names_here = [(injection.adapter_name, name) for name, _, injection in here]
+    if saved_names != names_here:
+        raise CheckpointError(
+            f"{source} holds the adapters {_describe(saved_names)}, but this model has {_describe(names_here)}: give "
+            "the LoRA callback the same module and adapter_name. Nothing was loaded."
+        )
+    for entry, (_, root, injection) in zip(saved, here):
+        config = LoraConfig.from_dict(entry["config"])
+        different = [
+            f"{name} ({getattr(config, name)!r} saved, {getattr(injection.config, name)!r} here)"
+            for name in _BINDING
+            if getattr(config, name) != getattr(injection.config, name)
+        ]
+        if different:
+            raise CheckpointError(
+                f"{source} was saved with other LoRA settings: {', '.join(different)}. The adapter would compute "
+                "something else, so use the settings with which it was saved. Nothing was loaded."
+            )
+        if entry["base_fingerprint"] != fingerprint(root, injection):
+            raise CheckpointError(
+                f"{source} was trained on another base model: its fingerprint is {entry['base_fingerprint']}, this "
+                f"model's is {fingerprint(root, injection)}. Build the model from the pretrained weights that the "
+                "adapter was trained on; if this very model was merged before, unmerge it first. Nothing was loaded."
+            )
+
+
+def require_known_format(meta: Mapping[str, Any], source: str) -> None:
+    """Require metadata that this version can read.
+
+    Raises:
+        CheckpointError: If a newer version wrote it.
+    """
+    if meta.get("format_version", 0) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{source} has format version {meta['format_version']}, and this version of lightning-lora reads up to "
+            f"{FORMAT_VERSION}: update lightning-lora. Nothing was loaded."
+        )
+
+
+def fingerprint(root: nn.Module, injection: Injection) -> str:
+    """A short number for the frozen base under an injection, computed once.
+
+    It covers the name and shape of every frozen parameter and persistent buffer, and 16 values spread evenly over
+    each, rounded to bfloat16: so a base is told from another at no cost to speak of, and stays the same base when a
+    Trainer casts it to bfloat16.
+    """
+    if injection.fingerprint is None:
+        injection.fingerprint = fingerprint_of(dict(base_tensors(root, injection)))
+    return injection.fingerprint
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """The fingerprint of named tensors; see :func:`fingerprint`."""
+    digest = hashlib.sha256()
+    samples = []
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().flatten()
+        if flat.numel() and not flat.is_meta:
+            where = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64)
+            samples.append(flat[where.long().to(flat.device)].to(torch.bfloat16))
+    if samples:
+        digest.update(torch.cat(samples).view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def base_tensors(root: nn.Module, injection: Injection) -> Iterator[tuple[str, Tensor]]:
+    """The frozen parameters and persistent buffers under an injection, as they are when nothing is merged."""
+    unmerged = {
+        f"{name}.weight".lstrip("."): layer._base_weight
+        for name, layer in adapted_layers(root, injection)
+        if layer._base_weight is not None
+    }
+    for name, parameter in base_parameters(root):
+        yield clean_name(name), unmerged.get(clean_name(name), parameter)
+    state = root.state_dict()
+    saved = tuple(f"{name}." for name in injection.saved)
+    for name, buffer in root.named_buffers():
+        if name in state and not clean_name(name).startswith(saved):
+            yield clean_name(name), buffer
+
+
+def _adapter_names(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield from (clean_name(f"{name}.lora.{inner}".lstrip(".")) for inner in module.lora.state_dict())
+    for root_name, root, injection in injections(model):
+        buffers = [
+            clean_name(name)
+            for name, _ in root.named_buffers()
+            if any(clean_name(name).startswith(f"{saved}.") for saved in injection.saved)
+        ]
+        yield from (f"{root_name}.{name}".lstrip(".") for name in [*injection.trained, *buffers])
+
+
+def _identity(module: str, adapter_name: str, config: dict[str, Any]) -> tuple[str, str, str]:
+    return module, adapter_name, str(config["target_modules"])
+
+
+def _describe(names: list[tuple[str, str]]) -> str:
+    return ", ".join(f"{name!r} on {module or 'the whole module'}" for name, module in names) or "none"
+
+
+def _shorten(names: Union[list[str], tuple[str, ...]], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

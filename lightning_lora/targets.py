@@ -1,0 +1,194 @@
+"""Which modules of a model a config means, and what to say when it means none."""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator
+from typing import Optional, Union
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_lora.config import ALL_LINEAR, AUTO, LoraConfig
+from lightning_lora.layers import SUPPORTED, layer_class_for
+
+
+class TargetError(ValueError):
+    """The config does not fit the model: nothing matched, or what matched cannot be adapted."""
+
+
+def clean_name(name: str) -> str:
+    """A module's name without the part that ``torch.compile`` puts in."""
+    return name.replace("_orig_mod.", "")
+
+
+def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """The modules to adapt, by name, in the model's order.
+
+    Raises:
+        TargetError: If nothing matches, or a match is of a kind that cannot be adapted.
+    """
+    saved = find_modules_to_save(model, config)
+    names = {clean_name(name): module for name, module in model.named_modules()}
+    if config.target_modules == ALL_LINEAR:
+        heads = _output_embeddings(model)
+        found = {name: module for name, module in names.items() if layer_class_for(module) and module not in heads}
+    else:
+        found = {name: module for name, module in names.items() if _matches(name, config.target_modules)}
+    found = {
+        name: module
+        for name, module in found.items()
+        if not _matches(name, config.exclude_modules)
+        and _in_chosen_layers(name, config)
+        and not any(_is_inside(name, other) for other in saved)
+    }
+    if not found:
+        raise TargetError(_nothing_matched(names, config))
+    for name, module in found.items():
+        if layer_class_for(module) is None:
+            raise TargetError(
+                f"target_modules matches {name!r}, which is a {type(module).__module__}.{type(module).__qualname__} "
+                f"and cannot be adapted; supported are {SUPPORTED} and their subclasses. Name the layers inside of it, "
+                "or leave it out with exclude_modules. Nothing was changed."
+            )
+    _warn_of_dead_patterns(found, config)
+    return found
+
+
+def find_modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """The modules to train in full and to store with the adapter, by name.
+
+    Raises:
+        TargetError: If a name in ``modules_to_save`` matches no module.
+    """
+    if config.modules_to_save is None:
+        return {}
+    if config.modules_to_save == AUTO:
+        return dict(_new_heads(model, config))
+    found = {}
+    names = {clean_name(name): module for name, module in model.named_modules()}
+    for pattern in config.modules_to_save:
+        matching = {name: module for name, module in names.items() if _matches(name, [pattern])}
+        if not matching:
+            near = difflib.get_close_matches(pattern, _suffixes(names), n=3)
+            raise TargetError(
+                f"modules_to_save names {pattern!r}, but the model has no such module"
+                + (f"; near it are {', '.join(map(repr, near))}" if near else "")
+                + ". Correct the name or take it out. Nothing was changed."
+            )
+        found.update(matching)
+    return {name: module for name, module in found.items() if not any(_is_inside(name, n) for n in found if n != name)}
+
+
+def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost transformers models inside a module (which may be one itself), by name."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        # Told by their attributes, so that transformers need not be imported.
+        is_pretrained = hasattr(type(module), "base_model_prefix") and hasattr(module, "get_output_embeddings")
+        if is_pretrained and not any(_is_inside(name, outer) for outer in found):
+            found[name] = module
+    return found
+
+
+def _output_embeddings(model: nn.Module) -> set[nn.Module]:
+    heads = (hf_model.get_output_embeddings() for hf_model in pretrained_models(model).values())  # type: ignore[operator]
+    return {head for head in heads if head is not None}
+
+
+def _new_heads(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
+    hf_models = pretrained_models(model)
+    for hf_name, hf_model in hf_models.items():
+        body = getattr(hf_model, str(hf_model.base_model_prefix), hf_model)
+        output = hf_model.get_output_embeddings()  # type: ignore[operator]
+        if body is hf_model:
+            continue
+        for name, child in hf_model.named_children():
+            if child is not body and output not in set(child.modules()):
+                yield from _if_trainable(f"{hf_name}.{name}".lstrip("."), child, config)
+    if hf_models and "" not in hf_models:
+        yield from _siblings_of(hf_models, "", model, config)
+
+
+def _siblings_of(
+    hf_models: dict[str, nn.Module], name: str, module: nn.Module, config: LoraConfig
+) -> Iterator[tuple[str, nn.Module]]:
+    for child_name, child in module.named_children():
+        full_name = f"{name}.{child_name}".lstrip(".")
+        if full_name in hf_models:
+            continue
+        if any(_is_inside(hf_name, full_name) for hf_name in hf_models):
+            yield from _siblings_of(hf_models, full_name, child, config)
+        else:
+            yield from _if_trainable(full_name, child, config)
+
+
+def _if_trainable(name: str, module: nn.Module, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
+    targeted = config.target_modules != ALL_LINEAR and any(
+        _matches(f"{name}.{inner}".rstrip("."), config.target_modules) for inner, _ in module.named_modules()
+    )
+    if not targeted and any(parameter.requires_grad for parameter in module.parameters()):
+        yield clean_name(name), module
+
+
+def _matches(name: str, patterns: Union[str, list[str], None]) -> bool:
+    if patterns is None:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(_matches_one(name, pattern) for pattern in patterns)
+
+
+def _matches_one(name: str, pattern: str) -> bool:
+    if any(character in pattern for character in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def _in_chosen_layers(name: str, config: LoraConfig) -> bool:
+    if config.layers_to_transform is None:
+        return True
+    chosen = config.layers_to_transform
+    pattern = re.escape(config.layers_pattern) if config.layers_pattern else r"[^.]*"
+    index = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", f"{name}.")
+    return index is not None and int(index.group(1)) in ([chosen] if isinstance(chosen, int) else chosen)
+
+
+def _is_inside(name: str, other: str) -> bool:
+    return name == other or other == "" or name.startswith(f"{other}.")
+
+
+def _suffixes(names: Iterable[str]) -> list[str]:
+    return sorted({".".join(name.split(".")[start:]) for name in names for start in range(name.count(".") + 1)})
+
+
+def _nothing_matched(names: dict[str, nn.Module], config: LoraConfig) -> str:
+    linear = {name: module for name, module in names.items() if layer_class_for(module)}
+    groups: dict[str, int] = {}
+    for name in linear:
+        suffix = name.rsplit(".", 1)[-1] or "(the model itself)"
+        groups[suffix] = groups.get(suffix, 0) + 1
+    listing = ", ".join(f"{suffix} ({count})" for suffix, count in groups.items()) or "none"
+    patterns = config.target_modules if isinstance(config.target_modules, list) else [config.target_modules]
+    near = sorted({match for p in patterns for match in difflib.get_close_matches(p, _suffixes(linear), n=3)})
+    chosen = (
+        f" within layers_to_transform={config.layers_to_transform}" if config.layers_to_transform is not None else ""
+    )
+    excluded = f" beside exclude_modules={config.exclude_modules!r}" if config.exclude_modules else ""
+    return (
+        f"target_modules={config.target_modules!r} matches no module of the model{chosen}{excluded}. "
+        + (f"Near it are {', '.join(map(repr, near))}. " if near else "")
+        + f"The layers that can be adapted, by the end of their names: {listing}. Name some of these, or pass "
+        '"all-linear". If the model is built later, inject after it is built. Nothing was changed.'
+    )
+
+
+def _warn_of_dead_patterns(found: dict[str, nn.Module], config: LoraConfig) -> None:
+    dead: list[Optional[str]] = []
+    if isinstance(config.target_modules, list):
+        dead = [pattern for pattern in config.target_modules if not any(_matches(name, [pattern]) for name in found)]
+    if dead:
+        rank_zero_warn(
+            f"target_modules {', '.join(map(repr, dead))} matched no module to adapt, while the other patterns matched "
+            f"{len(found)}: check the spelling, or take it out."
+        )
