@@ -35,7 +35,7 @@ class Injection:
         originals: By the name of each parameter that is trained in full, the base's own.
         trained: By the same names, the trained copies.
         frozen: Names of the base parameters that were trainable before.
-        frozen_norms: By name, the ``training`` flag that each normalization layer with frozen statistics had.
+        frozen_norms: Names of the normalization layers whose statistics are frozen.
         fingerprint: Of the base, once it is known.
     """
 
@@ -46,15 +46,23 @@ class Injection:
     originals: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
     trained: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
     frozen: list[str] = dataclasses.field(default_factory=list)
-    frozen_norms: dict[str, bool] = dataclasses.field(default_factory=dict)
+    frozen_norms: list[str] = dataclasses.field(default_factory=list)
     fingerprint: Optional[str] = None
 
 
 class FrozenNorm(nn.Module):
-    """A normalization layer of the base with running statistics: it uses them, and no training step moves them."""
+    """A normalization layer of the base with running statistics: it uses them, and no training step moves them.
 
-    def train(self: ModuleT, mode: bool = True) -> ModuleT:
-        return super().train(False)  # type: ignore[misc]
+    Whatever mode is asked for, the layer works as in evaluation. The mode asked for is what it has when it is thawed.
+    """
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        return False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__["training"] = mode
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]
@@ -268,9 +276,8 @@ def _freeze_norms(model: nn.Module, injection: Injection) -> None:
         inside_saved = any(name == saved or name.startswith(f"{saved}.") for saved in injection.saved)
         tracks = isinstance(module, _NormBase) and module.track_running_stats
         if tracks and not inside_saved and not isinstance(module, FrozenNorm):
-            injection.frozen_norms[name] = module.training
+            injection.frozen_norms.append(name)
             module.__class__ = _frozen_norm_class(type(module))  # type: ignore[assignment,arg-type]
-            module.train()
 
 
 def _thaw(model: nn.Module, injection: Injection) -> None:
@@ -278,11 +285,10 @@ def _thaw(model: nn.Module, injection: Injection) -> None:
     for name in injection.frozen:
         parameters[name].requires_grad_(True)
     modules = dict(model.named_modules())
-    for name, training in injection.frozen_norms.items():
+    for name in injection.frozen_norms:
         norm = modules[name]
         norm.__class__ = type(norm).__bases__[1]  # type: ignore[assignment]
-        norm.training = training
-    injection.frozen_norms = {}
+    injection.frozen_norms = []
 
 
 def _require_free(targets: dict[str, nn.Module], present: list[Injection]) -> None:
@@ -298,11 +304,13 @@ def _require_free(targets: dict[str, nn.Module], present: list[Injection]) -> No
 
 
 def _warn_of_ties(model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(clean_name(name))
     for name, module in targets.items():
-        others = [other for other in names[id(module.weight)] if other != f"{name}.weight"]  # type: ignore[arg-type]
+        others = [
+            clean_name(f"{other_name}.{parameter_name}".lstrip("."))
+            for other_name, other in model.named_modules()
+            for parameter_name, parameter in other.named_parameters(recurse=False)
+            if other is not module and parameter is module.weight
+        ]
         if others:
             rank_zero_warn(
                 f"The weight of {name!r} is tied to {', '.join(map(repr, others))}. The adapter changes {name!r} "
