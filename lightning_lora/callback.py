@@ -18,10 +18,10 @@ from lightning_lora.config import ALL_LINEAR, AUTO, LoraConfig
 from lightning_lora.diagnostics import print_summary
 from lightning_lora.distributed import require_supported
 from lightning_lora.export import ADAPTER_DIR, MERGED_DIR, save_merged
-from lightning_lora.inject import eject, inject, injections_of, is_folded
+from lightning_lora.inject import Injection, eject, inject, injections_of, is_folded
 from lightning_lora.merging import unmerge
 from lightning_lora.optim import drop_frozen
-from lightning_lora.peft_format import load_adapter, save_adapter
+from lightning_lora.peft_format import load_adapter, read_adapter, write_adapter
 from lightning_lora.rng import set_rng_state
 from lightning_lora.state import fingerprint
 
@@ -137,7 +137,8 @@ class LoRA(Callback):
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Install the checkpoint seam, and have the adapters injected as soon as the model is built."""
         require_supported(trainer.strategy)
-        self._injected_now = self._running = self._gradients_seen = False
+        self._require_room(trainer)
+        self._injected_now = self._was_folded = self._running = self._gradients_seen = False
         install(trainer.strategy)
         _after_configure_model(pl_module, self)
         if averaging.must_be_injected_early(trainer, pl_module, self):
@@ -145,16 +146,17 @@ class LoRA(Callback):
 
     def attach(self, pl_module: "pl.LightningModule") -> None:
         """Put the adapter in, right after ``configure_model`` and before the strategy wraps the model."""
-        self._was_folded = is_folded(pl_module)
-        unmerge(pl_module)
         root = self._root(pl_module)
+        self._was_folded = is_folded(root)
+        unmerge(root)
         before = len(injections_of(root))
         inject(root, self.config, self.adapter_name)
         if len(injections_of(root)) > before:
             self._injected_now = True
-            if self.adapter is not None:
-                # A checkpoint names modules from the LightningModule on, a directory from the model on.
-                load_adapter(pl_module if self.adapter.is_file() else root, self.adapter, self.adapter_name)
+            if self.adapter is not None and self.adapter.is_dir():
+                read_adapter(root, self._injection(root), self.adapter)
+            elif self.adapter is not None:
+                load_adapter(pl_module, self.adapter)
         for injection in injections_of(root):
             fingerprint(root, injection)
 
@@ -171,11 +173,10 @@ class LoRA(Callback):
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Drop frozen parameters from the optimizers, make checkpointed blocks pass gradients, say what is trained."""
-        self._running = True
         drop_frozen(trainer.optimizers, pl_module)
+        self._running = True
         gradients.enable_through_checkpointing(pl_module)
-        first = next(cb for cb in trainer.callbacks if isinstance(cb, LoRA))  # type: ignore[attr-defined]
-        if self.summary and self is first:
+        if self.summary and self is _lora_callbacks(trainer)[0]:
             rank_zero_only(print_summary)(pl_module)
 
     @override
@@ -196,24 +197,26 @@ class LoRA(Callback):
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Training is over and the last checkpoint is written: fold the adapter in and export."""
+        """Training is over and the last checkpoint is written: fold the adapters in and export."""
+        callbacks = _lora_callbacks(trainer)
+        if self is not callbacks[-1]:
+            return  # the last one acts for all, since checkpoints must be read before any adapter is folded in
         if self.merge == "best":
             load_best(trainer, pl_module)
-        if self.export_dir is not None and trainer.is_global_zero:
-            save_adapter(self._root(pl_module), self.export_dir / ADAPTER_DIR)
+        exporting = [cb for cb in callbacks if cb.export_dir is not None and trainer.is_global_zero]
+        for callback in exporting:
+            callback._export_adapter(pl_module)
         if self.merge is not None:
-            eject(self._root(pl_module), merge=True)
-        if self.merge is not None and self.export_dir is not None and trainer.is_global_zero:
-            tokenizer = getattr(pl_module, "tokenizer", getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
-            save_merged(self._root(pl_module), self.export_dir / MERGED_DIR, tokenizer)
-            rank_zero_info(f"Exported the adapter and the merged model to {self.export_dir}")
+            eject(pl_module, merge=True)
+            for callback in exporting:
+                callback._export_merged(trainer, pl_module)
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Leave the module's methods as they were, and a model that came merged merged again."""
         self._release(pl_module)
-        if self._was_folded and not is_folded(pl_module) and stage != "fit":
-            eject(self._root(pl_module), merge=True)
+        if stage != "fit":
+            self._refold(pl_module)
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
@@ -221,10 +224,44 @@ class LoRA(Callback):
         self._release(pl_module)
         if not self._running and self._injected_now and injections_of(self._root(pl_module)):
             eject(self._root(pl_module))
+        elif not self._running:
+            self._refold(pl_module)
+
+    def _require_room(self, trainer: "pl.Trainer") -> None:
+        for other in _lora_callbacks(trainer):
+            if other is not self and other.state_key == self.state_key:
+                raise ValueError(
+                    f"The Trainer has two LoRA callbacks on the same modules under the name {self.adapter_name!r}: take "
+                    "one out, or give each adapter layers of its own by target_modules or module."
+                )
+            if other.merge != self.merge:
+                raise ValueError(
+                    f"The Trainer's LoRA callbacks have merge={self.merge!r} and merge={other.merge!r}, but all "
+                    "adapters of a model are folded in together: give them the same merge."
+                )
+
+    def _refold(self, pl_module: "pl.LightningModule") -> None:
+        if self._was_folded and injections_of(self._root(pl_module)):
+            eject(self._root(pl_module), merge=True)
 
     def _release(self, pl_module: "pl.LightningModule") -> None:
         pl_module.__dict__.pop("configure_model", None)
         gradients.disable_through_checkpointing(pl_module)
+
+    def _export_adapter(self, pl_module: "pl.LightningModule") -> None:
+        assert self.export_dir is not None
+        root = self._root(pl_module)
+        write_adapter(root, self._injection(root), self.export_dir / ADAPTER_DIR)
+
+    def _export_merged(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        assert self.export_dir is not None
+        tokenizer = getattr(pl_module, "tokenizer", getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
+        save_merged(self._root(pl_module), self.export_dir / MERGED_DIR, tokenizer)
+        rank_zero_info(f"Exported the adapter and the merged model to {self.export_dir}")
+
+    def _injection(self, root: nn.Module) -> Injection:
+        mine = (self.config, self.adapter_name)
+        return next(found for found in injections_of(root) if (found.config, found.adapter_name) == mine)
 
     def _root(self, pl_module: "pl.LightningModule") -> nn.Module:
         if not self.module:
@@ -244,6 +281,10 @@ class LoRA(Callback):
 
     def __reduce__(self) -> Any:
         return copyreg.__newobj__, (_original(type(self)),), self.__dict__  # type: ignore[attr-defined]
+
+
+def _lora_callbacks(trainer: "pl.Trainer") -> list[LoRA]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, LoRA)]  # type: ignore[attr-defined]
 
 
 def _after_configure_model(pl_module: "pl.LightningModule", callback: LoRA) -> None:

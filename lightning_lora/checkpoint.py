@@ -177,7 +177,9 @@ def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 def _readable(path: Union[str, Path]) -> Iterator[None]:
     try:
         yield
-    except (EOFError, pickle.UnpicklingError, RuntimeError) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (EOFError, OSError, pickle.UnpicklingError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0] if str(error) else 'it ends early'} "
             "The file is damaged or cut short, or holds more than tensors and plain types. Take another checkpoint. "

@@ -5,6 +5,8 @@ from torch import nn
 from lightning_lora.inject import adapted_layers, injections
 from lightning_lora.targets import pretrained_models
 
+_ENABLED_HERE = "_lora_inputs_require_grad"
+
 
 def enable_through_checkpointing(model: nn.Module) -> None:
     """Let transformers models that checkpoint activations pass gradients.
@@ -13,14 +15,17 @@ def enable_through_checkpointing(model: nn.Module) -> None:
     embedding none does.
     """
     for hf_model in pretrained_models(model).values():
-        if getattr(hf_model, "is_gradient_checkpointing", False):
+        # Transformers 5 does so by itself, and a second hook would be left behind.
+        already = getattr(hf_model, "_require_grads_hook", None) is not None
+        if getattr(hf_model, "is_gradient_checkpointing", False) and not already:
             hf_model.enable_input_require_grads()  # type: ignore[operator]
+            hf_model.__dict__[_ENABLED_HERE] = True
 
 
 def disable_through_checkpointing(model: nn.Module) -> None:
     """Take the hooks of :func:`enable_through_checkpointing` out again."""
     for hf_model in pretrained_models(model).values():
-        if getattr(hf_model, "_require_grads_hook", None) is not None:
+        if hf_model.__dict__.pop(_ENABLED_HERE, False):
             hf_model.disable_input_require_grads()  # type: ignore[operator]
             hf_model._require_grads_hook = None  # type: ignore[assignment]
 

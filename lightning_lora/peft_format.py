@@ -5,6 +5,7 @@ the transformers model where there is one. https://huggingface.co/docs/peft/deve
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Union
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lora.checkpoint import KEY, read_checkpoint
 from lightning_lora.config import LoraConfig
-from lightning_lora.inject import Injection, adapted_layers, inject, injections
+from lightning_lora.inject import Injection, adapted_layers, eject, inject, injections
 from lightning_lora.layers import LoraLayer
 from lightning_lora.merging import unfolded
 from lightning_lora.state import (
@@ -32,6 +33,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FINGERPRINT = "lightning_lora_base_fingerprint"
+_WRAPPED = re.compile(r"\.(original_module|modules_to_save)\.")
 # Settings that PEFT and this package share name and meaning of.
 _SHARED = (
     "r", "lora_alpha", "lora_dropout", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform",
@@ -53,10 +55,11 @@ def save_adapter(model: nn.Module, directory: Union[str, Path]) -> Path:
         ValueError: If the model has no adapter, or several.
     """
     with unfolded(model):
-        return _save(*_only_injection(model), Path(directory))
+        return write_adapter(*_only_injection(model), Path(directory))
 
 
-def _save(root: nn.Module, injection: Injection, directory: Path) -> Path:
+def write_adapter(root: nn.Module, injection: Injection, directory: Path) -> Path:
+    """Write the adapter of one injection, made on ``root``; see :func:`save_adapter`."""
     prefix = _peft_root(root, injection)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -88,16 +91,47 @@ def load_adapter(model: nn.Module, path: Union[str, Path], adapter_name: str = "
         CheckpointError: If the files are damaged, or do not fit the model or its base. Nothing is loaded then.
     """
     path = Path(path)
-    if path.is_dir():
-        return _load_directory(model, path, adapter_name)
+    fresh = not list(injections(model))
+    try:
+        if path.is_dir():
+            if fresh:
+                hf_models = list(pretrained_models(model).values())
+                inject(hf_models[0] if len(hf_models) == 1 else model, read_directory(path)[0], adapter_name)
+            read_adapter(*_only_injection(model), path)
+        else:
+            _load_checkpoint(model, path, fresh)
+    except CheckpointError:
+        if fresh and list(injections(model)):
+            eject(model)
+        raise
+    return model
+
+
+def read_adapter(root: nn.Module, injection: Injection, directory: Path) -> None:
+    """Load a directory's tensors into the adapter of one injection, made on ``root``; see :func:`load_adapter`."""
+    _, tensors, meta = read_directory(directory)
+    prefix = _peft_root(root, injection)
+    base = _fingerprint(root, injection, prefix)
+    if meta.get(_FINGERPRINT, base) != base:
+        raise CheckpointError(
+            f"{directory} was trained on another base model: its fingerprint is {meta[_FINGERPRINT]}, this model's is "
+            f"{base}. Load it onto the pretrained weights that it was trained on. Nothing was loaded."
+        )
+    expected = _peft_state_dict(root, injection)
+    expected = {_PREFIX + name[len(prefix) :]: tensor for name, tensor in expected.items()}
+    check_tensors(expected, tensors, str(directory))
+    for name, tensor in expected.items():
+        tensor.detach().copy_(tensors[name])
+
+
+def _load_checkpoint(model: nn.Module, path: Path, fresh: bool) -> None:
     checkpoint = read_checkpoint(path)
-    if not list(injections(model)):
+    if fresh:
         for entry in checkpoint[KEY]["adapters"]:
             inject(model.get_submodule(entry["module"]), LoraConfig.from_dict(entry["config"]), entry["adapter_name"])
     check_metadata(model, checkpoint[KEY], str(path))
     expected = adapter_state_dict(model)
     load_adapter_state_dict(model, {k: v for k, v in checkpoint["state_dict"].items() if k in expected})
-    return model
 
 
 def read_directory(directory: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, str]]:
@@ -115,7 +149,9 @@ def read_directory(directory: Path) -> tuple[LoraConfig, dict[str, Tensor], dict
     settings = json.loads((directory / CONFIG_FILE).read_text())
     try:
         with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            # With bias="all", PEFT writes the biases of modules_to_save twice more, under names of its own wrapper.
+            keys = [key for key in file.keys() if not _WRAPPED.search(key)]  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in keys}
             meta = dict(file.metadata() or {})
     except SafetensorError as error:
         raise CheckpointError(
@@ -123,27 +159,6 @@ def read_directory(directory: Path) -> tuple[LoraConfig, dict[str, Tensor], dict
             "Nothing was loaded."
         ) from error
     return _config_from_peft(settings, directory), tensors, meta
-
-
-def _load_directory(model: nn.Module, directory: Path, adapter_name: str) -> nn.Module:
-    config, tensors, meta = read_directory(directory)
-    if not list(injections(model)):
-        hf_models = list(pretrained_models(model).values())
-        inject(hf_models[0] if len(hf_models) == 1 else model, config, adapter_name)
-    root, injection = _only_injection(model)
-    prefix = _peft_root(root, injection)
-    base = _fingerprint(root, injection, prefix)
-    if meta.get(_FINGERPRINT, base) != base:
-        raise CheckpointError(
-            f"{directory} was trained on another base model: its fingerprint is {meta[_FINGERPRINT]}, this model's is "
-            f"{base}. Load it onto the pretrained weights that it was trained on. Nothing was "
-            "loaded."
-        )
-    expected = {_PREFIX + name[len(prefix) :]: tensor for name, tensor in _peft_state_dict(root, injection).items()}
-    check_tensors(expected, tensors, str(directory))
-    for name, tensor in _peft_state_dict(root, injection).items():
-        tensor.detach().copy_(tensors[_PREFIX + name[len(prefix) :]])
-    return model
 
 
 def _only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
