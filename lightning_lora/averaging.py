@@ -1,8 +1,11 @@
 """Beside Lightning's weight averaging: its copies of the model must have the adapters in them."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 if TYPE_CHECKING:
@@ -28,6 +31,11 @@ def must_be_injected_early(trainer: "pl.Trainer", pl_module: "pl.LightningModule
                 f" adapters: write callbacks=[LoRA(...), {name}(...)]."
             )
         if _is_a(callback, "StochasticWeightAveraging"):
+            if not type(pl_module).configure_model.__module__.endswith("core.hooks"):
+                raise ValueError(
+                    f"StochasticWeightAveraging copies the model before configure_model of {type(pl_module).__name__} "
+                    "builds it: build it in __init__, or use WeightAveraging or EMAWeightAveraging."
+                )
             if any(isinstance(module, _BatchNorm) for module in pl_module.modules()):
                 raise ValueError(
                     "StochasticWeightAveraging estimates the statistics of BatchNorm layers anew, which LoRA keeps "
@@ -35,6 +43,27 @@ def must_be_injected_early(trainer: "pl.Trainer", pl_module: "pl.LightningModule
                 )
             return True
     return False
+
+
+def keep_base_exact(trainer: "pl.Trainer") -> None:
+    """Have averages of equal values be that value, bit for bit.
+
+    An average such as ``0.9 * a + 0.1 * a`` rounds, and with it the frozen base would drift.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        # Lightning 2.6 keeps torch's AveragedModel in this attribute alone.
+        averaged_model = getattr(callback, "_average_model", None)
+        average = getattr(averaged_model, "avg_fn", None)
+        if _is_a(callback, "WeightAveraging") and average is not None:
+            averaged_model.avg_fn = _exact_where_equal(average)  # type: ignore[union-attr]
+
+
+def _exact_where_equal(average: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def exact(averaged: Tensor, current: Tensor, count: Any) -> Tensor:
+        mean = average(averaged, current, count)
+        return torch.where(averaged == current, averaged, mean.to(averaged.dtype))
+
+    return exact
 
 
 def _is_a(callback: Any, class_name: str) -> bool:

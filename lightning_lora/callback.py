@@ -1,8 +1,5 @@
 """``LoRA``: the life of a run, hook by hook, in the order in which Lightning calls them."""
 
-import copyreg
-import sys
-from functools import cache
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -10,7 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import nn
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from lightning_lora import averaging, gradients
 from lightning_lora.checkpoint import install, load_best, rng_to_restore
@@ -21,6 +18,7 @@ from lightning_lora.export import ADAPTER_DIR, MERGED_DIR, save_merged
 from lightning_lora.inject import Injection, eject, inject, injections_of, is_folded
 from lightning_lora.merging import unmerge
 from lightning_lora.optim import drop_frozen
+from lightning_lora.packages import original_class, rebuild, serve_both_packages
 from lightning_lora.peft_format import load_adapter, read_adapter, write_adapter
 from lightning_lora.rng import set_rng_state
 from lightning_lora.state import fingerprint
@@ -125,6 +123,7 @@ class LoRA(Callback):
         self._running = False
         self._rng_to_restore: Optional[dict[str, Any]] = None
         self._gradients_seen = False
+        serve_both_packages(self)
 
     @property
     @override
@@ -172,10 +171,11 @@ class LoRA(Callback):
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Drop frozen parameters from the optimizers, make checkpointed blocks pass gradients, say what is trained."""
+        """Drop frozen parameters from the optimizers, let gradients and averages pass rightly, say what is trained."""
         drop_frozen(trainer.optimizers, pl_module)
         self._running = True
         gradients.enable_through_checkpointing(pl_module)
+        averaging.keep_base_exact(trainer)
         if self.summary and self is _lora_callbacks(trainer)[0]:
             rank_zero_only(print_summary)(pl_module)
 
@@ -231,8 +231,8 @@ class LoRA(Callback):
         for other in _lora_callbacks(trainer):
             if other is not self and other.state_key == self.state_key:
                 raise ValueError(
-                    f"The Trainer has two LoRA callbacks on the same modules under the name {self.adapter_name!r}: take "
-                    "one out, or give each adapter layers of its own by target_modules or module."
+                    f"The Trainer has two LoRA callbacks on the same modules under the name {self.adapter_name!r}: "
+                    "take one out, or give each adapter layers of its own by target_modules or module."
                 )
             if other.merge != self.merge:
                 raise ValueError(
@@ -275,12 +275,8 @@ class LoRA(Callback):
                 f"are: {children}. Name one of these or a dotted path below one."
             ) from error
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        both = "pytorch_lightning" in sys.modules
-        return super().__new__(_for_both_packages(cls) if both else cls)  # type: ignore[arg-type]
-
     def __reduce__(self) -> Any:
-        return copyreg.__newobj__, (_original(type(self)),), self.__dict__  # type: ignore[attr-defined]
+        return rebuild, (original_class(self),), self.__dict__
 
 
 def _lora_callbacks(trainer: "pl.Trainer") -> list[LoRA]:
@@ -308,19 +304,3 @@ def _after_configure_model(pl_module: "pl.LightningModule", callback: LoRA) -> N
 
     configure_model.waiting = waiting  # type: ignore[attr-defined]
     pl_module.__dict__["configure_model"] = configure_model
-
-
-@cache
-def _for_both_packages(cls: type) -> type:
-    """The class as a callback of ``pytorch_lightning`` too, which is a package of its own with a Trainer of its own."""
-    other: type = sys.modules["pytorch_lightning"].Callback
-    if issubclass(cls, other):
-        return cls
-    both = type(cls.__name__, (cls, other), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
-    both._original = cls  # type: ignore[attr-defined]
-    return both
-
-
-def _original(cls: type) -> type:
-    original: type = cls.__dict__.get("_original", cls)
-    return original

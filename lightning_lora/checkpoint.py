@@ -10,7 +10,7 @@ import io
 import pickle
 import warnings
 from abc import ABC
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -38,8 +38,6 @@ from lightning_lora.state import (
 KEY = "lightning_lora"
 RNG_KEY = "rng"
 _SEAM = ("lightning_module_state_dict", "save_checkpoint", "load_checkpoint", "load_model_state_dict")
-# Lightning's WeightAveraging keeps a second set of weights beside "state_dict".
-_STATE_DICTS = ("state_dict", "current_model_state")
 
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
 
@@ -79,9 +77,8 @@ class AdapterCheckpoints(ABC):  # as strategies are: an object can only take on 
         self, checkpoint: dict[str, Any], filepath: Union[str, Path], *args: Any, **kwargs: Any
     ) -> None:
         with unfolded(self.lightning_module):
-            for key in _STATE_DICTS:
-                if key in checkpoint:
-                    checkpoint[key] = drop_base(self.lightning_module, checkpoint[key])
+            for holder, key in _copies_of(self.lightning_module, checkpoint):
+                holder[key] = drop_base(self.lightning_module, holder[key])
             checkpoint[KEY] = metadata(self.lightning_module)
         if "optimizer_states" in checkpoint:
             checkpoint[KEY][RNG_KEY] = _rng_state(self.lightning_module.trainer)
@@ -91,15 +88,29 @@ class AdapterCheckpoints(ABC):  # as strategies are: an object can only take on 
         with _readable(checkpoint_path):
             checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[misc]
         check_checkpoint(self.lightning_module, checkpoint, str(checkpoint_path))
-        if "current_model_state" in checkpoint:  # WeightAveraging loads both with strict=True
-            for key in _STATE_DICTS:
-                checkpoint[key] = {**self.lightning_module.state_dict(), **checkpoint[key]}
+        for holder, key in _copies_of(self.lightning_module, checkpoint):
+            holder[key] = {**self.lightning_module.state_dict(), **holder[key]}  # callbacks load theirs strictly
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         state_dict = drop_base(self.lightning_module, checkpoint["state_dict"])
         # Not strict, since the base is absent on purpose; `load_checkpoint` has required all the rest.
         super().load_model_state_dict({**checkpoint, "state_dict": state_dict}, strict=False)  # type: ignore[misc]
+
+
+def _copies_of(module: pl.LightningModule, checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a checkpoint holds weights of the module: a dict and a key in it.
+
+    Beside ``state_dict``, Lightning's averaging callbacks keep a second set, at the top or in their own state.
+    """
+    names = adapter_state_dict(module).keys()
+    for holder in (checkpoint, *checkpoint.get("callbacks", {}).values()):
+        if isinstance(holder, dict):
+            yield from ((holder, key) for key, value in list(holder.items()) if _holds(value, names))
+
+
+def _holds(value: Any, names: Collection[str]) -> bool:
+    return isinstance(value, Mapping) and all(name in value for name in names)
 
 
 def check_checkpoint(module: pl.LightningModule, checkpoint: Mapping[str, Any], source: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.inject import Injection, adapted_layers, base_parameters, injections
+from lightning_lora.inject import Injection, adapted_layers, base_parameters, injections, injections_of
 from lightning_lora.layers import LoraLayer
 from lightning_lora.targets import clean_name
 
@@ -186,6 +186,9 @@ def base_tensors(root: nn.Module, injection: Injection) -> Iterator[tuple[str, T
     }
     for name, parameter in base_parameters(root):
         yield clean_name(name), unmerged.get(clean_name(name), parameter)
+    for other in injections_of(root):
+        if other is not injection:  # what it trains is base to this one, whichever was first
+            yield from other.originals.items()
     state = root.state_dict()
     saved = tuple(f"{name}." for name in injection.saved)
     for name, buffer in root.named_buffers():

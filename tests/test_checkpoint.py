@@ -98,7 +98,7 @@ def test_checkpoint_on_an_exception(tmp_path: Path) -> None:
 
 
 def test_asynchronous_checkpoints(tmp_path: Path) -> None:
-    model, trainer = fit(tmp_path, ModelCheckpoint(tmp_path, save_last=True), plugins=[AsyncCheckpointIO()])
+    fit(tmp_path, ModelCheckpoint(tmp_path, save_last=True), plugins=[AsyncCheckpointIO()])
     assert_adapter_only(tmp_path / "last.ckpt", snapshot(Toy()))
 
 
@@ -239,7 +239,7 @@ def test_warm_start_from_a_checkpoint_and_from_a_directory(tmp_path: Path, run: 
 
     for source in (path, tmp_path / "adapter"):
         look = Look()
-        model, trainer = fit(tmp_path, look, lora=LoRA(r=2, adapter=source, summary=False), max_epochs=1)
+        _, trainer = fit(tmp_path, look, lora=LoRA(r=2, adapter=source, summary=False), max_epochs=1)
         assert look.looked
         assert trainer.global_step == 4
     with pytest.raises(CheckpointError, match=r"r \(2 saved, 3 here\)"):

@@ -40,8 +40,14 @@ def test_is_frozen_and_survives_plain_types() -> None:
 
 
 def test_rank_alpha_and_scaling_by_pattern() -> None:
-    config = LoraConfig(r=8, lora_alpha=16, rank_pattern={"q_proj": 4, r"layers\.1\.v_proj": 2}, alpha_pattern={"q_proj": 2})
-    assert (config.rank("m.layers.0.q_proj"), config.rank("layers.1.v_proj"), config.rank("layers.11.v_proj")) == (4, 2, 8)
+    config = LoraConfig(
+        r=8, lora_alpha=16, rank_pattern={"q_proj": 4, r"layers\.1\.v_proj": 2}, alpha_pattern={"q_proj": 2}
+    )
+    assert (config.rank("m.layers.0.q_proj"), config.rank("layers.1.v_proj"), config.rank("layers.11.v_proj")) == (
+        4,
+        2,
+        8,
+    )
     assert config.rank("m.layers.0.xq_proj") == 8
     assert (config.scaling("q_proj"), config.scaling("k_proj")) == (0.5, 2.0)
     rs = LoraConfig(r=16, lora_alpha=16, use_rslora=True)

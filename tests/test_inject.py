@@ -96,12 +96,17 @@ def test_only_adapters_and_heads_move() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     inject(model, LoraConfig(r=2))
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {n for n, _ in model.named_parameters() if ".lora." in n} | {"classifier.weight", "classifier.bias"}
+    assert trainable == {n for n, _ in model.named_parameters() if ".lora." in n} | {
+        "classifier.weight",
+        "classifier.bias",
+    }
     assert trainable == set(adapter_state_dict(model))
     train_a_little(model, torch.arange(12).view(2, 6))
     after = model.state_dict()
     assert not torch.equal(before["classifier.weight"], after["classifier.weight"])
-    assert all(torch.equal(before[name], after[name]) for name in before.keys() - {"classifier.weight", "classifier.bias"})
+    assert all(
+        torch.equal(before[name], after[name]) for name in before.keys() - {"classifier.weight", "classifier.bias"}
+    )
 
 
 def test_frozen_statistics_do_not_move_and_are_used() -> None:
@@ -122,7 +127,9 @@ def test_a_trained_norm_is_left_alone() -> None:
     model = inject(conv_net(), LoraConfig(r=2, modules_to_save=["1"]))
     model(torch.randn(16, 4))
     assert model[1].num_batches_tracked == 1
-    assert {"1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"} <= set(adapter_state_dict(model))
+    assert {"1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"} <= set(
+        adapter_state_dict(model)
+    )
 
 
 def test_initial_values_depend_on_seed_and_name_alone() -> None:

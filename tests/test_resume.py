@@ -19,7 +19,7 @@ from lightning_lora import LoRA, adapter_state_dict, unmerge
 
 
 class ResumableLoader:
-    """A shuffling loader with the ``state_dict`` interface, which Lightning needs to go on in the middle of an epoch."""
+    """A shuffling loader with the ``state_dict`` interface, by which Lightning goes on in the middle of an epoch."""
 
     def __init__(self, batch_size: int = 4) -> None:
         self.batch_size, self.position, self.order = batch_size, 0, torch.empty(0, dtype=torch.long)

@@ -84,7 +84,9 @@ def test_new_heads_are_found_and_pretrained_ones_are_not() -> None:
 def test_nothing_matched_names_what_is_near_and_what_there_is() -> None:
     model = tiny_llama()
     keys = list(model.state_dict())
-    with pytest.raises(TargetError, match=r"'q_prj'.*matches no module.*'q_proj'.*q_proj \(3\).*lm_head \(1\).*all-linear"):
+    with pytest.raises(
+        TargetError, match=r"'q_prj'.*matches no module.*'q_proj'.*q_proj \(3\).*lm_head \(1\).*all-linear"
+    ):
         inject(model, LoraConfig(target_modules=["q_prj"]))
     assert list(model.state_dict()) == keys
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -104,7 +106,7 @@ def test_an_unsupported_kind_is_named_and_nothing_changes() -> None:
 
 
 def test_unknown_module_to_save() -> None:
-    with pytest.raises(TargetError, match="'classifer'.*near it are 'classifier'"):
+    with pytest.raises(TargetError, match=r"'classifer'.*near it are 'classifier'"):
         inject(tiny_classifier(), LoraConfig(modules_to_save=["classifer"]))
 
 

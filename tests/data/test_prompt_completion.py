@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lightning_lora.data import PromptCompletionData
+from lightning_lora.data.prompt_completion import encode_pair
+from lightning_lora.tasks.pretrained import load_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> str:
+    words = ["<s>", "</s>", "<unk>", "user", "assistant", "define", *(f"w{i}" for i in range(40))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    rows = [{"prompt": f"define w{i}", "completion": " ".join(["w0"] * (i % 3 + 1))} for i in range(40)]
+    return write(tmp_path, "\n".join(map(json.dumps, rows)) + "\n\n")
+
+
+def write(folder: Path, text: str) -> str:
+    (folder / "rows.jsonl").write_text(text, encoding="utf-8")
+    return str(folder / "rows.jsonl")
+
+
+def test_loss_only_on_the_completion(pretrained: str) -> None:
+    tokenizer = load_tokenizer(pretrained)
+    row, truncated = encode_pair(tokenizer, "define w1", "w2 w3", max_length=20)
+    assert tokenizer.decode(row["input_ids"]) == "<s> user define w1 </s> <s> assistant w2 w3 </s>"
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "w2 w3 </s>"
+    assert row["labels"][:7] == [-100] * 7
+    assert not truncated
+
+
+def test_truncation_keeps_the_answer(pretrained: str) -> None:
+    tokenizer = load_tokenizer(pretrained)
+    row, truncated = encode_pair(tokenizer, "define w1", "w2 w3", max_length=5)
+    assert tokenizer.decode(row["input_ids"]) == "<s> assistant w2 w3 </s>"
+    assert truncated
+    row, truncated = encode_pair(tokenizer, "define w1", "w2 w3 w4", max_length=3)
+    assert tokenizer.decode(row["input_ids"]) == "assistant w2 w3"
+    assert row["labels"][0] == -100 and truncated
+
+
+def test_without_chat_template(pretrained: str) -> None:
+    tokenizer = load_tokenizer(pretrained)
+    tokenizer.chat_template = None
+    row, _ = encode_pair(tokenizer, "define w1 ", "w2 ", max_length=20)
+    assert tokenizer.decode(row["input_ids"]) == "define w1 w2 </s>"
+    assert row["labels"][:2] == [-100, -100]
+
+
+def test_batches_are_padded_on_the_right(path: str, pretrained: str) -> None:
+    data = PromptCompletionData(path, pretrained, batch_size=36)
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    lengths = batch["attention_mask"].sum(1)
+    assert batch["input_ids"].shape == batch["labels"].shape == (36, int(lengths.max()))
+    assert len(lengths.unique()) == 3
+    for ids, mask, labels, length in zip(*batch.values(), lengths.tolist(), strict=True):
+        assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
+        assert (ids[length:] == 1).all() and (labels[length:] == -100).all()
+
+
+def test_split_is_deterministic_and_disjoint(path: str, pretrained: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        first = PromptCompletionData(path, pretrained, val_fraction=0.25)
+        first.setup("fit")
+        first.setup("validate")
+    assert caplog.text.count("kept 40 rows (30 for training, 10 for validation), of which 0 truncated") == 1
+    torch.manual_seed(99)
+    second = PromptCompletionData(path, pretrained, val_fraction=0.25)
+    second.setup("fit")
+    assert first.val_rows == second.val_rows
+    assert first.train_rows is not None
+    words = [row["input_ids"][3] for row in first.train_rows + first.val_rows]
+    assert len(set(words)) == 40
+    batches = [[batch["input_ids"].tolist() for batch in data.train_dataloader()] for data in (first, second)]
+    assert batches[0] == batches[1]
+    other = PromptCompletionData(path, pretrained, val_fraction=0.25, seed=1)
+    other.setup("fit")
+    assert other.val_rows != first.val_rows
+
+
+def test_no_validation(path: str, pretrained: str) -> None:
+    data = PromptCompletionData(path, pretrained, val_fraction=0)
+    data.setup("fit")
+    assert len(data.train_rows or []) == 40
+    assert data.val_dataloader() == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"}', r"line 2, field 'completion': found none \(the fields are 'prompt'\), expected a string"),
+        ('{"prompt": 3, "completion": "b"}', r"line 2, field 'prompt': found 3 \(int\), expected a string"),
+        ('{"prompt": "a", "completion": " "}', r"line 2, field 'completion': found ' ' \(str\), expected"),
+        ('["a", "b"]', r"line 2: found a JSON list, expected an object"),
+        ("prompt", r"line 2: found no valid JSON"),
+    ],
+)
+def test_bad_row(tmp_path: Path, pretrained: str, line: str, message: str) -> None:
+    path = write(tmp_path, '{"prompt": "a", "completion": "b"}\n' + line)
+    with pytest.raises(ValueError, match=f"rows.jsonl, {message}") as error:
+        PromptCompletionData(path, pretrained).setup("fit")
+    assert "Correct the line or remove it." in str(error.value)
+
+
+def test_too_few_rows(tmp_path: Path, pretrained: str) -> None:
+    path = write(tmp_path, '{"prompt": "a", "completion": "b"}')
+    with pytest.raises(ValueError, match="found 1 rows, expected more than the 1 held out"):
+        PromptCompletionData(path, pretrained).setup("fit")
+
+
+@pytest.mark.parametrize("options", [{"val_fraction": 1.0}, {"max_length": 1}])
+def test_arguments_out_of_range(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"Found {next(iter(options))}="):
+        PromptCompletionData("rows.jsonl", "model", **options)  # type: ignore[arg-type]
