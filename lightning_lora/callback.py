@@ -10,7 +10,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora import averaging, gradients
-from lightning_lora.checkpoint import install, load_best, rng_to_restore
+from lightning_lora.checkpoint import install, load_best, make_loader_anew, rng_to_restore
 from lightning_lora.config import ALL_LINEAR, AUTO, LoraConfig
 from lightning_lora.diagnostics import print_summary
 from lightning_lora.distributed import require_supported
@@ -174,6 +174,9 @@ class LoRA(Callback):
         """Drop frozen parameters from the optimizers, let gradients and averages pass rightly, say what is trained."""
         drop_frozen(trainer.optimizers, pl_module)
         self._running = True
+        if self._rng_to_restore is not None:
+            make_loader_anew(trainer)
+            set_rng_state(self._rng_to_restore["states"])
         gradients.enable_through_checkpointing(pl_module)
         averaging.keep_base_exact(trainer)
         if self.summary and self is _lora_callbacks(trainer)[0]:

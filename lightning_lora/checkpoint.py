@@ -34,6 +34,7 @@ from lightning_lora.state import (
     metadata,
     require_known_format,
 )
+from lightning_lora.targets import clean_name
 
 KEY = "lightning_lora"
 RNG_KEY = "rng"
@@ -87,7 +88,7 @@ class AdapterCheckpoints(ABC):  # as strategies are: an object can only take on 
     def load_checkpoint(self, checkpoint_path: Union[str, Path], *args: Any, **kwargs: Any) -> dict[str, Any]:
         with _readable(checkpoint_path):
             checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[misc]
-        check_checkpoint(self.lightning_module, checkpoint, str(checkpoint_path))
+        checkpoint["state_dict"] = check_checkpoint(self.lightning_module, checkpoint, str(checkpoint_path))
         for holder, key in _copies_of(self.lightning_module, checkpoint):
             holder[key] = {**self.lightning_module.state_dict(), **holder[key]}  # callbacks load theirs strictly
         return checkpoint
@@ -113,15 +114,22 @@ def _holds(value: Any, names: Collection[str]) -> bool:
     return isinstance(value, Mapping) and all(name in value for name in names)
 
 
-def check_checkpoint(module: pl.LightningModule, checkpoint: Mapping[str, Any], source: str) -> None:
+def check_checkpoint(module: pl.LightningModule, checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Require that a checkpoint holds exactly the adapters of this module, trained on this base.
+
+    Returns:
+        Its state dict, under the names that this module has for the tensors, whichever of the two was compiled.
 
     Raises:
         CheckpointError: Saying what was found and what was expected. Nothing is loaded then.
     """
     meta = _metadata_of(checkpoint, source)
     check_metadata(module, meta, source)
-    check_tensors(drop_base(module, module.state_dict()), checkpoint["state_dict"], source)
+    own_state = module.state_dict()
+    own_names = {clean_name(name): name for name in own_state}
+    state_dict = {own_names.get(clean_name(name), name): value for name, value in checkpoint["state_dict"].items()}
+    check_tensors(drop_base(module, own_state), state_dict, source)
+    return state_dict
 
 
 def read_checkpoint(path: Union[str, Path]) -> dict[str, Any]:
@@ -160,9 +168,26 @@ def load_from_checkpoint(module_class: type[ModuleT], checkpoint_path: Union[str
         )
     for entry in checkpoint[KEY]["adapters"]:
         inject(module.get_submodule(entry["module"]), LoraConfig.from_dict(entry["config"]), entry["adapter_name"])
-    check_checkpoint(module, checkpoint, str(checkpoint_path))
-    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    module.load_state_dict(check_checkpoint(module, checkpoint, str(checkpoint_path)), strict=False)
     return module
+
+
+def make_loader_anew(trainer: pl.Trainer) -> None:
+    """Have the training data loader made after the progress of a run is restored, not before.
+
+    Lightning 2.6 gives a resumable loader its saved position when it makes the loader, and asking for
+    ``trainer.estimated_stepping_batches`` in ``configure_optimizers`` makes it before there is a position. There is no
+    public way to have it made again; Lightning's learning-rate finder does it in this way too.
+
+    Raises:
+        RuntimeError: If this version of Lightning keeps the loader elsewhere.
+    """
+    if not hasattr(trainer.fit_loop, "_combined_loader"):
+        raise RuntimeError(
+            "Lightning's fit loop has no _combined_loader, through which lightning-lora resumes data loaders in the "
+            "middle of an epoch: it was made for Lightning 2.6, so install that version."
+        )
+    trainer.fit_loop._combined_loader = None
 
 
 def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -179,9 +204,8 @@ def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             "last step is still in the model, unmerged."
         )
     checkpoint = read_checkpoint(path)
-    check_checkpoint(module, checkpoint, path)
-    adapter = adapter_state_dict(module)
-    load_adapter_state_dict(module, {name: checkpoint["state_dict"][name] for name in adapter})
+    state_dict = check_checkpoint(module, checkpoint, path)
+    load_adapter_state_dict(module, {name: state_dict[name] for name in adapter_state_dict(module)})
 
 
 @contextmanager

@@ -243,7 +243,7 @@ def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def _parameters_to_train(
     model: nn.Module, targets: dict[str, nn.Module], saved: dict[str, nn.Module], bias: str
 ) -> dict[str, nn.Parameter]:
-    names = [f"{module_name}.{name}" for module_name, m in saved.items() for name, _ in m.named_parameters()]
+    names = [clean_name(f"{saved_name}.{name}") for saved_name, m in saved.items() for name, _ in m.named_parameters()]
     if bias == "lora_only":
         names += [f"{name}.bias" for name, module in targets.items() if getattr(module, "bias", None) is not None]
     parameters = {clean_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}

@@ -19,7 +19,7 @@ class TargetError(ValueError):
 
 def clean_name(name: str) -> str:
     """A module's name without the part that ``torch.compile`` puts in."""
-    return name.replace("_orig_mod.", "")
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:

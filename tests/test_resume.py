@@ -58,6 +58,7 @@ def train(path: Path, data: Any, *, ckpt_path: Any = None, stop: int = -1, seed:
 class Scheduled(Toy):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        assert self.trainer.estimated_stepping_batches  # which makes the loader before the progress is restored
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.95**step)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -559,5 +559,8 @@ def test_gradient_checkpointing_trains_every_adapter(tmp_path: Path, use_reentra
     assert len(adapted) == 2 * 7
     assert moved(model) == adapted
     assert list(model.model.get_input_embeddings()._forward_hooks) == hooks
+    if hooks:  # transformers' own, which it can still take out
+        model.model.disable_input_require_grads()
+        assert not model.model.get_input_embeddings()._forward_hooks
     state = model.state_dict()
     assert_same_tensors({name: state[name] for name in base}, base)
