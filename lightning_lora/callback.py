@@ -137,6 +137,8 @@ class LoRA(Callback):
         """Install the checkpoint seam, and have the adapters injected as soon as the model is built."""
         require_supported(trainer.strategy)
         self._require_room(trainer)
+        if stage == "fit":
+            self._require_ends(trainer)
         self._injected_now = self._was_folded = self._running = self._gradients_seen = False
         install(trainer.strategy)
         _after_configure_model(pl_module, self)
@@ -242,6 +244,16 @@ class LoRA(Callback):
                     f"The Trainer's LoRA callbacks have merge={self.merge!r} and merge={other.merge!r}, but all "
                     "adapters of a model are folded in together: give them the same merge."
                 )
+
+    def _require_ends(self, trainer: "pl.Trainer") -> None:
+        """What the end of the run needs is looked for at its beginning."""
+        if self.merge == "best" and trainer.checkpoint_callback is None:
+            raise ValueError(
+                'LoRA(merge="best") needs a checkpoint of the best step, and the Trainer keeps none: add '
+                'ModelCheckpoint(monitor="val_loss") to its callbacks, or use merge="last".'
+            )
+        if self.export_dir is not None and trainer.is_global_zero:
+            self.export_dir.mkdir(parents=True, exist_ok=True)
 
     def _refold(self, pl_module: "pl.LightningModule") -> None:
         if self._was_folded and injections_of(self._root(pl_module)):

@@ -158,8 +158,19 @@ def test_best_is_merged_and_tested(tmp_path: Path) -> None:
 
 
 def test_merging_the_best_needs_a_best(tmp_path: Path) -> None:
+    lora = LoRA(r=2, merge="best", summary=False)
+    with pytest.raises(ValueError, match="the Trainer keeps none"):
+        fit(tmp_path, lora=lora, enable_checkpointing=False)
+    model = Toy()
     with pytest.raises(CheckpointError, match='merge="best" needs a best checkpoint'):
-        fit(tmp_path, lora=LoRA(r=2, merge="best", summary=False), enable_checkpointing=False)
+        fit(tmp_path, ModelCheckpoint(tmp_path, save_top_k=0), lora=lora, model=model)
+    assert "lora" in dict(model.net[0].named_children())
+
+
+def test_a_place_that_cannot_be_exported_to_is_found_out_early(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        fit(tmp_path, lora=LoRA(r=2, export_dir=tmp_path / "file" / "export"), limit_train_batches=0)
 
 
 def refused(tmp_path: Path, path: Path, match: str, model: Any = None, lora: Any = None) -> None:

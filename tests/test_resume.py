@@ -71,6 +71,15 @@ def assert_same_run(resumed: Any, whole: Any) -> None:
     assert resumed[1].optimizers[0].param_groups[0]["lr"] == whole[1].optimizers[0].param_groups[0]["lr"]
 
 
+def test_with_nothing_but_plain_types(tmp_path: Path) -> None:
+    """The file resumes under ``weights_only=True`` too."""
+    whole = train(tmp_path / "whole", ResumableLoader(), keep={"every_n_train_steps": 1})
+    path = tmp_path / "whole" / "step=13.ckpt"
+    model, trainer = Scheduled(), toys.trainer(tmp_path, [LoRA(r=2, lora_dropout=0.2, summary=False)], max_epochs=4)
+    trainer.fit(model, ResumableLoader(), ckpt_path=path, weights_only=True)
+    assert_same_tensors(adapter_state_dict(unmerge(model)), adapter_state_dict(whole[0]))
+
+
 @pytest.mark.parametrize("epoch", [1, 2, 3])
 def test_between_epochs_with_a_plain_shuffling_loader(tmp_path: Path, epoch: int) -> None:
     keep = {"every_n_epochs": 1, "save_on_train_epoch_end": True}

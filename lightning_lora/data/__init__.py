@@ -1,5 +1,6 @@
-"""Ready-made data modules for the recipes."""
+"""LightningDataModules and loaders that the recipes use."""
 
 from lightning_lora.data.prompt_completion import PromptCompletionData
+from lightning_lora.data.resumable import EpochSampler, ResumableDataLoader
 
-__all__ = ["PromptCompletionData"]
+__all__ = ["EpochSampler", "PromptCompletionData", "ResumableDataLoader"]
