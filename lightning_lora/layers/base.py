@@ -49,13 +49,17 @@ class LoraAdapter(nn.Module):
         """Shapes of A and B for this layer."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor, layer: nn.Module) -> Tensor:
         """Add the low-rank path of the layer's input ``x`` to the base layer's output ``out``."""
         raise NotImplementedError
 
     def delta_weight(self) -> Tensor:
         """The update of the base weight, in the base weight's layout, in float32 or better."""
         raise NotImplementedError
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """The base weight, in float32 or better, with this adapter in it."""
+        return weight + self.delta_weight()
 
     def reset_parameters(self) -> None:
         """Draw the initial values, the same ones each time."""
@@ -84,7 +88,7 @@ class LoraLayer(nn.Module):
         out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if self._base_weight is None:
             for adapter in self.lora.values():
-                out = adapter(x, out)
+                out = adapter(x, out, self)
         return out
 
     @property
@@ -101,7 +105,7 @@ class LoraLayer(nn.Module):
         with torch.no_grad():
             total = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
             for adapter in self.lora.values():
-                total = total + adapter.delta_weight()  # type: ignore[operator]
+                total = adapter.fold(total)  # type: ignore[operator]
             merged = total.to(self.weight.dtype)
             if not torch.isfinite(merged).all():
                 raise ValueError(

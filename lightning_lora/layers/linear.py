@@ -13,7 +13,7 @@ class LinearAdapter(LoraAdapter):
         out_features, in_features = base_layer.weight.shape  # type: ignore[union-attr,misc]
         return (self.r, in_features), (out_features, self.r)
 
-    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor, layer: nn.Module) -> Tensor:
         return add_low_rank(out, self.dropout(x), self.lora_A, self.lora_B, self.scaling)
 
     def delta_weight(self) -> Tensor:
