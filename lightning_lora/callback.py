@@ -79,6 +79,7 @@ class LoRA(Callback):
         modules_to_save: Union[str, list[str], None] = AUTO,
         bias: str = "none",
         use_rslora: bool = False,
+        use_dora: bool = False,
         init_lora_weights: Union[bool, str] = True,
         seed: int = 0,
         *,
@@ -104,6 +105,7 @@ class LoRA(Callback):
             modules_to_save=modules_to_save,
             bias=bias,
             use_rslora=use_rslora,
+            use_dora=use_dora,
             init_lora_weights=init_lora_weights,
             seed=seed,
         )

@@ -36,6 +36,7 @@ class LoraConfig:
             contains a transformers model everything outside of that.
         bias: ``"none"`` trains no bias, ``"all"`` every bias, ``"lora_only"`` those of adapted layers.
         use_rslora: Scale by ``lora_alpha / sqrt(r)``.
+        use_dora: Train a magnitude for each output beside the direction (DoRA; Liu et al., arXiv 2402.09353).
         init_lora_weights: ``True`` draws A from the Kaiming-uniform distribution of ``nn.Linear``, ``"gaussian"`` from
             a normal one with deviation ``1 / r``; B is zero, so that the fresh adapter changes nothing. ``False`` draws
             B too, which is of use in tests alone.
@@ -58,6 +59,7 @@ class LoraConfig:
     modules_to_save: Union[str, list[str], None] = AUTO
     bias: str = "none"
     use_rslora: bool = False
+    use_dora: bool = False
     init_lora_weights: Union[bool, str] = True
     seed: int = 0
 

@@ -107,7 +107,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
 
     # Built before anything is changed, so that an error leaves the model as it was.
     adapters = {
-        name: layer_class_for(module).adapter_class(module, config, name, adapter_name)  # type: ignore[union-attr]
+        name: layer_class_for(module).adapter_class_for(config)(module, config, name, adapter_name)  # type: ignore
         for name, module in targets.items()
     }
     trained = _parameters_to_train(model, targets, saved, config.bias)

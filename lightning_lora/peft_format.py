@@ -37,7 +37,7 @@ _WRAPPED = re.compile(r"\.(original_module|modules_to_save)\.")
 # Settings that PEFT and this package share name and meaning of.
 _SHARED = (
     "r", "lora_alpha", "lora_dropout", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform",
-    "layers_pattern", "bias", "use_rslora",
+    "layers_pattern", "bias", "use_rslora", "use_dora",
 )  # fmt: skip
 
 
@@ -231,7 +231,7 @@ def _config_from_peft(settings: dict[str, Any], directory: Path) -> LoraConfig:
             f"{directory / CONFIG_FILE} describes an adapter of type {settings.get('peft_type')!r}, and only 'LORA' is "
             "supported. Nothing was loaded."
         )
-    unsupported = [name for name in ("use_dora", "lora_bias", "target_parameters", "use_qalora") if settings.get(name)]
+    unsupported = [name for name in ("lora_bias", "target_parameters", "use_qalora") if settings.get(name)]
     if unsupported:
         raise CheckpointError(
             f"{directory / CONFIG_FILE} uses {', '.join(unsupported)}, which this version does not support. Nothing "

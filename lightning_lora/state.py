@@ -14,7 +14,7 @@ from lightning_lora.targets import clean_name
 
 FORMAT_VERSION = 1
 _SAMPLES = 16
-_BINDING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_BINDING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 
 
 class CheckpointError(RuntimeError):

@@ -79,10 +79,16 @@ class LoraLayer(nn.Module):
     """
 
     adapter_class: ClassVar[type[LoraAdapter]]
+    dora_class: ClassVar[Optional[type[LoraAdapter]]] = None
 
     lora: nn.ModuleDict
     weight: nn.Parameter
     _base_weight: Optional[nn.Parameter]
+
+    @classmethod
+    def adapter_class_for(cls, config: LoraConfig) -> Optional[type[LoraAdapter]]:
+        """The class of adapter that a config asks for, ``None`` if this kind of layer does not have it."""
+        return cls.dora_class if config.use_dora else cls.adapter_class
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from lightning_lora.functional import add_low_rank, low_rank_product
 from lightning_lora.layers.base import LoraAdapter, LoraLayer
+from lightning_lora.layers.dora import DoraAdapter
 
 
 class LinearAdapter(LoraAdapter):
@@ -31,13 +32,26 @@ class Conv1DAdapter(LinearAdapter):
         return super().delta_weight().t()
 
 
+class DoraLinearAdapter(DoraAdapter, LinearAdapter):
+    """DoRA on ``nn.Linear``."""
+
+
+class DoraConv1DAdapter(DoraAdapter, Conv1DAdapter):
+    """DoRA on ``Conv1D``, whose weight has a column for each output."""
+
+    def rows(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+
 class LoraLinear(LoraLayer):
     """``nn.Linear`` and its subclasses."""
 
     adapter_class = LinearAdapter
+    dora_class = DoraLinearAdapter
 
 
 class LoraConv1D(LoraLayer):
     """``transformers.pytorch_utils.Conv1D``."""
 
     adapter_class = Conv1DAdapter
+    dora_class = DoraConv1DAdapter
