@@ -8,7 +8,8 @@ from typing import Any, Optional, Union
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
 _BIAS_MODES = ("none", "all", "lora_only")
-_INITS = (True, False, "gaussian")
+_INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
+_PISSA_FAST = re.compile(r"pissa_niter_\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +39,11 @@ class LoraConfig:
         use_rslora: Scale by ``lora_alpha / sqrt(r)``.
         use_dora: Train a magnitude for each output beside the direction (DoRA; Liu et al., arXiv 2402.09353).
         init_lora_weights: ``True`` draws A from the Kaiming-uniform distribution of ``nn.Linear``, ``"gaussian"`` from
-            a normal one with deviation ``1 / r``; B is zero, so that the fresh adapter changes nothing. ``False`` draws
-            B too, which is of use in tests alone.
+            a normal one with deviation ``1 / r``; B is zero, so that the fresh adapter changes nothing. ``"pissa"``
+            (Meng et al., arXiv 2404.02948) starts at the principal singular vectors of the weight,
+            ``"pissa_niter_<n>"`` at a fast approximation of them, ``"olora"`` (Büyükakyüz, arXiv 2406.01775) at its QR
+            decomposition; both take their start out of the weight, so that the function changes by rounding alone.
+            ``"orthogonal"`` draws A and B from orthogonal subspaces (even ranks), and ``False`` draws B too.
         seed: Seed of the initial weights. Each tensor depends on this seed and on its own name only, so all ranks and
             any order of injection agree.
 
@@ -83,11 +87,19 @@ class LoraConfig:
             )
         if self.bias not in _BIAS_MODES:
             raise ValueError(f"bias is {self.bias!r}, but it must be one of {', '.join(map(repr, _BIAS_MODES))}.")
-        if self.init_lora_weights not in _INITS:
+        if self.init_lora_weights not in _INITS and not _PISSA_FAST.fullmatch(str(self.init_lora_weights)):
             raise ValueError(
                 f"init_lora_weights is {self.init_lora_weights!r}, but it must be one of "
-                f"{', '.join(map(repr, _INITS))}."
+                f"{', '.join(map(repr, _INITS))} or 'pissa_niter_<number of iterations>'."
             )
+        if self.use_dora and self.takes_from_base:
+            raise ValueError(
+                f"use_dora and init_lora_weights={self.init_lora_weights!r} do not go together: DoRA's magnitude is "
+                "that of the whole weight, out of which this start is taken. Use one of them."
+            )
+        odd = [rank for rank in (self.r, *self.rank_pattern.values()) if rank % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            raise ValueError(f"init_lora_weights is 'orthogonal', which needs even ranks, but there is {odd[0]}.")
 
     def _check_patterns(self, name: str) -> None:
         value = getattr(self, name)
@@ -105,6 +117,11 @@ class LoraConfig:
                 ) from error
         elif not isinstance(value, (str, list, type(None))):
             raise ValueError(f"{name} is of type {type(value).__name__}, but it must be a list of names or a string.")
+
+    @property
+    def takes_from_base(self) -> bool:
+        """Whether the adapter starts at a part of the base weight, which is then taken out of it."""
+        return str(self.init_lora_weights).startswith(("pissa", "olora"))
 
     def rank(self, module_name: str) -> int:
         """The rank of the adapter of the module with this name."""

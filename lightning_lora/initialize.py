@@ -41,3 +41,60 @@ def fill_(tensor: Tensor, kind: str, seed: int, name: str) -> None:
     else:
         raise ValueError(f"Unknown kind of initialization: {kind!r}.")
     tensor.copy_(values)
+
+
+@torch.no_grad()
+def orthogonal(shape_A: tuple[int, ...], shape_B: tuple[int, ...], seed: int, name: str) -> tuple[Tensor, Tensor]:
+    """A and B whose product is zero, since they use orthogonal halves of an ``r``-dimensional basis.
+
+    Source: https://datta0.github.io/posts/rethink-lora-init/#orthogonal-initialisation, as in PEFT.
+
+    Args:
+        shape_A: ``(r, in_features)`` with an even r.
+        shape_B: ``(out_features, r)``.
+        seed: See :func:`generator_for`.
+        name: The adapter's qualified name.
+    """
+    generator = generator_for(seed, name)
+    (r, in_features), (out_features, _) = shape_A, shape_B
+    basis, _ = torch.linalg.qr(torch.randn(r, r, generator=generator))
+    lora_A = (torch.randn(in_features, r // 2, generator=generator) @ basis[0::2]).t() / 10
+    lora_B = torch.randn(out_features, r // 2, generator=generator) @ basis[1::2] / 10
+    return lora_A, lora_B
+
+
+@torch.no_grad()
+def from_weight(weight: Tensor, kind: str, r: int, scaling: float, seed: int, name: str) -> tuple[Tensor, Tensor]:
+    """A and B such that ``scaling * B A`` is a part of the weight, as PEFT computes them.
+
+    Args:
+        weight: Shape ``(out_features, in_features)``.
+        kind: ``"pissa"``: the r largest singular values and their vectors (Meng et al., arXiv 2404.02948);
+            ``"pissa_niter_<n>"``: the same from a randomized decomposition with n iterations (Halko et al.,
+            arXiv 0909.4061); ``"olora"``: the first r columns and rows of the QR decomposition (Büyükakyüz, arXiv
+            2406.01775), which PEFT does not divide by the scaling either.
+        r: The rank, at most the smaller dimension.
+        scaling: The factor in front of ``B A``.
+        seed: Seed of the randomized decomposition; see :func:`generator_for`.
+        name: The adapter's qualified name.
+    """
+    if r > min(weight.shape) or weight.is_meta:
+        raise ValueError(
+            f"init_lora_weights={kind!r} starts {name} at a part of rank {r} of its weight, "
+            + ("which is on the meta device" if weight.is_meta else f"which has shape {tuple(weight.shape)}")
+            + ": load the weights first, and use a rank of at most the smaller dimension (rank_pattern). "
+            "Nothing was changed."
+        )
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if kind == "olora":
+        basis, triangle = torch.linalg.qr(weight)
+        return triangle[:r], basis[:, :r]
+    if kind == "pissa":
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+            torch.manual_seed(generator_for(seed, name).initial_seed())
+            left, values, right = torch.svd_lowrank(weight, r, niter=int(kind.removeprefix("pissa_niter_")))
+            right = right.t()
+    root = (values[:r] / scaling).sqrt()
+    return root.unsqueeze(1) * right[:r], left[:, :r] * root

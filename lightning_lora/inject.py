@@ -34,6 +34,7 @@ class Injection:
         saved: Names of the modules that are trained in full.
         originals: By the name of each parameter that is trained in full, the base's own.
         trained: By the same names, the trained copies.
+        whole: By name, the base's weights out of which an adapter's start was taken.
         frozen: Names of the base parameters that were trainable before.
         frozen_norms: Names of the normalization layers whose statistics are frozen.
         fingerprint: Of the base, once it is known.
@@ -45,6 +46,7 @@ class Injection:
     saved: list[str] = dataclasses.field(default_factory=list)
     originals: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
     trained: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
+    whole: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
     frozen: list[str] = dataclasses.field(default_factory=list)
     frozen_norms: list[str] = dataclasses.field(default_factory=list)
     fingerprint: Optional[str] = None
@@ -111,6 +113,9 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
         for name, module in targets.items()
     }
     trained = _parameters_to_train(model, targets, saved, config.bias)
+    rest = {}
+    if config.takes_from_base:
+        rest = {name: nn.Parameter(adapters[name].take_from(m.weight), False) for name, m in targets.items()}  # type: ignore
 
     injection.frozen = [name for name, parameter in base_parameters(model) if parameter.requires_grad]
     for _, parameter in base_parameters(model):
@@ -119,6 +124,9 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
         module.__class__ = adapted_class(layer_class_for(module), type(module))  # type: ignore[arg-type,assignment]
         module.__dict__["_base_weight"] = None
         module.lora = nn.ModuleDict({adapter_name: adapters[name]})
+    for name, weight in rest.items():
+        injection.whole[f"{name}.weight".lstrip(".")] = targets[name].weight  # type: ignore[assignment]
+        targets[name].weight = weight
     _train_in_full(model, trained, injection)
     _freeze_norms(model, injection)
     model.__dict__.setdefault(_ATTRIBUTE, []).append(injection)
@@ -199,7 +207,7 @@ def eject(model: ModuleT, merge: bool = False) -> ModuleT:
             layer.__class__ = base_class(layer)  # type: ignore[assignment]
             del layer.lora, layer._base_weight
         if not merge:
-            _put_parameters(root, injection.originals)
+            _put_parameters(root, {**injection.originals, **injection.whole})
         _thaw(root, injection)
         root.__dict__.pop(_ATTRIBUTE, None)
         if merge:

@@ -5,10 +5,12 @@ the transformers model where there is one. https://huggingface.co/docs/peft/deve
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, Union
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -64,7 +66,7 @@ def write_adapter(root: nn.Module, injection: Injection, directory: Path) -> Pat
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         _PREFIX + peft_name[len(prefix) :]: tensor.detach().cpu().contiguous()
-        for peft_name, tensor in _peft_state_dict(root, injection).items()
+        for peft_name, tensor in _on_the_whole_base(root, injection).items()
     }
     # Cloned where they share memory, which safetensors refuses.
     tensors = {key: tensor.clone() for key, tensor in tensors.items()}
@@ -195,6 +197,34 @@ def _peft_state_dict(root: nn.Module, injection: Injection) -> dict[str, Tensor]
     return tensors
 
 
+def _on_the_whole_base(root: nn.Module, injection: Injection) -> dict[str, Tensor]:
+    """The adapter's tensors for the base as it was; an adapter that started at a part of it has twice the rank.
+
+    ``W0 - s B0 A0 + s B A = W0 + s [B, -B0] [A; A0]``
+    """
+    tensors = _peft_state_dict(root, injection)
+    if injection.config.takes_from_base:
+        for name, layer in adapted_layers(root, injection):
+            adapter: Any = layer.lora[injection.adapter_name]
+            names = {
+                attribute: f"{name}.{peft_name}".lstrip(".") for attribute, peft_name in adapter.peft_names.items()
+            }
+            tensors[names["lora_A"]] = torch.cat([adapter.lora_A, adapter.initial_A])
+            tensors[names["lora_B"]] = torch.cat([adapter.lora_B, -adapter.initial_B], dim=1)
+    return tensors
+
+
+def _for_twice_the_rank(config: LoraConfig) -> dict[str, Any]:
+    """Ranks, and the alphas that keep the scaling."""
+    more = math.sqrt(2) if config.use_rslora else 2
+    return {
+        "r": 2 * config.r,
+        "lora_alpha": more * config.lora_alpha,
+        "rank_pattern": {pattern: 2 * rank for pattern, rank in config.rank_pattern.items()},
+        "alpha_pattern": {pattern: more * alpha for pattern, alpha in config.alpha_pattern.items()},
+    }
+
+
 def _peft_root(root: nn.Module, injection: Injection) -> str:
     """The name, with a dot, of the transformers model that holds all that the injection trains; else none."""
     names = [*injection.targets, *injection.trained]
@@ -214,6 +244,7 @@ def _peft_config(root: nn.Module, injection: Injection, prefix: str) -> dict[str
         "task_type": None,
         "inference_mode": True,
         **{name: getattr(config, name) for name in _SHARED},
+        **(_for_twice_the_rank(config) if config.takes_from_base else {}),
         # The names themselves, so that globs and regular expressions mean the same to PEFT.
         "target_modules": sorted(name[len(prefix) :] for name in injection.targets),
         "exclude_modules": None,
@@ -237,9 +268,16 @@ def _config_from_peft(settings: dict[str, Any], directory: Path) -> LoraConfig:
             f"{directory / CONFIG_FILE} uses {', '.join(unsupported)}, which this version does not support. Nothing "
             "was loaded."
         )
+    start = str(settings.get("init_lora_weights"))
+    if start in ("corda", "lora_ga"):
+        raise CheckpointError(
+            f"{directory / CONFIG_FILE} says that the adapter started at a part of the base weight by {start!r}, which "
+            "cannot be computed here. Convert it to a plain LoRA with PEFT first. Nothing was loaded."
+        )
     shared = {name: settings[name] for name in _SHARED if name in settings}
     return LoraConfig(
         **shared,
         target_modules=settings["target_modules"],
         modules_to_save=settings.get("modules_to_save"),
+        init_lora_weights=start if start.startswith(("pissa", "olora")) else True,
     )

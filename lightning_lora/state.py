@@ -118,11 +118,11 @@ def check_metadata(model: nn.Module, meta: Mapping[str, Any], source: str) -> No
             "the LoRA callback the same module and adapter_name. Nothing was loaded."
         )
     for entry, (_, root, injection) in zip(saved, here):
-        config = LoraConfig.from_dict(entry["config"])
+        there, here_too = _binding(LoraConfig.from_dict(entry["config"])), _binding(injection.config)
         different = [
-            f"{name} ({getattr(config, name)!r} saved, {getattr(injection.config, name)!r} here)"
-            for name in _BINDING
-            if getattr(config, name) != getattr(injection.config, name)
+            f"{name} ({there[name]!r} saved, {here_too[name]!r} here)"
+            for name in there
+            if there[name] != here_too[name]
         ]
         if different:
             raise CheckpointError(
@@ -184,6 +184,8 @@ def base_tensors(root: nn.Module, injection: Injection) -> Iterator[tuple[str, T
         for name, layer in adapted_layers(root, injection)
         if layer._base_weight is not None
     }
+    for each in injections_of(root):
+        unmerged.update(each.whole)
     for name, parameter in base_parameters(root):
         yield clean_name(name), unmerged.get(clean_name(name), parameter)
     for other in injections_of(root):
@@ -207,6 +209,12 @@ def _adapter_names(model: nn.Module) -> Iterator[str]:
             if any(clean_name(name).startswith(f"{saved}.") for saved in injection.saved)
         ]
         yield from (f"{root_name}.{name}".lstrip(".") for name in [*injection.trained, *buffers])
+
+
+def _binding(config: LoraConfig) -> dict[str, Any]:
+    """The settings that change what given tensors compute."""
+    start = (config.init_lora_weights, config.seed) if config.takes_from_base else (True, 0)
+    return {name: getattr(config, name) for name in _BINDING} | dict(zip(("init_lora_weights", "seed"), start))
 
 
 def _identity(module: str, adapter_name: str, config: dict[str, Any]) -> tuple[str, str, str]:

@@ -26,6 +26,9 @@ class LoraAdapter(nn.Module):
 
     peft_names: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 
+    # Whether A and B are factors of one matrix, which is what the orthogonal start and those from the weight need.
+    is_matrix: ClassVar[bool] = False
+
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 

@@ -5,6 +5,8 @@ Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09
 (their section 4.3), and ``m`` starts at ``|W0|``, so that a fresh adapter changes nothing.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from lightning_lora.layers.base import LoraAdapter
 
 
 class DoraAdapter(LoraAdapter):
-    """Mixin for an adapter of a linear layer. Adds ``lora_magnitude_vector`` of shape ``(out_features,)``."""
+    """Mixin for an adapter of a linear layer, with ``lora_magnitude_vector`` of shape ``(out_features,)``."""
 
     peft_names = {**LoraAdapter.peft_names, "lora_magnitude_vector": "lora_magnitude_vector"}
 
@@ -25,9 +27,7 @@ class DoraAdapter(LoraAdapter):
         weight = self.rows(base_layer.weight)  # type: ignore[arg-type]
         self.lora_magnitude_vector = nn.Parameter(self._norm(weight).to(self.lora_B.dtype))
 
-    def rows(self, weight: Tensor) -> Tensor:
-        """The base weight, or one in its layout, as ``(out_features, in_features)``."""
-        return weight
+    rows: Callable[[Tensor], Tensor]  # of the linear layer's adapter
 
     def forward(self, x: Tensor, out: Tensor, layer: nn.Module) -> Tensor:
         x_dropped = self.dropout(x)
@@ -46,7 +46,7 @@ class DoraAdapter(LoraAdapter):
         folded = self.rows(weight + self.delta_weight())
         norm = torch.linalg.vector_norm(folded, dim=1).clamp_min(torch.finfo(folded.dtype).tiny)
         folded = folded * (self.lora_magnitude_vector / norm).unsqueeze(1)
-        return self.rows(folded)  # its own inverse: the identity or a transposition
+        return self.rows(folded)
 
     @torch.no_grad()
     def _norm(self, weight: Tensor) -> Tensor:

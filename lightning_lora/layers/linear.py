@@ -1,8 +1,10 @@
 """LoRA on ``nn.Linear`` and on transformers' ``Conv1D``, a linear layer that stores its weight transposed."""
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.functional import add_low_rank, low_rank_product
+from lightning_lora.initialize import from_weight, orthogonal
 from lightning_lora.layers.base import LoraAdapter, LoraLayer
 from lightning_lora.layers.dora import DoraAdapter
 
@@ -10,26 +12,57 @@ from lightning_lora.layers.dora import DoraAdapter
 class LinearAdapter(LoraAdapter):
     """``out + scaling * B A dropout(x)`` with A of shape ``(r, in_features)`` and B of shape ``(out_features, r)``."""
 
+    is_matrix = True
+
     def shapes(self, base_layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        out_features, in_features = base_layer.weight.shape  # type: ignore[union-attr,misc]
+        out_features, in_features = self.rows(base_layer.weight).shape  # type: ignore[arg-type]
         return (self.r, in_features), (out_features, self.r)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The base weight, or one in its layout, as ``(out_features, in_features)``; its own inverse."""
+        return weight
 
     def forward(self, x: Tensor, out: Tensor, layer: nn.Module) -> Tensor:
         return add_low_rank(out, self.dropout(x), self.lora_A, self.lora_B, self.scaling)
 
     def delta_weight(self) -> Tensor:
-        return low_rank_product(self.lora_A, self.lora_B, self.scaling)
+        return self.rows(low_rank_product(self.lora_A, self.lora_B, self.scaling))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self._init == "orthogonal" and not self.lora_A.is_meta:
+            start = orthogonal(self.lora_A.shape, self.lora_B.shape, self._seed, self._qualified_name)
+            self._start_at(*start)
+
+    @torch.no_grad()
+    def take_from(self, weight: Tensor) -> Tensor:
+        """Start at a part of the base weight.
+
+        The start is kept in ``initial_A`` and ``initial_B``, since only with it can the adapter be used on the whole
+        base weight.
+
+        Returns:
+            The rest of the weight, rounded to its dtype.
+        """
+        self._start_at(
+            *from_weight(self.rows(weight), str(self._init), self.r, self.scaling, self._seed, self._qualified_name)
+        )
+        self.register_buffer("initial_A", self.lora_A.detach().clone(), persistent=False)
+        self.register_buffer("initial_B", self.lora_B.detach().clone(), persistent=False)
+        delta = self.delta_weight()
+        return (weight.to(delta.dtype) - delta).to(weight.dtype)
+
+    @torch.no_grad()
+    def _start_at(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
 
 
 class Conv1DAdapter(LinearAdapter):
     """The same for a weight of shape ``(in_features, out_features)``."""
 
-    def shapes(self, base_layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        in_features, out_features = base_layer.weight.shape  # type: ignore[union-attr,misc]
-        return (self.r, in_features), (out_features, self.r)
-
-    def delta_weight(self) -> Tensor:
-        return super().delta_weight().t()
+    def rows(self, weight: Tensor) -> Tensor:
+        return weight.t()
 
 
 class DoraLinearAdapter(DoraAdapter, LinearAdapter):
@@ -37,10 +70,7 @@ class DoraLinearAdapter(DoraAdapter, LinearAdapter):
 
 
 class DoraConv1DAdapter(DoraAdapter, Conv1DAdapter):
-    """DoRA on ``Conv1D``, whose weight has a column for each output."""
-
-    def rows(self, weight: Tensor) -> Tensor:
-        return weight.t()
+    """DoRA on ``Conv1D``."""
 
 
 class LoraLinear(LoraLayer):
