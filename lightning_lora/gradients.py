@@ -1,5 +1,6 @@
 """Gradients must reach the adapters, also through activation checkpointing over a frozen embedding."""
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_lora.inject import adapted_layers, injections
@@ -37,7 +38,7 @@ def disable_through_checkpointing(model: nn.Module) -> None:
 
 
 def require_some(model: nn.Module) -> None:
-    """Require that a backward pass has reached at least one adapter.
+    """Require that a backward pass has reached at least one adapter, and warn of those that it has not reached.
 
     Raises:
         RuntimeError: If it reached none.
@@ -47,11 +48,17 @@ def require_some(model: nn.Module) -> None:
         for root_name, root, injection in injections(model)
         for name, layer in adapted_layers(root, injection)
     }
-    reached = [name for name, layer in layers.items() if any(p.grad is not None for p in layer.lora.parameters())]
-    if layers and not reached:
+    missed = [name for name, layer in layers.items() if all(p.grad is None for p in layer.lora.parameters())]
+    if layers and len(missed) == len(layers):
         raise RuntimeError(
             f"The first backward pass gave none of the {len(layers)} adapted layers a gradient, so nothing would be "
             f"trained. Either the loss does not depend on them (the first is {next(iter(layers))!r}), or they lie in "
             "blocks under reentrant activation checkpointing whose inputs require no gradient: use "
             "torch.utils.checkpoint with use_reentrant=False, or make the inputs require gradients."
+        )
+    if missed:
+        rank_zero_warn(
+            f"The first backward pass gave {len(missed)} of {len(layers)} adapted layers no gradient, among them "
+            f"{missed[0]!r}. They stay untrained if they are not used, or lie in blocks under reentrant activation "
+            "checkpointing whose inputs require no gradient (then pass use_reentrant=False)."
         )

@@ -98,6 +98,10 @@ class PromptCompletionData(L.LightningDataModule):
         """The rows held out, or no loader when there are none."""
         return self._loader(self.val_rows, shuffle=False) if self.val_rows else []
 
+    def test_dataloader(self) -> DataLoader[Row] | list[Any]:
+        """The rows held out, which no training has seen."""
+        return self.val_dataloader()
+
     def _loader(self, rows: list[Row], shuffle: bool) -> DataLoader[Row]:
         return ResumableDataLoader(
             rows,  # type: ignore[arg-type]  # a list is a map-style dataset
