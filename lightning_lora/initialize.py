@@ -21,9 +21,9 @@ def fill_(tensor: Tensor, kind: str, seed: int, name: str) -> None:
     """Fill an adapter tensor in place; a tensor on the meta device is left for later.
 
     Args:
-        tensor: A matrix whose second dimension is the fan-in.
+        tensor: A matrix whose second dimension is the fan-in, or a convolution's weight.
         kind: ``"kaiming"`` (uniform, as ``nn.Linear`` draws its weight), ``"gaussian"`` (deviation one over the number
-            of rows, the rank) or ``"zeros"``.
+            of rows, the rank), ``"normal"`` (deviation one) or ``"zeros"``.
         seed: See :func:`generator_for`.
         name: The tensor's qualified name.
     """
@@ -38,6 +38,8 @@ def fill_(tensor: Tensor, kind: str, seed: int, name: str) -> None:
         nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
     elif kind == "gaussian":
         values.normal_(0.0, 1.0 / values.shape[0], generator=generator)
+    elif kind == "normal":
+        values.normal_(generator=generator)
     else:
         raise ValueError(f"Unknown kind of initialization: {kind!r}.")
     tensor.copy_(values)

@@ -21,6 +21,7 @@ from lightning_lora.targets import TargetError, clean_name, find_modules_to_save
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _ATTRIBUTE = "_lora_injections"
+_ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
 @dataclasses.dataclass
@@ -37,6 +38,7 @@ class Injection:
         whole: By name, the base's weights out of which an adapter's start was taken.
         frozen: Names of the base parameters that were trainable before.
         frozen_norms: Names of the normalization layers whose statistics are frozen.
+        fused: By name, the switches of torch's fused encoder path that were on.
         fingerprint: Of the base, once it is known.
     """
 
@@ -49,6 +51,7 @@ class Injection:
     whole: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
     frozen: list[str] = dataclasses.field(default_factory=list)
     frozen_norms: list[str] = dataclasses.field(default_factory=list)
+    fused: dict[str, Any] = dataclasses.field(default_factory=dict)
     fingerprint: Optional[str] = None
 
 
@@ -129,6 +132,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
         targets[name].weight = weight
     _train_in_full(model, trained, injection)
     _freeze_norms(model, injection)
+    _leave_fused_path(model, injection)
     model.__dict__.setdefault(_ATTRIBUTE, []).append(injection)
     return model
 
@@ -232,6 +236,7 @@ def restore_folded(model: nn.Module) -> None:
                 layer.__dict__["_base_weight"] = folded.base_weights[name]
                 layer.unmerge()  # type: ignore[operator]
             _freeze_norms(root, folded.injection)
+            _leave_fused_path(root, folded.injection)
             root.__dict__.setdefault(_ATTRIBUTE, []).append(folded.injection)
         for _, parameter in base_parameters(root):
             parameter.requires_grad_(False)
@@ -288,6 +293,17 @@ def _freeze_norms(model: nn.Module, injection: Injection) -> None:
             module.__class__ = _frozen_norm_class(type(module))  # type: ignore[assignment,arg-type]
 
 
+def _leave_fused_path(model: nn.Module, injection: Injection) -> None:
+    """Have torch's transformer encoders call their layers in eval mode too, where they else read the weights alone."""
+    for name, module in model.named_modules():
+        inside = f"{clean_name(name)}.".lstrip(".")
+        if isinstance(module, _ENCODERS) and any(target.startswith(inside) for target in injection.targets):
+            for switch in ("activation_relu_or_gelu", "use_nested_tensor"):
+                if getattr(module, switch, False):
+                    injection.fused[f"{inside}{switch}"] = getattr(module, switch)
+                    setattr(module, switch, False)
+
+
 def _thaw(model: nn.Module, injection: Injection) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in injection.frozen:
@@ -297,6 +313,11 @@ def _thaw(model: nn.Module, injection: Injection) -> None:
         norm = modules[name]
         norm.__class__ = type(norm).__bases__[1]  # type: ignore[assignment]
     injection.frozen_norms = []
+    cleanly_named = {clean_name(name): module for name, module in modules.items()}
+    for name, value in injection.fused.items():
+        owner, _, switch = name.rpartition(".")
+        setattr(cleanly_named[owner], switch, value)
+    injection.fused = {}
 
 
 def _require_free(targets: dict[str, nn.Module], present: list[Injection]) -> None:

@@ -121,6 +121,9 @@ def read_adapter(root: nn.Module, injection: Injection, directory: Path) -> None
         )
     expected = _peft_state_dict(root, injection)
     expected = {_PREFIX + name[len(prefix) :]: tensor for name, tensor in expected.items()}
+    # With an adapted input or output embedding, PEFT writes the base's weight of it too.
+    of_base = {f"{_PREFIX}{name[len(prefix) :]}.base_layer.weight" for name in injection.targets}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in of_base}
     check_tensors(expected, tensors, str(directory))
     for name, tensor in expected.items():
         tensor.detach().copy_(tensors[name])

@@ -8,9 +8,20 @@ from typing import Optional, Union
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_lora.config import ALL_LINEAR, AUTO, LoraConfig
-from lightning_lora.layers import SUPPORTED, layer_class_for
+from lightning_lora.layers import SUPPORTED, LoraLayer, layer_class_for
+
+# Transformers' modules that read the weights of these layers of theirs and never call them.
+_READ_BY = {
+    "FalconMambaMixer": ("dt_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "MambaMixer": ("dt_proj",),
+    "TDNNLayer": ("kernel",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
 
 
 class TargetError(ValueError):
@@ -32,7 +43,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     names = {clean_name(name): module for name, module in model.named_modules()}
     if config.target_modules == ALL_LINEAR:
         heads = _output_embeddings(model)
-        found = {name: module for name, module in names.items() if layer_class_for(module) and module not in heads}
+        found = {name: module for name, module in names.items() if _is_linear(module) and module not in heads}
+        found = {name: module for name, module in found.items() if not _never_called(name, names)}
     else:
         found = {name: module for name, module in names.items() if _matches(name, config.target_modules)}
     found = {
@@ -45,11 +57,20 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     if not found:
         raise TargetError(_nothing_matched(names, config))
     for name, module in found.items():
-        if layer_class_for(module) is None:
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        layer_class = layer_class_for(module)
+        if layer_class is None:
             raise TargetError(
-                f"target_modules matches {name!r}, which is a {type(module).__module__}.{type(module).__qualname__} "
+                f"target_modules matches {name!r}, which is a {kind} "
                 f"and cannot be adapted; supported are {SUPPORTED} and their subclasses. Name the layers inside of it, "
                 "or leave it out with exclude_modules. Nothing was changed."
+            )
+        objection = None if isinstance(module, LoraLayer) else layer_class.objection(module, config)
+        objection = objection or _never_called(name, names)
+        if objection:
+            raise TargetError(
+                f"target_modules matches {name!r}, which is a {kind} and cannot be adapted: {objection}. Leave it out "
+                "with exclude_modules, or name other layers. Nothing was changed."
             )
     _warn_of_dead_patterns(found, config)
     return found
@@ -89,6 +110,22 @@ def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
         if is_pretrained and not any(_is_inside(name, outer) for outer in found):
             found[name] = module
     return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    layer_class = layer_class_for(module)
+    return layer_class is not None and layer_class.is_linear
+
+
+def _never_called(name: str, names: dict[str, nn.Module]) -> Optional[str]:
+    """Why an adapter on this layer would never run, if so."""
+    holder_name, _, child = name.rpartition(".")
+    holder = type(names.get(holder_name))
+    read = child in _READ_BY.get(holder.__name__, ()) and holder.__module__.startswith("transformers.")
+    # Torch's type for the output layer of nn.MultiheadAttention.
+    if read or isinstance(names[name], NonDynamicallyQuantizableLinear):
+        return f"the {holder.__name__} around it reads its weight and never calls it, so an adapter would do nothing"
+    return None
 
 
 def _output_embeddings(model: nn.Module) -> set[nn.Module]:

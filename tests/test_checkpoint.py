@@ -77,6 +77,8 @@ def test_trainer_save_checkpoint(tmp_path: Path, when: str, weights_only: bool) 
     if when != "during":
         trainer.save_checkpoint(path, weights_only=weights_only)
     assert_adapter_only(path, base)
+    collected = trainer.strategy.lightning_module_state_dict()  # a sharded base must not even be gathered
+    assert collected.keys() == torch.load(path, weights_only=True)["state_dict"].keys()
     out = unmerge(model).eval()(inputs())
     assert torch.equal(load_from_checkpoint(Toy, path).eval()(inputs()), out)
 

@@ -105,6 +105,15 @@ def test_an_unsupported_kind_is_named_and_nothing_changes() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_layers_whose_weight_is_read_without_a_call() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    assert names(model) == ["linear1", "linear2"]
+    with pytest.raises(TargetError, match=r"'self_attn\.out_proj'.*the MultiheadAttention around it reads its weight"):
+        inject(model, LoraConfig(target_modules=["linear1", "out_proj"]))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert names(model, target_modules=["linear1", "out_proj"], exclude_modules=["out_proj"]) == ["linear1"]
+
+
 def test_unknown_module_to_save() -> None:
     with pytest.raises(TargetError, match=r"'classifer'.*near it are 'classifier'"):
         inject(tiny_classifier(), LoraConfig(modules_to_save=["classifer"]))

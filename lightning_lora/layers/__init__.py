@@ -5,11 +5,13 @@ from typing import Optional
 from torch import nn
 
 from lightning_lora.layers.base import LoraAdapter, LoraLayer, adapted_class, base_class
+from lightning_lora.layers.conv import CONVOLUTIONS, LoraConv
+from lightning_lora.layers.embedding import LoraEmbedding
 from lightning_lora.layers.linear import LoraConv1D, LoraLinear
 
 __all__ = ["SUPPORTED", "LoraAdapter", "LoraLayer", "adapted_class", "base_class", "layer_class_for"]
 
-SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D"
+SUPPORTED = "torch.nn.Linear, Embedding, Conv1d, Conv2d and Conv3d, transformers.pytorch_utils.Conv1D"
 
 
 def layer_class_for(module: nn.Module) -> Optional[type[LoraLayer]]:
@@ -19,6 +21,10 @@ def layer_class_for(module: nn.Module) -> Optional[type[LoraLayer]]:
     """
     if isinstance(module, nn.Linear):
         return LoraLinear
+    if isinstance(module, nn.Embedding):
+        return LoraEmbedding
+    if isinstance(module, CONVOLUTIONS):
+        return LoraConv
     if any(
         f"{cls.__module__}.{cls.__qualname__}" == "transformers.pytorch_utils.Conv1D" for cls in type(module).__mro__
     ):

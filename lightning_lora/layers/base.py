@@ -83,6 +83,7 @@ class LoraLayer(nn.Module):
 
     adapter_class: ClassVar[type[LoraAdapter]]
     dora_class: ClassVar[Optional[type[LoraAdapter]]] = None
+    is_linear: ClassVar[bool] = True  # one that "all-linear" means
 
     lora: nn.ModuleDict
     weight: nn.Parameter
@@ -92,6 +93,18 @@ class LoraLayer(nn.Module):
     def adapter_class_for(cls, config: LoraConfig) -> Optional[type[LoraAdapter]]:
         """The class of adapter that a config asks for, ``None`` if this kind of layer does not have it."""
         return cls.dora_class if config.use_dora else cls.adapter_class
+
+    @classmethod
+    def objection(cls, module: nn.Module, config: LoraConfig) -> Optional[str]:
+        """Why this very module cannot be adapted as the config asks, ``None`` if it can."""
+        if "weight" not in module._parameters:
+            return "its weight is computed of others (a parametrization), so nothing can be folded into it"
+        adapter_class = cls.adapter_class_for(config)
+        if adapter_class is None:
+            return "use_dora is not for this kind of layer"
+        if not adapter_class.is_matrix and (config.takes_from_base or config.init_lora_weights == "orthogonal"):
+            return f"init_lora_weights={config.init_lora_weights!r} is not for this kind of layer"
+        return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
