@@ -333,13 +333,13 @@ def _require_free(targets: dict[str, nn.Module], present: list[Injection]) -> No
 
 
 def _warn_of_ties(model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            full_name = clean_name(f"{module_name}.{name}".lstrip("."))
+            holders.setdefault(id(parameter), []).append((module, full_name))
     for name, module in targets.items():
-        others = [
-            clean_name(f"{other_name}.{parameter_name}".lstrip("."))
-            for other_name, other in model.named_modules()
-            for parameter_name, parameter in other.named_parameters(recurse=False)
-            if other is not module and parameter is module.weight
-        ]
+        others = [other_name for other, other_name in holders[id(module.weight)] if other is not module]
         if others:
             rank_zero_warn(
                 f"The weight of {name!r} is tied to {', '.join(map(repr, others))}. The adapter changes {name!r} "

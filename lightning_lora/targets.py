@@ -138,10 +138,11 @@ def _new_heads(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, nn.M
     for hf_name, hf_model in hf_models.items():
         body = getattr(hf_model, str(hf_model.base_model_prefix), hf_model)
         output = hf_model.get_output_embeddings()  # type: ignore[operator]
-        if body is hf_model:
+        # Beside an output embedding, what is not body belongs to the pretrained head.
+        if body is hf_model or output is not None:
             continue
         for name, child in hf_model.named_children():
-            if child is not body and output not in set(child.modules()):
+            if child is not body:
                 yield from _if_trainable(f"{hf_name}.{name}".lstrip("."), child, config)
     if hf_models and "" not in hf_models:
         yield from _siblings_of(hf_models, "", model, config)

@@ -1,0 +1,67 @@
+"""LoRA on ``nn.Embedding``."""
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import LoraConfig
+from lightning_lora.functional import low_rank_product
+from lightning_lora.initialize import fill_
+from lightning_lora.layers.base import LoraAdapter, LoraLayer
+
+
+class EmbeddingAdapter(LoraAdapter):
+    """``out + scaling * (B A)^T[x]`` with A of shape ``(r, num_embeddings)`` and B of shape ``(embedding_dim, r)``.
+
+    A starts at zero and B is drawn from the normal distribution, as PEFT has it: the other way round than in a linear
+    layer. The input holds indices, so there is nothing to drop out. The row of the ``padding_idx`` gets no gradient,
+    and so stays the base's.
+    """
+
+    peft_names = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+
+    def shapes(self, base_layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        num_embeddings, embedding_dim = base_layer.weight.shape  # type: ignore[union-attr,misc]
+        return (self.r, num_embeddings), (embedding_dim, self.r)
+
+    def forward(self, x: Tensor, out: Tensor, layer: nn.Module) -> Tensor:
+        padding_idx: Optional[int] = layer.padding_idx  # type: ignore[assignment]
+        low_rank = nn.functional.embedding(x, self.lora_A.t(), padding_idx)
+        lora_B: Tensor = _embed_scale(layer) * (self.scaling * self.lora_B)
+        # In the adapter's precision, as the rows were looked up; rounded once.
+        return (out + low_rank @ lora_B.t()).to(out.dtype)
+
+    def delta_weight(self) -> Tensor:
+        return low_rank_product(self.lora_A, self.lora_B, self.scaling).t()
+
+    def reset_parameters(self) -> None:
+        kind_A = "normal" if self._init is False else "zeros"
+        fill_(self.lora_A, kind_A, self._seed, f"{self._qualified_name}.lora_A")
+        fill_(self.lora_B, "normal", self._seed, f"{self._qualified_name}.lora_B")
+
+
+class LoraEmbedding(LoraLayer):
+    """``nn.Embedding``, and its subclasses that multiply the rows by a number, ``embed_scale``."""
+
+    adapter_class = EmbeddingAdapter
+    is_linear = False
+
+    @classmethod
+    def objection(cls, module: nn.Module, config: LoraConfig) -> Optional[str]:
+        assert isinstance(module, nn.Embedding)
+        if module.max_norm is not None:
+            return "max_norm changes its weight at every look-up, so it cannot be frozen"
+        if module.sparse or module.scale_grad_by_freq:
+            return (
+                "sparse and scale_grad_by_freq are for the gradient of its own weight, which is frozen; turn them off"
+            )
+        if type(module).forward is not nn.Embedding.forward and torch.as_tensor(_embed_scale(module, ())).numel() != 1:
+            return "its class has a forward of its own, which may not be a look-up in its weight"
+        return super().objection(module, config)
+
+
+def _embed_scale(layer: nn.Module, default: Any = 1.0) -> Any:
+    """What the forward of many of transformers' embeddings multiplies the rows by."""
+    scale = getattr(layer, "embed_scale", default)
+    return scale.to(layer.weight.dtype) if isinstance(scale, Tensor) else scale  # type: ignore[arg-type]
