@@ -1,0 +1,89 @@
+"""What README says is so."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_lora import LoRA, LoraConfig, TargetError, eject, inject
+from lightning_lora.layers import layer_class_for
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+LAYERS = {
+    "`nn.Linear`": (lambda: nn.Linear(8, 8), torch.randn(2, 8)),
+    "transformers' `Conv1D`": (lambda: Conv1D(8, 8), torch.randn(2, 8)),
+    "`nn.Embedding`": (lambda: nn.Embedding(8, 8), torch.arange(2)),
+    "`nn.Conv1d`": (lambda: nn.Conv1d(8, 8, 3), torch.randn(2, 8, 9)),
+    "`nn.Conv2d`": (lambda: nn.Conv2d(8, 8, 3), torch.randn(2, 8, 9, 9)),
+    "`nn.Conv3d`": (lambda: nn.Conv3d(8, 8, 3), torch.randn(2, 8, 5, 5, 5)),
+}
+VARIANTS = {
+    "LoRA": {},
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "fast PiSSA": {"init_lora_weights": "pissa_niter_16"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    '"all-linear"': None,
+}
+
+
+def works(layer: str, variant: str) -> bool:
+    """Inject, run, train a little, merge and compare; ``False`` where the combination is refused."""
+    make, x = LAYERS[layer]
+    torch.manual_seed(0)
+    module = nn.Sequential(make())
+    settings = VARIANTS[variant]
+    if settings is None:
+        return layer_class_for(module[0]).is_linear  # type: ignore[union-attr]
+    before = module(x)
+    try:
+        inject(module, LoraConfig(r=2, target_modules=["0"], **settings))
+    except TargetError:
+        return False
+    torch.testing.assert_close(module(x), before, rtol=1e-4, atol=1e-5)
+    module(x).square().sum().backward()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.sub_(0.01 * parameter.grad)
+    trained = module(x)
+    assert not torch.allclose(trained, before, atol=1e-4)
+    torch.testing.assert_close(eject(module, merge=True)(x), trained, rtol=1e-4, atol=1e-4)
+    return True
+
+
+def test_the_table_of_layers_and_variants_is_true() -> None:
+    lines = [f"| layer | {' | '.join(VARIANTS)} |", "|---" * (1 + len(VARIANTS)) + "|"]
+    for layer in LAYERS:
+        lines.append(f"| {layer} | {' | '.join('yes' if works(layer, variant) else '' for variant in VARIANTS)} |")
+    table = re.sub(r" +", " ", "\n".join(lines))
+    assert table in re.sub(r" +", " ", README), f"README's table should be:\n{table}"
+
+
+def test_the_table_of_settings_names_them_all() -> None:
+    import inspect
+
+    named = set(re.findall(r"`(\w+)`", README.split("| setting |")[1].split("\n\n")[0]))
+    settings = set(inspect.signature(LoRA.__init__).parameters) - {"self", "config", "adapter_name"}
+    assert settings <= named
+
+
+def test_the_recipes_are_those_that_are_there() -> None:
+    recipes = {path.name for path in (ROOT / "recipes").glob("*.yaml")}
+    assert recipes == set(re.findall(r"`recipes/(\w+\.yaml)`", README))
+    for name in recipes:
+        assert {"trainer", "model", "data"} <= yaml.safe_load((ROOT / "recipes" / name).read_text()).keys()
+
+
+@pytest.mark.parametrize("marker", ["quickstart", "test"])
+def test_commands_are_single_lines(marker: str) -> None:
+    block = README.split(f"<!-- {marker} -->\n```bash\n")[1].split("\n```")[0]
+    assert "\n" not in block
