@@ -39,8 +39,8 @@ class LoraConfig:
         use_rslora: Scale by ``lora_alpha / sqrt(r)``.
         use_dora: Train a magnitude for each output beside the direction (DoRA; Liu et al., arXiv 2402.09353).
         init_lora_weights: ``True`` draws A from the Kaiming-uniform distribution of ``nn.Linear``, ``"gaussian"`` from
-            a normal one with deviation ``1 / r``; B is zero, so that the fresh adapter changes nothing. ``"pissa"``
-            (Meng et al., arXiv 2404.02948) starts at the principal singular vectors of the weight,
+            a normal one with deviation ``1 / r``; B (in an embedding A) is zero, so that the fresh adapter changes
+            nothing. ``"pissa"`` (Meng et al., arXiv 2404.02948) starts at the principal singular vectors of the weight,
             ``"pissa_niter_<n>"`` at a fast approximation of them, ``"olora"`` (Büyükakyüz, arXiv 2406.01775) at its QR
             decomposition; both take their start out of the weight, so that the function changes by rounding alone.
             ``"orthogonal"`` draws A and B from orthogonal subspaces (even ranks), and ``False`` draws B too.

@@ -216,8 +216,9 @@ def _nothing_matched(names: dict[str, nn.Module], config: LoraConfig) -> str:
     return (
         f"target_modules={config.target_modules!r} matches no module of the model{chosen}{excluded}. "
         + (f"Near it are {', '.join(map(repr, near))}. " if near else "")
-        + f"The layers that can be adapted, by the end of their names: {listing}. Name some of these, or pass "
-        '"all-linear". If the model is built later, inject after it is built. Nothing was changed.'
+        + f"The layers that can be adapted, by the end of their names: {listing}. Name some of these"
+        + (', or pass "all-linear"' if config.target_modules != ALL_LINEAR else "")
+        + ". If the model is built later, inject after it is built. Nothing was changed."
     )
 
 

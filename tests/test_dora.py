@@ -157,3 +157,94 @@ def test_a_run_with_dropout_resumes_and_merges(tmp_path: Path) -> None:
     torch.testing.assert_close(unmerge(whole).eval()(toys.inputs()), merged, rtol=1e-4, atol=1e-5)
     toys.assert_same_tensors(adapter_state_dict(unmerge(resumed)), adapter_state_dict(whole))
     toys.assert_same_tensors(eject(whole).state_dict(), base)
+
+
+OTHERS: dict[str, tuple[Any, Tensor]] = {
+    "embedding": (lambda: nn.Embedding(9, 6, padding_idx=2), torch.arange(9).view(3, 3)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), torch.randn(2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), padding="same", bias=False), torch.randn(2, 4, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 3, padding=1), torch.randn(1, 4, 4, 4, 4)),
+}
+
+
+def other(kind: str, **config: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(OTHERS[kind][0]())
+    return inject(model, LoraConfig(r=3, lora_alpha=6, use_dora=True, target_modules=["0"], **config))
+
+
+def train_a_little(model: nn.Module) -> None:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_layers_equal_the_formula(kind: str) -> None:
+    model = other(kind)
+    x = OTHERS[kind][1]
+    torch.manual_seed(0)
+    plain = OTHERS[kind][0]()
+    assert torch.equal(model(x), plain(x))
+    train_a_little(model)
+    adapter = model[0].lora["default"]
+    leaves = [adapter.lora_A, adapter.lora_B, adapter.lora_magnitude_vector]
+    A, B, m = leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    weight = plain.weight.detach().double()
+    out_dim = 1 if kind == "embedding" else 0
+    delta = (B.flatten(1) @ A.flatten(1)).T if kind == "embedding" else (B.flatten(1) @ A.flatten(1)).view_as(weight)
+    direction = weight + 2 * delta
+    norm = direction.detach().transpose(0, out_dim).flatten(1).norm(dim=1)
+    factor = (m.flatten() / norm).view([-1 if dim == out_dim else 1 for dim in range(weight.dim())])
+    twin = OTHERS[kind][0]().double()
+    expected = torch.func.functional_call(
+        twin,
+        {**dict(plain.double().named_parameters()), "weight": factor * direction},
+        x if kind == "embedding" else x.double(),
+    )
+    out = model(x)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn_like(out)
+    if kind == "embedding":
+        upstream[x == 2] = 0  # the row of the padding index gets no gradient
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    for tensor, leaf in zip([adapter.lora_A, adapter.lora_B, adapter.lora_magnitude_vector], leaves, strict=True):
+        torch.testing.assert_close(tensor.grad.double(), leaf.grad, rtol=1e-4, atol=1e-4)
+    base = model[0].weight
+    torch.testing.assert_close(merge(model)(x), out, rtol=1e-4, atol=1e-5)
+    assert unmerge(model)[0].weight is base
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_layers_beside_peft(kind: str, tmp_path: Path) -> None:
+    def plain() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(OTHERS[kind][0]())
+
+    x = OTHERS[kind][1]
+    model = other(kind)
+    train_a_little(model)
+    save_adapter(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(plain(), tmp_path / "ours")
+    torch.testing.assert_close(theirs(x), model(x), rtol=1e-5, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(load_adapter(plain(), tmp_path / "theirs")(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions_with_dropout_scale_what_they_see() -> None:
+    model = other("conv1d", lora_dropout=0.5)
+    train_a_little(model)
+    x = OTHERS["conv1d"][1]
+    torch.manual_seed(3)
+    dropped = nn.functional.dropout(x, 0.5)
+    torch.manual_seed(3)
+    trained = model(x)
+    model.eval()
+    layer = model[0]
+    base = nn.functional.conv1d(x, layer.weight, layer.bias, 2, 1)
+    # What the adapter adds, it adds as to the dropped input.
+    expected = base + model(dropped) - nn.functional.conv1d(dropped, layer.weight, layer.bias, 2, 1)
+    torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-5)

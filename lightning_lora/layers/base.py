@@ -28,6 +28,7 @@ class LoraAdapter(nn.Module):
 
     # Whether A and B are factors of one matrix, which is what the orthogonal start and those from the weight need.
     is_matrix: ClassVar[bool] = False
+    out_dim: ClassVar[int] = 0  # the dimension of the base weight that counts outputs
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -54,7 +55,19 @@ class LoraAdapter(nn.Module):
 
     def forward(self, x: Tensor, out: Tensor, layer: nn.Module) -> Tensor:
         """Add the low-rank path of the layer's input ``x`` to the base layer's output ``out``."""
+        return self.add_path(self.dropout(x), out, layer, self.lora_B)
+
+    def add_path(self, x: Tensor, out: Tensor, layer: nn.Module, lora_B: Tensor) -> Tensor:
+        """Add the path of A and the given B to ``out``."""
         raise NotImplementedError
+
+    def base_product(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """The base layer's output for ``x``, without its bias."""
+        raise NotImplementedError
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The base weight, or one in its layout, as a matrix with a row for each output; a view."""
+        return weight.movedim(self.out_dim, 0).flatten(1)
 
     def delta_weight(self) -> Tensor:
         """The update of the base weight, in the base weight's layout, in float32 or better."""
@@ -82,7 +95,7 @@ class LoraLayer(nn.Module):
     """
 
     adapter_class: ClassVar[type[LoraAdapter]]
-    dora_class: ClassVar[Optional[type[LoraAdapter]]] = None
+    dora_class: ClassVar[type[LoraAdapter]]
     is_linear: ClassVar[bool] = True  # one that "all-linear" means
 
     lora: nn.ModuleDict
@@ -90,8 +103,8 @@ class LoraLayer(nn.Module):
     _base_weight: Optional[nn.Parameter]
 
     @classmethod
-    def adapter_class_for(cls, config: LoraConfig) -> Optional[type[LoraAdapter]]:
-        """The class of adapter that a config asks for, ``None`` if this kind of layer does not have it."""
+    def adapter_class_for(cls, config: LoraConfig) -> type[LoraAdapter]:
+        """The class of adapter that a config asks for."""
         return cls.dora_class if config.use_dora else cls.adapter_class
 
     @classmethod
@@ -99,10 +112,7 @@ class LoraLayer(nn.Module):
         """Why this very module cannot be adapted as the config asks, ``None`` if it can."""
         if "weight" not in module._parameters:
             return "its weight is computed of others (a parametrization), so nothing can be folded into it"
-        adapter_class = cls.adapter_class_for(config)
-        if adapter_class is None:
-            return "use_dora is not for this kind of layer"
-        if not adapter_class.is_matrix and (config.takes_from_base or config.init_lora_weights == "orthogonal"):
+        if not cls.adapter_class.is_matrix and (config.takes_from_base or config.init_lora_weights == "orthogonal"):
             return f"init_lora_weights={config.init_lora_weights!r} is not for this kind of layer"
         return None
 

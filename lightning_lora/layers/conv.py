@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from lightning_lora.config import LoraConfig
 from lightning_lora.functional import low_rank_product
 from lightning_lora.layers.base import LoraAdapter, LoraLayer
+from lightning_lora.layers.dora import DoraAdapter
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POINTWISE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -29,20 +30,29 @@ class ConvAdapter(LoraAdapter):
         out_channels, in_channels, *kernel_size = base_layer.weight.shape  # type: ignore[union-attr,misc]
         return (self.r, in_channels, *kernel_size), (out_channels, self.r, *(1 for _ in kernel_size))
 
-    def forward(self, x: Tensor, out: Tensor, layer: nn.Module) -> Tensor:
-        low_rank: Tensor = layer._conv_forward(self.dropout(x), self.lora_A.to(x.dtype), None)  # type: ignore[operator]
-        lora_B = (self.scaling * self.lora_B).to(low_rank.dtype)
+    def add_path(self, x: Tensor, out: Tensor, layer: nn.Module, lora_B: Tensor) -> Tensor:
+        low_rank: Tensor = layer._conv_forward(x, self.lora_A.to(x.dtype), None)  # type: ignore[operator]
+        lora_B = (self.scaling * lora_B).to(low_rank.dtype)
         return out + _POINTWISE[lora_B.dim()](low_rank, lora_B).to(out.dtype)
+
+    def base_product(self, x: Tensor, layer: nn.Module) -> Tensor:
+        product: Tensor = layer._conv_forward(x, layer.weight, None)  # type: ignore[operator]
+        return product
 
     def delta_weight(self) -> Tensor:
         product = low_rank_product(self.lora_A.flatten(1), self.lora_B.flatten(1), self.scaling)
         return product.view(-1, *self.lora_A.shape[1:])
 
 
+class DoraConvAdapter(DoraAdapter, ConvAdapter):
+    """DoRA on a convolution: a magnitude for each output channel."""
+
+
 class LoraConv(LoraLayer):
     """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, and subclasses that leave the forward as it is."""
 
     adapter_class = ConvAdapter
+    dora_class = DoraConvAdapter
     is_linear = False
 
     @classmethod

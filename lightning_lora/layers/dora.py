@@ -5,18 +5,20 @@ Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09
 (their section 4.3), and ``m`` starts at ``|W0|``, so that a fresh adapter changes nothing.
 """
 
-from collections.abc import Callable
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.functional import add_low_rank
 from lightning_lora.layers.base import LoraAdapter
 
 
 class DoraAdapter(LoraAdapter):
-    """Mixin for an adapter of a linear layer, with ``lora_magnitude_vector`` of shape ``(out_features,)``."""
+    """Mixin for the adapter of any kind of layer, with ``lora_magnitude_vector``: one number for each output.
+
+    It has PEFT's shape: ``(outputs,)``, or ``(1, outputs, 1, ...)`` in a convolution.
+    """
 
     peft_names = {**LoraAdapter.peft_names, "lora_magnitude_vector": "lora_magnitude_vector"}
 
@@ -24,29 +26,30 @@ class DoraAdapter(LoraAdapter):
 
     def __init__(self, base_layer: nn.Module, config: LoraConfig, layer_name: str, adapter_name: str) -> None:
         super().__init__(base_layer, config, layer_name, adapter_name)
-        weight = self.rows(base_layer.weight)  # type: ignore[arg-type]
-        self.lora_magnitude_vector = nn.Parameter(self._norm(weight).to(self.lora_B.dtype))
-
-    rows: Callable[[Tensor], Tensor]  # of the linear layer's adapter
+        norm = self._along_channels(self._norm(base_layer.weight)).to(self.lora_B.dtype)  # type: ignore[arg-type]
+        self.lora_magnitude_vector = nn.Parameter(norm if norm.dim() == 1 else norm.unsqueeze(0))
 
     def forward(self, x: Tensor, out: Tensor, layer: nn.Module) -> Tensor:
-        x_dropped = self.dropout(x)
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        x = self.dropout(x)
+        bias: Optional[Tensor] = getattr(layer, "bias", None)
         if self.training and self.dropout.p > 0:
-            # The magnitude scales the whole of V, which then sees the same input.
-            base = nn.functional.linear(x_dropped, self.rows(weight))
+            base = self.base_product(x, layer)  # the magnitude scales the whole of V, which then sees the same input
         else:
-            base = out if bias is None else out - bias
-        scale = self.lora_magnitude_vector / self._norm(self.rows(weight))
-        out = torch.addcmul(out, base.to(out.dtype), (scale - 1).to(out.dtype))
-        return add_low_rank(out, x_dropped, self.lora_A, scale.unsqueeze(1) * self.lora_B, self.scaling)
+            base = out if bias is None else out - self._along_channels(bias)
+        scale = self.lora_magnitude_vector.flatten() / self._norm(layer.weight)  # type: ignore[arg-type]
+        out = torch.addcmul(out, base.to(out.dtype), self._along_channels(scale - 1).to(out.dtype))
+        return self.add_path(x, out, layer, scale.view(-1, *(1 for _ in self.lora_B.shape[1:])) * self.lora_B)
 
     def fold(self, weight: Tensor) -> Tensor:
-        folded = self.rows(weight + self.delta_weight())
-        norm = torch.linalg.vector_norm(folded, dim=1).clamp_min(torch.finfo(folded.dtype).tiny)
-        folded = folded * (self.lora_magnitude_vector / norm).unsqueeze(1)
-        return self.rows(folded)
+        folded = weight + self.delta_weight()
+        norm = torch.linalg.vector_norm(self.rows(folded), dim=1).clamp_min(torch.finfo(folded.dtype).tiny)
+        scale = self.lora_magnitude_vector.flatten() / norm
+        scaled: Tensor = folded.movedim(self.out_dim, -1) * scale
+        return scaled.movedim(-1, self.out_dim)
+
+    def _along_channels(self, values: Tensor) -> Tensor:
+        """One value for each output, in a shape that broadcasts over the layer's output."""
+        return values.view(-1, *(1 for _ in self.lora_B.shape[2:]))
 
     @torch.no_grad()
     def _norm(self, weight: Tensor) -> Tensor:
@@ -54,11 +57,12 @@ class DoraAdapter(LoraAdapter):
 
         ``|w + u|^2 = |w|^2 + 2 w.u + |u|^2``, where ``u`` is a row of ``scaling * B A``.
         """
+        weight = self.rows(weight)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        lora_A, lora_B = self.lora_A.to(dtype), self.scaling * self.lora_B.to(dtype)
+        lora_A, lora_B = self.lora_A.flatten(1).to(dtype), self.scaling * self.lora_B.flatten(1).to(dtype)
         squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
-        cross = ((weight @ self.lora_A.to(weight.dtype).t()).to(dtype) * lora_B).sum(1)
+        cross = ((weight @ lora_A.to(weight.dtype).t()).to(dtype) * lora_B).sum(1)
         update = ((lora_B @ (lora_A @ lora_A.t())) * lora_B).sum(1)
-        # A row of zeros has no direction; it stays zero.
         norm: Tensor = (squares + 2 * cross + update).sqrt()
+        # A row of zeros has no direction; it stays zero.
         return norm.clamp_min(torch.finfo(dtype).tiny)

@@ -9,6 +9,7 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.functional import low_rank_product
 from lightning_lora.initialize import fill_
 from lightning_lora.layers.base import LoraAdapter, LoraLayer
+from lightning_lora.layers.dora import DoraAdapter
 
 
 class EmbeddingAdapter(LoraAdapter):
@@ -20,15 +21,20 @@ class EmbeddingAdapter(LoraAdapter):
     """
 
     peft_names = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+    out_dim = 1
+
+    def __init__(self, base_layer: nn.Module, config: LoraConfig, layer_name: str, adapter_name: str) -> None:
+        super().__init__(base_layer, config, layer_name, adapter_name)
+        self.dropout.p = 0.0
 
     def shapes(self, base_layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
         num_embeddings, embedding_dim = base_layer.weight.shape  # type: ignore[union-attr,misc]
         return (self.r, num_embeddings), (embedding_dim, self.r)
 
-    def forward(self, x: Tensor, out: Tensor, layer: nn.Module) -> Tensor:
+    def add_path(self, x: Tensor, out: Tensor, layer: nn.Module, lora_B: Tensor) -> Tensor:
         padding_idx: Optional[int] = layer.padding_idx  # type: ignore[assignment]
         low_rank = nn.functional.embedding(x, self.lora_A.t(), padding_idx)
-        lora_B: Tensor = _embed_scale(layer) * (self.scaling * self.lora_B)
+        lora_B = _embed_scale(layer) * (self.scaling * lora_B)
         # In the adapter's precision, as the rows were looked up; rounded once.
         return (out + low_rank @ lora_B.t()).to(out.dtype)
 
@@ -41,10 +47,17 @@ class EmbeddingAdapter(LoraAdapter):
         fill_(self.lora_B, "normal", self._seed, f"{self._qualified_name}.lora_B")
 
 
+class DoraEmbeddingAdapter(DoraAdapter, EmbeddingAdapter):
+    """DoRA on an embedding: a magnitude for each dimension, as in PEFT."""
+
+    peft_names = {**EmbeddingAdapter.peft_names, "lora_magnitude_vector": "lora_magnitude_vector"}
+
+
 class LoraEmbedding(LoraLayer):
     """``nn.Embedding``, and its subclasses that multiply the rows by a number, ``embed_scale``."""
 
     adapter_class = EmbeddingAdapter
+    dora_class = DoraEmbeddingAdapter
     is_linear = False
 
     @classmethod

@@ -18,15 +18,14 @@ class LinearAdapter(LoraAdapter):
         out_features, in_features = self.rows(base_layer.weight).shape  # type: ignore[arg-type]
         return (self.r, in_features), (out_features, self.r)
 
-    def rows(self, weight: Tensor) -> Tensor:
-        """The base weight, or one in its layout, as ``(out_features, in_features)``; its own inverse."""
-        return weight
+    def add_path(self, x: Tensor, out: Tensor, layer: nn.Module, lora_B: Tensor) -> Tensor:
+        return add_low_rank(out, x, self.lora_A, lora_B, self.scaling)
 
-    def forward(self, x: Tensor, out: Tensor, layer: nn.Module) -> Tensor:
-        return add_low_rank(out, self.dropout(x), self.lora_A, self.lora_B, self.scaling)
+    def base_product(self, x: Tensor, layer: nn.Module) -> Tensor:
+        return nn.functional.linear(x, self.rows(layer.weight))  # type: ignore[arg-type]
 
     def delta_weight(self) -> Tensor:
-        return self.rows(low_rank_product(self.lora_A, self.lora_B, self.scaling))
+        return low_rank_product(self.lora_A, self.lora_B, self.scaling).movedim(0, self.out_dim)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -61,8 +60,7 @@ class LinearAdapter(LoraAdapter):
 class Conv1DAdapter(LinearAdapter):
     """The same for a weight of shape ``(in_features, out_features)``."""
 
-    def rows(self, weight: Tensor) -> Tensor:
-        return weight.t()
+    out_dim = 1
 
 
 class DoraLinearAdapter(DoraAdapter, LinearAdapter):
