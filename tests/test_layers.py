@@ -6,13 +6,14 @@ import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoraConfig, eject, inject, merge, unmerge
-from lightning_lora.functional import add_low_rank
+from lightning_lora.functional import add_low_rank, low_rank_linear
 
 KINDS = ("linear", "linear without bias", "conv1d")
 
@@ -135,6 +136,52 @@ def test_arithmetic_passes_gradcheck() -> None:
     tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(lambda *t: add_low_rank(*t, 0.7), tensors)
     assert torch.autograd.gradgradcheck(lambda *t: add_low_rank(*t, 0.7), tensors)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_base_and_path_in_one_pass_gradcheck(with_bias: bool) -> None:
+    torch.manual_seed(0)
+    shapes = [(2, 3, 4), (5, 4), (5,), (2, 4), (5, 2)]
+    x, weight, bias, A, B = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    weight = weight.detach()
+
+    def one(x: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return low_rank_linear(x, weight, bias if with_bias else None, A, B, 0.7)
+
+    torch.testing.assert_close(
+        one(x, bias, A, B), add_low_rank(nn.functional.linear(x, weight, bias if with_bias else None), x, A, B, 0.7)
+    )
+    assert torch.autograd.gradcheck(one, (x, bias, A, B))
+    assert torch.autograd.gradgradcheck(one, (x, bias, A, B))
+
+
+def test_function_transforms() -> None:
+    """Per-sample gradients by torch.func, as users of differential privacy or of curvature take them."""
+    layer = adapted(nn.Linear(4, 3), 2)
+    adapter = layer.lora["default"]  # type: ignore[index]
+    trained = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+    frozen = {name: p.detach() for name, p in layer.named_parameters() if not p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {**frozen, **parameters}, (x,)).square().sum()
+
+    x = torch.randn(6, 4)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, x)
+    layer(x).square().sum().backward()
+    for name, parameter in adapter.named_parameters():
+        torch.testing.assert_close(each[f"lora.default.{name}"].sum(0), parameter.grad)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    model = nn.Sequential(adapted(nn.Linear(4, 4), 2), nn.ReLU(), adapted(nn.Linear(4, 4), 2))
+    x = torch.randn(5, 4, requires_grad=True)
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    for parameter, gradient in zip((p for p in model.parameters() if p.requires_grad), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
 
 
 def test_half_precision_bases_get_float32_adapters_and_inputs_are_not_cast() -> None:

@@ -1,11 +1,13 @@
 """LoRA on ``nn.Linear`` and on transformers' ``Conv1D``, a linear layer that stores its weight transposed."""
 
+from typing import Any, Optional
+
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.functional import add_low_rank, low_rank_product
+from lightning_lora.functional import add_low_rank, low_rank_linear, low_rank_product
 from lightning_lora.initialize import from_weight, orthogonal
-from lightning_lora.layers.base import LoraAdapter, LoraLayer
+from lightning_lora.layers.base import LoraAdapter, LoraLayer, base_class
 from lightning_lora.layers.dora import DoraAdapter
 
 
@@ -76,6 +78,27 @@ class LoraLinear(LoraLayer):
 
     adapter_class = LinearAdapter
     dora_class = DoraLinearAdapter
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not self._is_plain(x):
+            return super().forward(x, *args, **kwargs)
+        (adapter,) = self.lora.values()
+        bias: Optional[Tensor] = self.bias  # type: ignore[assignment]
+        return low_rank_linear(x, self.weight, bias, adapter.lora_A, adapter.lora_B, adapter.scaling)  # type: ignore
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether base and adapter can run as one: a single LoRA in one dtype on the forward of ``nn.Linear``."""
+        adapter = next(iter(self.lora.values()))
+        return (
+            not self.merged
+            and not self.weight.requires_grad
+            and type(adapter) is LinearAdapter
+            and len(self.lora) == 1
+            and not (adapter.training and adapter.dropout.p)
+            and base_class(self).forward is nn.Linear.forward
+            and x.dtype == self.weight.dtype == adapter.lora_A.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+        )
 
 
 class LoraConv1D(LoraLayer):

@@ -1,0 +1,1 @@
+"""Side by side with PEFT, full fine-tuning and the floor: run as ``python -m benchmarks.<name>``."""
