@@ -19,6 +19,7 @@ from typing import Any, Optional, TypeVar, Union
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from torch import nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.inject import inject
@@ -144,6 +145,12 @@ def read_checkpoint(path: Union[str, Path]) -> dict[str, Any]:
     return checkpoint
 
 
+def inject_as_saved(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Put the adapters into a bare model that a checkpoint has; their tensors are still to be loaded."""
+    for entry in checkpoint[KEY]["adapters"]:
+        inject(model.get_submodule(entry["module"]), LoraConfig.from_dict(entry["config"]), entry["adapter_name"])
+
+
 def load_from_checkpoint(module_class: type[ModuleT], checkpoint_path: Union[str, Path], **init_kwargs: Any) -> ModuleT:
     """Rebuild a LightningModule from its base and a small adapter checkpoint.
 
@@ -166,8 +173,7 @@ def load_from_checkpoint(module_class: type[ModuleT], checkpoint_path: Union[str
         module = module_class.load_from_checkpoint(
             _as_file({**checkpoint, "state_dict": {}}), strict=False, weights_only=True, **init_kwargs
         )
-    for entry in checkpoint[KEY]["adapters"]:
-        inject(module.get_submodule(entry["module"]), LoraConfig.from_dict(entry["config"]), entry["adapter_name"])
+    inject_as_saved(module, checkpoint)
     module.load_state_dict(check_checkpoint(module, checkpoint, str(checkpoint_path)), strict=False)
     return module
 

@@ -16,7 +16,14 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers import LoraLayer, adapted_class, base_class, layer_class_for
-from lightning_lora.targets import TargetError, clean_name, find_modules_to_save, find_targets
+from lightning_lora.targets import (
+    TargetError,
+    clean_name,
+    find_modules_to_save,
+    find_targets,
+    is_inside,
+    modules_by_name,
+)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -152,7 +159,7 @@ def injections(model: nn.Module) -> Iterator[tuple[str, nn.Module, Injection]]:
 
 def adapted_layers(root: nn.Module, injection: Injection) -> Iterator[tuple[str, LoraLayer]]:
     """The adapted layers of one injection."""
-    modules = {clean_name(name): module for name, module in root.named_modules()}
+    modules = modules_by_name(root)
     for name in injection.targets:
         layer = modules[name]
         assert isinstance(layer, LoraLayer)
@@ -227,7 +234,7 @@ def is_folded(model: nn.Module) -> bool:
 def restore_folded(model: nn.Module) -> None:
     """Undo ``eject(model, merge=True)``: the base weights back bit for bit, the adapters in their layers."""
     for root in [module for module in model.modules() if module in _folded]:
-        modules = {clean_name(name): module for name, module in root.named_modules()}
+        modules = modules_by_name(root)
         for folded in _folded.pop(root):
             for name in folded.injection.targets:
                 layer = modules[name]
@@ -285,8 +292,8 @@ def _put_parameters(model: nn.Module, parameters: dict[str, nn.Parameter]) -> No
 
 
 def _freeze_norms(model: nn.Module, injection: Injection) -> None:
-    for name, module in model.named_modules():
-        inside_saved = any(name == saved or name.startswith(f"{saved}.") for saved in injection.saved)
+    for name, module in modules_by_name(model).items():
+        inside_saved = any(is_inside(name, saved) for saved in injection.saved)
         tracks = isinstance(module, _NormBase) and module.track_running_stats
         if tracks and not inside_saved and not isinstance(module, FrozenNorm):
             injection.frozen_norms.append(name)
@@ -295,12 +302,11 @@ def _freeze_norms(model: nn.Module, injection: Injection) -> None:
 
 def _leave_fused_path(model: nn.Module, injection: Injection) -> None:
     """Have torch's transformer encoders call their layers in eval mode too, where they else read the weights alone."""
-    for name, module in model.named_modules():
-        inside = f"{clean_name(name)}.".lstrip(".")
-        if isinstance(module, _ENCODERS) and any(target.startswith(inside) for target in injection.targets):
+    for name, module in modules_by_name(model).items():
+        if isinstance(module, _ENCODERS) and any(is_inside(target, name) for target in injection.targets):
             for switch in ("activation_relu_or_gelu", "use_nested_tensor"):
                 if getattr(module, switch, False):
-                    injection.fused[f"{inside}{switch}"] = getattr(module, switch)
+                    injection.fused[f"{name}.{switch}"] = getattr(module, switch)
                     setattr(module, switch, False)
 
 
@@ -308,15 +314,14 @@ def _thaw(model: nn.Module, injection: Injection) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in injection.frozen:
         parameters[name].requires_grad_(True)
-    modules = dict(model.named_modules())
+    modules = modules_by_name(model)
     for name in injection.frozen_norms:
         norm = modules[name]
         norm.__class__ = type(norm).__bases__[1]  # type: ignore[assignment]
     injection.frozen_norms = []
-    cleanly_named = {clean_name(name): module for name, module in modules.items()}
     for name, value in injection.fused.items():
         owner, _, switch = name.rpartition(".")
-        setattr(cleanly_named[owner], switch, value)
+        setattr(modules[owner], switch, value)
     injection.fused = {}
 
 

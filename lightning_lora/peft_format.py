@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_lora.checkpoint import KEY, read_checkpoint
+from lightning_lora.checkpoint import KEY, inject_as_saved, read_checkpoint
 from lightning_lora.config import LoraConfig
 from lightning_lora.inject import Injection, adapted_layers, eject, inject, injections
 from lightning_lora.layers import LoraLayer
@@ -96,10 +96,11 @@ def load_adapter(model: nn.Module, path: Union[str, Path], adapter_name: str = "
     fresh = not list(injections(model))
     try:
         if path.is_dir():
+            config = _read_config(path)
             if fresh:
                 hf_models = list(pretrained_models(model).values())
-                inject(hf_models[0] if len(hf_models) == 1 else model, read_directory(path)[0], adapter_name)
-            read_adapter(*_only_injection(model), path)
+                inject(hf_models[0] if len(hf_models) == 1 else model, config, adapter_name)
+            _load_tensors(*_only_injection(model), path)
         else:
             _load_checkpoint(model, path, fresh)
     except CheckpointError:
@@ -111,7 +112,12 @@ def load_adapter(model: nn.Module, path: Union[str, Path], adapter_name: str = "
 
 def read_adapter(root: nn.Module, injection: Injection, directory: Path) -> None:
     """Load a directory's tensors into the adapter of one injection, made on ``root``; see :func:`load_adapter`."""
-    _, tensors, meta = read_directory(directory)
+    _read_config(directory)  # refuses what is not supported
+    _load_tensors(root, injection, directory)
+
+
+def _load_tensors(root: nn.Module, injection: Injection, directory: Path) -> None:
+    tensors, meta = _read_tensors(directory)
     prefix = _peft_root(root, injection)
     base = _fingerprint(root, injection, prefix)
     if meta.get(_FINGERPRINT, base) != base:
@@ -132,38 +138,35 @@ def read_adapter(root: nn.Module, injection: Injection, directory: Path) -> None
 def _load_checkpoint(model: nn.Module, path: Path, fresh: bool) -> None:
     checkpoint = read_checkpoint(path)
     if fresh:
-        for entry in checkpoint[KEY]["adapters"]:
-            inject(model.get_submodule(entry["module"]), LoraConfig.from_dict(entry["config"]), entry["adapter_name"])
+        inject_as_saved(model, checkpoint)
     check_metadata(model, checkpoint[KEY], str(path))
     expected = adapter_state_dict(model)
     load_adapter_state_dict(model, {k: v for k, v in checkpoint["state_dict"].items() if k in expected})
 
 
-def read_directory(directory: Path) -> tuple[LoraConfig, dict[str, Tensor], dict[str, str]]:
-    """Settings, tensors under PEFT's names, and the metadata of the tensor file.
-
-    Raises:
-        CheckpointError: If a file is absent or damaged, or the settings are of a kind that is not supported.
-    """
+def _read_config(directory: Path) -> LoraConfig:
+    """The settings of a directory in PEFT's format, of which both files must be there."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise CheckpointError(
                 f"{directory} has no {name}, so it is no adapter in PEFT's format: give the directory that holds "
                 f"{CONFIG_FILE} and {WEIGHTS_FILE}. Nothing was loaded."
             )
-    settings = json.loads((directory / CONFIG_FILE).read_text())
+    return _config_from_peft(json.loads((directory / CONFIG_FILE).read_text()), directory)
+
+
+def _read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors under PEFT's names, and the metadata of their file."""
     try:
         with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
             # With bias="all", PEFT writes the biases of modules_to_save twice more, under names of its own wrapper.
             keys = [key for key in file.keys() if not _WRAPPED.search(key)]  # noqa: SIM118
-            tensors = {key: file.get_tensor(key) for key in keys}
-            meta = dict(file.metadata() or {})
+            return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
     except SafetensorError as error:
         raise CheckpointError(
             f"{directory / WEIGHTS_FILE} cannot be read ({error}): it is damaged or cut short, so copy it again. "
             "Nothing was loaded."
         ) from error
-    return _config_from_peft(settings, directory), tensors, meta
 
 
 def _only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.inject import Injection, adapted_layers, base_parameters, injections, injections_of
 from lightning_lora.layers import LoraLayer
-from lightning_lora.targets import clean_name
+from lightning_lora.targets import clean_name, is_inside
 
 FORMAT_VERSION = 1
 _SAMPLES = 16
@@ -192,9 +192,8 @@ def base_tensors(root: nn.Module, injection: Injection) -> Iterator[tuple[str, T
         if other is not injection:  # what it trains is base to this one, whichever was first
             yield from other.originals.items()
     state = root.state_dict()
-    saved = tuple(f"{name}." for name in injection.saved)
     for name, buffer in root.named_buffers():
-        if name in state and not clean_name(name).startswith(saved):
+        if name in state and not _is_saved(name, injection):
             yield clean_name(name), buffer
 
 
@@ -203,12 +202,12 @@ def _adapter_names(model: nn.Module) -> Iterator[str]:
         if isinstance(module, LoraLayer):
             yield from (clean_name(f"{name}.lora.{inner}".lstrip(".")) for inner in module.lora.state_dict())
     for root_name, root, injection in injections(model):
-        buffers = [
-            clean_name(name)
-            for name, _ in root.named_buffers()
-            if any(clean_name(name).startswith(f"{saved}.") for saved in injection.saved)
-        ]
+        buffers = [clean_name(name) for name, _ in root.named_buffers() if _is_saved(name, injection)]
         yield from (f"{root_name}.{name}".lstrip(".") for name in [*injection.trained, *buffers])
+
+
+def _is_saved(name: str, injection: Injection) -> bool:
+    return any(is_inside(clean_name(name), saved) for saved in injection.saved)
 
 
 def _binding(config: LoraConfig) -> dict[str, Any]:

@@ -33,6 +33,16 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules of a model under their clean names, in the model's order."""
+    return {clean_name(name): module for name, module in model.named_modules()}
+
+
+def is_inside(name: str, other: str) -> bool:
+    """Whether a dotted name is that of ``other`` or of something in it; all is in the root, whose name is empty."""
+    return name == other or other == "" or name.startswith(f"{other}.")
+
+
 def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """The modules to adapt, by name, in the model's order.
 
@@ -40,7 +50,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         TargetError: If nothing matches, or a match is of a kind that cannot be adapted.
     """
     saved = find_modules_to_save(model, config)
-    names = {clean_name(name): module for name, module in model.named_modules()}
+    names = modules_by_name(model)
     if config.target_modules == ALL_LINEAR:
         heads = _output_embeddings(model)
         found = {name: module for name, module in names.items() if _is_linear(module) and module not in heads}
@@ -52,7 +62,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         for name, module in found.items()
         if not _matches(name, config.exclude_modules)
         and _in_chosen_layers(name, config)
-        and not any(_is_inside(name, other) for other in saved)
+        and not any(is_inside(name, other) for other in saved)
     }
     if not found:
         raise TargetError(_nothing_matched(names, config))
@@ -87,7 +97,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.M
     if config.modules_to_save == AUTO:
         return dict(_new_heads(model, config))
     found = {}
-    names = {clean_name(name): module for name, module in model.named_modules()}
+    names = modules_by_name(model)
     for pattern in config.modules_to_save:
         matching = {name: module for name, module in names.items() if _matches(name, [pattern])}
         if not matching:
@@ -98,7 +108,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.M
                 + ". Correct the name or take it out. Nothing was changed."
             )
         found.update(matching)
-    return {name: module for name, module in found.items() if not any(_is_inside(name, n) for n in found if n != name)}
+    return {name: module for name, module in found.items() if not any(is_inside(name, n) for n in found if n != name)}
 
 
 def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
@@ -107,7 +117,7 @@ def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         # Told by their attributes, so that transformers need not be imported.
         is_pretrained = hasattr(type(module), "base_model_prefix") and hasattr(module, "get_output_embeddings")
-        if is_pretrained and not any(_is_inside(name, outer) for outer in found):
+        if is_pretrained and not any(is_inside(name, outer) for outer in found):
             found[name] = module
     return found
 
@@ -155,7 +165,7 @@ def _siblings_of(
         full_name = f"{name}.{child_name}".lstrip(".")
         if full_name in hf_models:
             continue
-        if any(_is_inside(hf_name, full_name) for hf_name in hf_models):
+        if any(is_inside(hf_name, full_name) for hf_name in hf_models):
             yield from _siblings_of(hf_models, full_name, child, config)
         else:
             yield from _if_trainable(full_name, child, config)
@@ -190,10 +200,6 @@ def _in_chosen_layers(name: str, config: LoraConfig) -> bool:
     pattern = re.escape(config.layers_pattern) if config.layers_pattern else r"[^.]*"
     index = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", f"{name}.")
     return index is not None and int(index.group(1)) in ([chosen] if isinstance(chosen, int) else chosen)
-
-
-def _is_inside(name: str, other: str) -> bool:
-    return name == other or other == "" or name.startswith(f"{other}.")
 
 
 def _suffixes(names: Iterable[str]) -> list[str]:

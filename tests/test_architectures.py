@@ -11,9 +11,9 @@ import torch
 import toys
 import transformers as tf
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_peft import randomize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from toys import randomize
 
 from lightning_lora import LoRA, LoraConfig, adapter_state_dict, eject, inject, merge, save_adapter, unmerge
 from lightning_lora.layers import LoraLayer

@@ -11,9 +11,9 @@ import torch
 import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_peft import randomize
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from toys import randomize
 from transformers import ConvNextConfig, ConvNextForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from lightning_lora import LoraConfig, TargetError, eject, inject, load_adapter, merge, save_adapter, unmerge

@@ -173,14 +173,6 @@ def other(kind: str, **config: Any) -> nn.Sequential:
     return inject(model, LoraConfig(r=3, lora_alpha=6, use_dora=True, target_modules=["0"], **config))
 
 
-def train_a_little(model: nn.Module) -> None:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-
-
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_layers_equal_the_formula(kind: str) -> None:
     model = other(kind)
@@ -188,7 +180,7 @@ def test_other_layers_equal_the_formula(kind: str) -> None:
     torch.manual_seed(0)
     plain = OTHERS[kind][0]()
     assert torch.equal(model(x), plain(x))
-    train_a_little(model)
+    toys.randomize(model, 0.2)
     adapter = model[0].lora["default"]
     leaves = [adapter.lora_A, adapter.lora_B, adapter.lora_magnitude_vector]
     A, B, m = leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -226,7 +218,7 @@ def test_other_layers_beside_peft(kind: str, tmp_path: Path) -> None:
 
     x = OTHERS[kind][1]
     model = other(kind)
-    train_a_little(model)
+    toys.randomize(model, 0.2)
     save_adapter(model, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(plain(), tmp_path / "ours")
     torch.testing.assert_close(theirs(x), model(x), rtol=1e-5, atol=1e-5)
@@ -236,7 +228,7 @@ def test_other_layers_beside_peft(kind: str, tmp_path: Path) -> None:
 
 def test_convolutions_with_dropout_scale_what_they_see() -> None:
     model = other("conv1d", lora_dropout=0.5)
-    train_a_little(model)
+    toys.randomize(model, 0.2)
     x = OTHERS["conv1d"][1]
     torch.manual_seed(3)
     dropped = nn.functional.dropout(x, 0.5)

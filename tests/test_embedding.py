@@ -10,9 +10,9 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_peft import randomize
 from test_targets import tiny_classifier, tiny_llama
 from torch import Tensor, nn
+from toys import randomize
 from transformers import BartConfig, BartForConditionalGeneration, Gemma3ForCausalLM, Gemma3TextConfig
 
 from lightning_lora import LoRA, LoraConfig, TargetError, eject, inject, load_adapter, merge, save_adapter, unmerge

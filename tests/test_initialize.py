@@ -106,9 +106,7 @@ def test_the_export_is_right_on_the_original_base(
     targets = ["q_proj", "up_proj"] if make_model is tiny_llama else ["c_attn", "c_fc"]
     config = LoraConfig(r=4, lora_alpha=6, init_lora_weights=kind, target_modules=targets, **settings)
     model = inject(make_model(), config).eval()
-    with torch.no_grad():
-        for tensor in adapter_state_dict(model).values():
-            tensor.add_(torch.randn_like(tensor) / 20)
+    toys.randomize(model, 0.05)
     save_adapter(model, tmp_path)
     expected = model(IDS).logits
     theirs = peft.PeftModel.from_pretrained(make_model(), tmp_path).eval()
@@ -122,10 +120,7 @@ def test_the_export_is_right_on_the_original_base(
 def test_we_open_what_peft_saves_without_conversion(kind: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=kind, target_modules=["q_proj"])
     theirs = peft.get_peft_model(tiny_llama(), config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) / 20)
+    toys.randomize(theirs, 0.05)
     theirs.save_pretrained(tmp_path)
     ours = load_adapter(tiny_llama(), tmp_path).eval()
     torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-5)

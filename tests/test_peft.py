@@ -58,19 +58,10 @@ def theirs(name: str) -> Any:
     return peft.get_peft_model(make(), peft.LoraConfig(r=4, lora_alpha=6, **settings))
 
 
-def randomize(model: nn.Module) -> None:
-    """As if trained: every trainable tensor moves."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_peft_opens_what_we_save(name: str, tmp_path: Path) -> None:
     model = ours(name).eval()
-    randomize(model)
+    toys.randomize(model)
     save_adapter(model, tmp_path)
     opened = peft.PeftModel.from_pretrained(CASES[name][0](), tmp_path).eval()
     torch.testing.assert_close(opened(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
@@ -80,7 +71,7 @@ def test_peft_opens_what_we_save(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_we_open_what_peft_saves(name: str, tmp_path: Path) -> None:
     model = theirs(name).eval()
-    randomize(model)
+    toys.randomize(model)
     model.save_pretrained(tmp_path)
     opened = load_adapter(CASES[name][0](), tmp_path).eval()
     torch.testing.assert_close(opened(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
@@ -91,7 +82,7 @@ def test_we_open_what_peft_saves(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_tensors_go_round(name: str, tmp_path: Path) -> None:
     model = ours(name)
-    randomize(model)
+    toys.randomize(model)
     save_adapter(model, tmp_path / "ours")
     peft.PeftModel.from_pretrained(CASES[name][0](), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     one, other = (load_file(tmp_path / which / "adapter_model.safetensors") for which in ("ours", "theirs"))
@@ -102,7 +93,7 @@ def test_the_same_tensors_go_round(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama, every linear layer", "gpt2", "patterns"])
 def test_gradients_equal_pefts(name: str, tmp_path: Path) -> None:
     model = ours(name).train(False)
-    randomize(model)
+    toys.randomize(model)
     save_adapter(model, tmp_path)
     other = peft.PeftModel.from_pretrained(CASES[name][0](), tmp_path, is_trainable=True).eval()
     for one in (model, other):

@@ -98,6 +98,15 @@ def trainer(tmp_path: Union[str, Path], callbacks: Any = None, **kw: Any) -> L.T
     return L.Trainer(**(settings | kw))
 
 
+def randomize(model: nn.Module, scale: float = 0.1) -> None:
+    """As if trained: every trainable tensor moves."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * scale)
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers, by name."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
