@@ -28,6 +28,9 @@ class LoraConfig:
             (``"q_proj"``) or as a glob (``"*.layers.[01].*_proj"``); a string is one regular expression that must match
             the whole name; ``"all-linear"`` is every supported linear layer but the output head.
         exclude_modules: Layers to leave out of ``target_modules``, written in the same ways.
+        target_parameters: Parameters to adapt that a module reads itself, as mixtures of experts stack those of all
+            experts in one tensor of shape ``(experts, out, in)``: a list of names, matched as in ``target_modules``
+            (``["experts.gate_up_proj", "experts.down_proj"]``). ``target_modules`` may be empty then.
         rank_pattern: Ranks that differ from ``r``, by module name or regular expression matched at the name's end.
         alpha_pattern: The same for ``lora_alpha``.
         layers_to_transform: Indices of the blocks to adapt (``model.layers.<index>.``); ``None`` is all of them.
@@ -56,6 +59,7 @@ class LoraConfig:
     lora_dropout: float = 0.0
     target_modules: Union[str, list[str]] = ALL_LINEAR
     exclude_modules: Union[str, list[str], None] = None
+    target_parameters: Optional[list[str]] = None
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     layers_to_transform: Union[int, list[int], None] = None
@@ -80,7 +84,11 @@ class LoraConfig:
             raise ValueError(f"lora_dropout is {self.lora_dropout!r}, but it must lie in [0, 1): pass 0.0 for none.")
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             self._check_patterns(name)
-        if not self.target_modules:
+        if not isinstance(self.target_parameters, (list, type(None))):
+            raise ValueError(
+                f"target_parameters is {self.target_parameters!r}, but it must be a list of names or None."
+            )
+        if not self.target_modules and not self.target_parameters:
             raise ValueError(
                 'target_modules is empty, so there is nothing to adapt: name layers such as ["q_proj", "v_proj"], or '
                 'pass "all-linear".'

@@ -6,6 +6,7 @@ from collections import Counter
 from torch import nn
 
 from lightning_lora.inject import adapted_layers, injections
+from lightning_lora.layers import LoraAdapter
 from lightning_lora.state import adapter_state_dict
 
 
@@ -18,22 +19,23 @@ def print_summary(model: nn.Module) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    groups: Counter[tuple[str, str, int]] = Counter()
-    parameters: Counter[tuple[str, str, int]] = Counter()
+    groups: Counter[tuple[str, str, str]] = Counter()
+    parameters: Counter[tuple[str, str, str]] = Counter()
     for root_name, root, injection in injections(model):
         for name, layer in adapted_layers(root, injection):
             adapter = layer.lora[injection.adapter_name]
             pattern = re.sub(r"\.\d+(?=\.)", ".*", f"{root_name}.{name}".strip("."))
-            group = (pattern, type(layer).__name__, int(adapter.r))  # type: ignore[arg-type]
+            ranks = {part.r for part in adapter.modules() if isinstance(part, LoraAdapter)}
+            group = (pattern, type(layer).__name__, ", ".join(map(str, sorted(ranks))))
             groups[group] += 1
-            parameters[group] += sum(parameter.numel() for parameter in adapter.parameters())  # type: ignore[union-attr]
+            parameters[group] += sum(parameter.numel() for parameter in adapter.parameters())
     table = Table(title="LoRA", title_justify="left")
     for heading in ("adapted modules", "layer"):
         table.add_column(heading)
     for heading in ("r", "layers", "parameters"):
         table.add_column(heading, justify="right")
     for (pattern, kind, r), count in groups.items():
-        table.add_row(pattern, kind, str(r), str(count), f"{parameters[pattern, kind, r]:,}")
+        table.add_row(pattern, kind, r, str(count), f"{parameters[pattern, kind, r]:,}")
     console = Console()
     console.print(table)
     for line in _totals(model):

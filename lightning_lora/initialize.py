@@ -17,15 +17,16 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 @torch.no_grad()
-def fill_(tensor: Tensor, kind: str, seed: int, name: str) -> None:
+def fill_(tensor: Tensor, kind: str, seed: int, name: str, r: int = 1) -> None:
     """Fill an adapter tensor in place; a tensor on the meta device is left for later.
 
     Args:
         tensor: A matrix whose second dimension is the fan-in, or a convolution's weight.
-        kind: ``"kaiming"`` (uniform, as ``nn.Linear`` draws its weight), ``"gaussian"`` (deviation one over the number
-            of rows, the rank), ``"normal"`` (deviation one) or ``"zeros"``.
+        kind: ``"kaiming"`` (uniform, as ``nn.Linear`` draws its weight), ``"gaussian"`` (deviation
+            ``1 / r``), ``"normal"`` (deviation one) or ``"zeros"``.
         seed: See :func:`generator_for`.
         name: The tensor's qualified name.
+        r: The rank.
     """
     if tensor.is_meta:
         return
@@ -37,7 +38,7 @@ def fill_(tensor: Tensor, kind: str, seed: int, name: str) -> None:
     if kind == "kaiming":
         nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
     elif kind == "gaussian":
-        values.normal_(0.0, 1.0 / values.shape[0], generator=generator)
+        values.normal_(0.0, 1.0 / r, generator=generator)
     elif kind == "normal":
         values.normal_(generator=generator)
     else:

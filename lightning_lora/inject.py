@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.layers import LoraLayer, adapted_class, base_class, layer_class_for
+from lightning_lora.layers import LoraLayer, Target, adapted_class, base_class, set_parameter
 from lightning_lora.targets import (
     TargetError,
     clean_name,
@@ -113,30 +113,30 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
         return model
     targets = find_targets(model, config)
     saved = find_modules_to_save(model, config)
-    _require_free(targets, present)
+    modules = {name: target.module for name, target in targets.items()}
+    _require_free(modules, present)
     injection = Injection(config, adapter_name, targets=list(targets), saved=list(saved))
     _warn_of_ties(model, targets)
 
     # Built before anything is changed, so that an error leaves the model as it was.
     adapters = {
-        name: layer_class_for(module).adapter_class_for(config)(module, config, name, adapter_name)  # type: ignore
-        for name, module in targets.items()
+        name: target.layer_class.new_adapter(target, config, name, adapter_name).train(target.module.training)
+        for name, target in targets.items()
     }
-    trained = _parameters_to_train(model, targets, saved, config.bias)
+    trained = _parameters_to_train(model, modules, saved, config.bias)
     rest = {}
     if config.takes_from_base:
-        rest = {name: nn.Parameter(adapters[name].take_from(m.weight), False) for name, m in targets.items()}  # type: ignore
+        rest = {name: nn.Parameter(adapters[name].take_from(m.weight), False) for name, m in modules.items()}  # type: ignore
 
     injection.frozen = [name for name, parameter in base_parameters(model) if parameter.requires_grad]
     for _, parameter in base_parameters(model):
         parameter.requires_grad_(False)
-    for name, module in targets.items():
-        module.__class__ = adapted_class(layer_class_for(module), type(module))  # type: ignore[arg-type,assignment]
-        module.__dict__["_base_weight"] = None
-        module.lora = nn.ModuleDict({adapter_name: adapters[name]})
+    for name, target in targets.items():
+        target.module.__class__ = adapted_class(target.layer_class, type(target.module))  # type: ignore[arg-type,assignment]
+        target.module.__dict__["_base_weights"] = {}  # out of the module's own parameters and state dict
+        target.module.lora = nn.ModuleDict({adapter_name: adapters[name]})
     for name, weight in rest.items():
-        injection.whole[f"{name}.weight".lstrip(".")] = targets[name].weight  # type: ignore[assignment]
-        targets[name].weight = weight
+        injection.whole[f"{name}.weight".lstrip(".")] = set_parameter(modules[name], "weight", weight)
     _train_in_full(model, trained, injection)
     _freeze_norms(model, injection)
     _leave_fused_path(model, injection)
@@ -171,8 +171,9 @@ class _Folded:
     """An injection that was taken out with its adapters folded in: all it takes to put it back."""
 
     injection: Injection
-    adapters: dict[str, nn.ModuleDict]
-    base_weights: dict[str, nn.Parameter]
+    classes: dict[str, type[nn.Module]] = dataclasses.field(default_factory=dict)
+    adapters: dict[str, nn.ModuleDict] = dataclasses.field(default_factory=dict)
+    base_weights: dict[str, dict[str, nn.Parameter]] = dataclasses.field(default_factory=dict)
 
 
 # The base weights of a folded model live here, so that nothing of the plugin is left on the model itself.
@@ -199,24 +200,22 @@ def eject(model: ModuleT, merge: bool = False) -> ModuleT:
     if not found:
         raise ValueError(f"There is no adapter in this {type(model).__name__}: inject one first, or leave out eject.")
     merged = {
-        id(layer): layer.merged_weight()
+        id(layer): layer.merged_weights()
         for _, root, injection in found
         for _, layer in adapted_layers(root, injection)
         if merge and not layer.merged
     }
     for _, root, injection in found:
-        folded = _Folded(injection, {}, {})
+        folded = _Folded(injection)
         for name, layer in adapted_layers(root, injection):
             if merge and not layer.merged:
                 layer.merge(merged[id(layer)])
             elif not merge and layer.merged:
                 layer.unmerge()
-            folded.adapters[name] = layer.lora
-            if merge:
-                assert layer._base_weight is not None
-                folded.base_weights[name] = layer._base_weight
+            folded.classes[name], folded.adapters[name] = type(layer), layer.lora
+            folded.base_weights[name] = layer._base_weights
             layer.__class__ = base_class(layer)  # type: ignore[assignment]
-            del layer.lora, layer._base_weight
+            del layer.lora, layer._base_weights
         if not merge:
             _put_parameters(root, {**injection.originals, **injection.whole})
         _thaw(root, injection)
@@ -238,10 +237,12 @@ def restore_folded(model: nn.Module) -> None:
         for folded in _folded.pop(root):
             for name in folded.injection.targets:
                 layer = modules[name]
-                layer.__class__ = adapted_class(layer_class_for(layer), type(layer))  # type: ignore[arg-type,assignment]
-                layer.lora = folded.adapters[name].to(layer.weight.device)  # type: ignore[arg-type]
-                layer.__dict__["_base_weight"] = folded.base_weights[name]
-                layer.unmerge()  # type: ignore[operator]
+                layer.__class__ = folded.classes[name]  # type: ignore[assignment]
+                assert isinstance(layer, LoraLayer)
+                layer.__dict__["_base_weights"] = folded.base_weights[name]
+                layer.lora = folded.adapters[name]
+                layer.lora.to(next(iter(layer.adapted_parameters().values())).device)
+                layer.unmerge()
             _freeze_norms(root, folded.injection)
             _leave_fused_path(root, folded.injection)
             root.__dict__.setdefault(_ATTRIBUTE, []).append(folded.injection)
@@ -337,14 +338,19 @@ def _require_free(targets: dict[str, nn.Module], present: list[Injection]) -> No
         )
 
 
-def _warn_of_ties(model: nn.Module, targets: dict[str, nn.Module]) -> None:
-    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+def _warn_of_ties(model: nn.Module, targets: dict[str, Target]) -> None:
+    holders: dict[int, list[str]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            full_name = clean_name(f"{module_name}.{name}".lstrip("."))
-            holders.setdefault(id(parameter), []).append((module, full_name))
-    for name, module in targets.items():
-        others = [other_name for other, other_name in holders[id(module.weight)] if other is not module]
+            holders.setdefault(id(parameter), []).append(clean_name(f"{module_name}.{name}".lstrip(".")))
+    for name, target in targets.items():
+        adapted = {f"{name}.{parameter}".lstrip(".") for parameter in target.parameters}
+        others = [
+            other
+            for parameter in target.parameters
+            for other in holders[id(target.module.get_parameter(parameter))]
+            if other not in adapted
+        ]
         if others:
             rank_zero_warn(
                 f"The weight of {name!r} is tied to {', '.join(map(repr, others))}. The adapter changes {name!r} "

@@ -32,9 +32,9 @@ def merge(model: ModuleT) -> ModuleT:
             return model
         raise ValueError(f"There is no adapter to merge in this {type(model).__name__}: inject or load one first.")
     layers = [layer for _, root, injection in found for _, layer in adapted_layers(root, injection) if not layer.merged]
-    merged = [layer.merged_weight() for layer in layers]
-    for layer, weight in zip(layers, merged):
-        layer.merge(weight)
+    merged = [layer.merged_weights() for layer in layers]
+    for layer, weights in zip(layers, merged):
+        layer.merge(weights)
     return model
 
 

@@ -7,10 +7,11 @@ the transformers model where there is one. https://huggingface.co/docs/peft/deve
 import json
 import math
 import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Union
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from lightning_lora.checkpoint import KEY, inject_as_saved, read_checkpoint
 from lightning_lora.config import LoraConfig
 from lightning_lora.inject import Injection, adapted_layers, eject, inject, injections
-from lightning_lora.layers import LoraLayer
+from lightning_lora.layers import LoraAdapter
 from lightning_lora.merging import unfolded
 from lightning_lora.state import (
     CheckpointError,
@@ -66,7 +67,7 @@ def write_adapter(root: nn.Module, injection: Injection, directory: Path) -> Pat
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
         _PREFIX + peft_name[len(prefix) :]: tensor.detach().cpu().contiguous()
-        for peft_name, tensor in _on_the_whole_base(root, injection).items()
+        for peft_name, tensor in _peft_state_dict(root, injection, plain=True).items()
     }
     # Cloned where they share memory, which safetensors refuses.
     tensors = {key: tensor.clone() for key, tensor in tensors.items()}
@@ -131,8 +132,11 @@ def _load_tensors(root: nn.Module, injection: Injection, directory: Path) -> Non
     of_base = {f"{_PREFIX}{name[len(prefix) :]}.base_layer.weight" for name in injection.targets}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in of_base}
     check_tensors(expected, tensors, str(directory))
-    for name, tensor in expected.items():
-        tensor.detach().copy_(tensors[name])
+    for name, tensor in _saved_in_full(root, injection).items():
+        tensor.detach().copy_(tensors[_PREFIX + name[len(prefix) :]])
+    for name, adapter in _adapters(root, injection):
+        names = {f"{_PREFIX}{name[len(prefix) :]}.{peft_name}": peft_name for peft_name in adapter.peft_tensors()}
+        adapter.load_peft_tensors({peft_name: tensors[full_name] for full_name, peft_name in names.items()})
 
 
 def _load_checkpoint(model: nn.Module, path: Path, fresh: bool) -> None:
@@ -185,49 +189,51 @@ def _fingerprint(root: nn.Module, injection: Injection, prefix: str) -> str:
     return fingerprint_of({name[len(prefix) :]: tensor for name, tensor in tensors if name.startswith(prefix)})
 
 
-def _peft_state_dict(root: nn.Module, injection: Injection) -> dict[str, Tensor]:
+def _adapters(root: nn.Module, injection: Injection) -> Iterator[tuple[str, LoraAdapter]]:
+    """The adapters of one injection, each under the name that its layer has in PEFT."""
+    for name, layer in adapted_layers(root, injection):
+        for suffix, adapter in layer.peft_adapters(injection.adapter_name).items():
+            yield f"{name}{suffix}", adapter
+
+
+def _peft_state_dict(root: nn.Module, injection: Injection, plain: bool = False) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names, before the prefix."""
     tensors: dict[str, Tensor] = {}
-    for name, layer in adapted_layers(root, injection):
-        adapter = layer.lora[injection.adapter_name]
-        for attribute, peft_name in adapter.peft_names.items():  # type: ignore[union-attr,operator]
-            tensors[f"{name}.{peft_name}".lstrip(".")] = getattr(adapter, attribute)
-    in_lora = {name for name, module in root.named_modules() if isinstance(module, LoraLayer)}
-    adapters = adapter_state_dict(root)
-    for name, tensor in adapters.items():
+    for name, adapter in _adapters(root, injection):
+        for peft_name, tensor in (adapter.plain_tensors() if plain else adapter.peft_tensors()).items():
+            tensors[f"{name}.{peft_name}".lstrip(".")] = tensor
+    return {**tensors, **_saved_in_full(root, injection)}
+
+
+def _saved_in_full(root: nn.Module, injection: Injection) -> dict[str, Tensor]:
+    """What is trained in full, under PEFT's names."""
+    tensors: dict[str, Tensor] = {}
+    # PEFT wraps an adapted layer, whose own bias then is one level down.
+    wrapped = {
+        f"{name}{inner}": f"{name}{peft_inner}"
+        for name, layer in adapted_layers(root, injection)
+        for inner, peft_inner in layer.peft_wrapped().items()
+    }
+    for name, tensor in adapter_state_dict(root).items():
         owner, _, attribute = name.rpartition(".")
-        if ".lora." in f".{name}":
-            continue
-        # PEFT wraps an adapted layer, whose own bias then is one level down.
-        tensors[f"{owner}.base_layer.{attribute}" if owner in in_lora else name] = tensor
+        if ".lora." not in f".{name}":
+            tensors[f"{wrapped.get(owner, owner)}.{attribute}".lstrip(".")] = tensor
     return tensors
 
 
-def _on_the_whole_base(root: nn.Module, injection: Injection) -> dict[str, Tensor]:
-    """The adapter's tensors for the base as it was; an adapter that started at a part of it has twice the rank.
-
-    ``W0 - s B0 A0 + s B A = W0 + s [B, -B0] [A; A0]``
-    """
-    tensors = _peft_state_dict(root, injection)
-    if injection.config.takes_from_base:
-        for name, layer in adapted_layers(root, injection):
-            adapter: Any = layer.lora[injection.adapter_name]
-            names = {
-                attribute: f"{name}.{peft_name}".lstrip(".") for attribute, peft_name in adapter.peft_names.items()
-            }
-            tensors[names["lora_A"]] = torch.cat([adapter.lora_A, adapter.initial_A])
-            tensors[names["lora_B"]] = torch.cat([adapter.lora_B, -adapter.initial_B], dim=1)
-    return tensors
-
-
-def _for_twice_the_rank(config: LoraConfig) -> dict[str, Any]:
-    """Ranks, and the alphas that keep the scaling."""
-    more = math.sqrt(2) if config.use_rslora else 2
+def _ranks(root: nn.Module, injection: Injection) -> dict[str, Any]:
+    """The rank of each adapter in the export, and the alpha that gives its scaling: the most common, and the others."""
+    ranks, alphas = {}, {}
+    for _, adapter in _adapters(root, injection):
+        rank = ranks[adapter.layer_name] = adapter.r * adapter.rank_factor
+        divisor = math.sqrt(rank) if injection.config.use_rslora else rank
+        alphas[adapter.layer_name] = round(adapter.scaling * divisor, 9)
+    r, lora_alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     return {
-        "r": 2 * config.r,
-        "lora_alpha": more * config.lora_alpha,
-        "rank_pattern": {pattern: 2 * rank for pattern, rank in config.rank_pattern.items()},
-        "alpha_pattern": {pattern: more * alpha for pattern, alpha in config.alpha_pattern.items()},
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "rank_pattern": {re.escape(name): rank for name, rank in ranks.items() if rank != r},
+        "alpha_pattern": {re.escape(name): alpha for name, alpha in alphas.items() if alpha != lora_alpha},
     }
 
 
@@ -243,6 +249,7 @@ def _peft_root(root: nn.Module, injection: Injection) -> str:
 def _peft_config(root: nn.Module, injection: Injection, prefix: str) -> dict[str, Any]:
     config = injection.config
     base = root.get_submodule(prefix.rstrip("."))
+    layers = list(adapted_layers(root, injection))
     base_name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
     return {
         "peft_type": "LORA",
@@ -250,14 +257,21 @@ def _peft_config(root: nn.Module, injection: Injection, prefix: str) -> dict[str
         "task_type": None,
         "inference_mode": True,
         **{name: getattr(config, name) for name in _SHARED},
-        **(_for_twice_the_rank(config) if config.takes_from_base else {}),
+        **_ranks(root, injection),
         # The names themselves, so that globs and regular expressions mean the same to PEFT.
-        "target_modules": sorted(name[len(prefix) :] for name in injection.targets),
+        "target_modules": sorted(name[len(prefix) :] for name, layer in layers if layer.is_module_target) or None,
+        "target_parameters": sorted(
+            f"{name}.{parameter}"[len(prefix) :]
+            for name, layer in layers
+            if not layer.is_module_target
+            for parameter in layer.adapted_parameters()
+        )
+        or None,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "modules_to_save": sorted(name[len(prefix) :] for name in injection.saved) or None,
-        "fan_in_fan_out": any(hasattr(layer, "nf") for _, layer in adapted_layers(root, injection)),
+        "fan_in_fan_out": any(hasattr(layer, "nf") for _, layer in layers),
         "init_lora_weights": True,
     }
 
@@ -268,7 +282,7 @@ def _config_from_peft(settings: dict[str, Any], directory: Path) -> LoraConfig:
             f"{directory / CONFIG_FILE} describes an adapter of type {settings.get('peft_type')!r}, and only 'LORA' is "
             "supported. Nothing was loaded."
         )
-    unsupported = [name for name in ("lora_bias", "target_parameters", "use_qalora") if settings.get(name)]
+    unsupported = [name for name in ("lora_bias", "use_qalora") if settings.get(name)]
     if unsupported:
         raise CheckpointError(
             f"{directory / CONFIG_FILE} uses {', '.join(unsupported)}, which this version does not support. Nothing "
@@ -283,7 +297,8 @@ def _config_from_peft(settings: dict[str, Any], directory: Path) -> LoraConfig:
     shared = {name: settings[name] for name in _SHARED if name in settings}
     return LoraConfig(
         **shared,
-        target_modules=settings["target_modules"],
+        target_modules=settings["target_modules"] or [],
+        target_parameters=settings.get("target_parameters"),
         modules_to_save=settings.get("modules_to_save"),
         init_lora_weights=start if start.startswith(("pissa", "olora")) else True,
     )

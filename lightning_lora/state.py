@@ -180,9 +180,9 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
 def base_tensors(root: nn.Module, injection: Injection) -> Iterator[tuple[str, Tensor]]:
     """The frozen parameters and persistent buffers under an injection, as they are when nothing is merged."""
     unmerged = {
-        f"{name}.weight".lstrip("."): layer._base_weight
+        f"{name}.{parameter}".lstrip("."): base_weight
         for name, layer in adapted_layers(root, injection)
-        if layer._base_weight is not None
+        for parameter, base_weight in layer._base_weights.items()
     }
     for each in injections_of(root):
         unmerged.update(each.whole)

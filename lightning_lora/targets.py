@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_lora.config import ALL_LINEAR, AUTO, LoraConfig
-from lightning_lora.layers import SUPPORTED, LoraLayer, layer_class_for
+from lightning_lora.layers import SUPPORTED, LoraLayer, LoraParameters, Target, layer_class_for
 
 # Transformers' modules that read the weights of these layers of theirs and never call them.
 _READ_BY = {
@@ -43,7 +43,7 @@ def is_inside(name: str, other: str) -> bool:
     return name == other or other == "" or name.startswith(f"{other}.")
 
 
-def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
     """The modules to adapt, by name, in the model's order.
 
     Raises:
@@ -51,39 +51,78 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """
     saved = find_modules_to_save(model, config)
     names = modules_by_name(model)
+    modules = _find_layers(model, names, saved, config)
+    parameters = _find_parameters(names, saved, config)
+    if not modules and not parameters:
+        raise TargetError(_nothing_matched(names, config))
+    targets = {}
+    for name, module in names.items():
+        if name in modules and name in parameters:
+            raise TargetError(
+                f"{name!r} is matched by target_modules and its {', '.join(parameters[name])} by target_parameters: "
+                "take it out of one of them. Nothing was changed."
+            )
+        holder = names[name.rpartition(".")[0]] if name else None
+        if name in parameters:
+            targets[name] = Target(module, holder, LoraParameters, tuple(parameters[name]))
+        elif name in modules:
+            layer_class = layer_class_for(module)
+            if layer_class is None:
+                raise TargetError(
+                    f"target_modules matches {name!r}, which is a {_kind(module)} "
+                    f"and cannot be adapted; supported are {SUPPORTED} and their subclasses. Name the layers inside of "
+                    "it, its parameters with target_parameters, or leave it out with exclude_modules. Nothing was "
+                    "changed."
+                )
+            targets[name] = Target(module, holder, layer_class, layer_class.parameters_of(module))
+    for name, target in targets.items():
+        objection = None if isinstance(target.module, LoraLayer) else target.layer_class.objection(target, config)
+        objection = objection or _never_called(name, names)
+        if objection:
+            raise TargetError(
+                f"The targets match {name!r}, which is a {_kind(target.module)} and cannot be adapted: {objection}. "
+                "Leave it out with exclude_modules, or name others. Nothing was changed."
+            )
+    _warn_of_dead_patterns(modules, parameters, config)
+    return targets
+
+
+def _find_layers(
+    model: nn.Module, names: dict[str, nn.Module], saved: dict[str, nn.Module], config: LoraConfig
+) -> dict[str, nn.Module]:
+    """The modules that ``target_modules`` means."""
     if config.target_modules == ALL_LINEAR:
         heads = _output_embeddings(model)
         found = {name: module for name, module in names.items() if _is_linear(module) and module not in heads}
         found = {name: module for name, module in found.items() if not _never_called(name, names)}
     else:
         found = {name: module for name, module in names.items() if _matches(name, config.target_modules)}
-    found = {
-        name: module
-        for name, module in found.items()
-        if not _matches(name, config.exclude_modules)
+    return {name: module for name, module in found.items() if _is_wanted(name, saved, config)}
+
+
+def _find_parameters(
+    names: dict[str, nn.Module], saved: dict[str, nn.Module], config: LoraConfig
+) -> dict[str, list[str]]:
+    """By the names of their modules, the parameters that ``target_parameters`` means."""
+    found: dict[str, list[str]] = {}
+    for name, module in names.items():
+        for parameter in module._parameters:
+            full_name = f"{name}.{parameter}".lstrip(".")
+            if _matches(full_name, config.target_parameters) and _is_wanted(name, saved, config):
+                found.setdefault(name, []).append(parameter)
+    return found
+
+
+def _is_wanted(name: str, saved: dict[str, nn.Module], config: LoraConfig) -> bool:
+    return (
+        not _matches(name, config.exclude_modules)
         and _in_chosen_layers(name, config)
         and not any(is_inside(name, other) for other in saved)
-    }
-    if not found:
-        raise TargetError(_nothing_matched(names, config))
-    for name, module in found.items():
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        layer_class = layer_class_for(module)
-        if layer_class is None:
-            raise TargetError(
-                f"target_modules matches {name!r}, which is a {kind} "
-                f"and cannot be adapted; supported are {SUPPORTED} and their subclasses. Name the layers inside of it, "
-                "or leave it out with exclude_modules. Nothing was changed."
-            )
-        objection = None if isinstance(module, LoraLayer) else layer_class.objection(module, config)
-        objection = objection or _never_called(name, names)
-        if objection:
-            raise TargetError(
-                f"target_modules matches {name!r}, which is a {kind} and cannot be adapted: {objection}. Leave it out "
-                "with exclude_modules, or name other layers. Nothing was changed."
-            )
-    _warn_of_dead_patterns(found, config)
-    return found
+    )
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def find_modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
@@ -219,8 +258,9 @@ def _nothing_matched(names: dict[str, nn.Module], config: LoraConfig) -> str:
         f" within layers_to_transform={config.layers_to_transform}" if config.layers_to_transform is not None else ""
     )
     excluded = f" beside exclude_modules={config.exclude_modules!r}" if config.exclude_modules else ""
+    parameters = f" nor target_parameters={config.target_parameters!r} a parameter" if config.target_parameters else ""
     return (
-        f"target_modules={config.target_modules!r} matches no module of the model{chosen}{excluded}. "
+        f"target_modules={config.target_modules!r} matches no module of the model{parameters}{chosen}{excluded}. "
         + (f"Near it are {', '.join(map(repr, near))}. " if near else "")
         + f"The layers that can be adapted, by the end of their names: {listing}. Name some of these"
         + (', or pass "all-linear"' if config.target_modules != ALL_LINEAR else "")
@@ -228,12 +268,17 @@ def _nothing_matched(names: dict[str, nn.Module], config: LoraConfig) -> str:
     )
 
 
-def _warn_of_dead_patterns(found: dict[str, nn.Module], config: LoraConfig) -> None:
-    dead: list[Optional[str]] = []
-    if isinstance(config.target_modules, list):
-        dead = [pattern for pattern in config.target_modules if not any(_matches(name, [pattern]) for name in found)]
-    if dead:
-        rank_zero_warn(
-            f"target_modules {', '.join(map(repr, dead))} matched no module to adapt, while the other patterns matched "
-            f"{len(found)}: check the spelling, or take it out."
-        )
+def _warn_of_dead_patterns(modules: dict[str, nn.Module], parameters: dict[str, list[str]], config: LoraConfig) -> None:
+    full_names = [f"{name}.{parameter}".lstrip(".") for name, found in parameters.items() for parameter in found]
+    for setting, patterns, names in (
+        ("target_modules", config.target_modules, list(modules)),
+        ("target_parameters", config.target_parameters, full_names),
+    ):
+        if not isinstance(patterns, list):
+            continue
+        dead = [pattern for pattern in patterns if not any(_matches(name, [pattern]) for name in names)]
+        if dead:
+            rank_zero_warn(
+                f"{setting} {', '.join(map(repr, dead))} matched nothing to adapt, while the other patterns matched "
+                f"{len(modules) + len(full_names)}: check the spelling, or take it out."
+            )

@@ -4,14 +4,28 @@ from typing import Optional
 
 from torch import nn
 
-from lightning_lora.layers.base import LoraAdapter, LoraLayer, adapted_class, base_class
+from lightning_lora.layers.attention import LoraMultiheadAttention
+from lightning_lora.layers.base import LoraAdapter, LoraLayer, Target, adapted_class, base_class, set_parameter
 from lightning_lora.layers.conv import CONVOLUTIONS, LoraConv
 from lightning_lora.layers.embedding import LoraEmbedding
 from lightning_lora.layers.linear import LoraConv1D, LoraLinear
+from lightning_lora.layers.parameters import LoraParameters
 
-__all__ = ["SUPPORTED", "LoraAdapter", "LoraLayer", "adapted_class", "base_class", "layer_class_for"]
+__all__ = [
+    "SUPPORTED",
+    "LoraAdapter",
+    "LoraLayer",
+    "LoraParameters",
+    "Target",
+    "adapted_class",
+    "base_class",
+    "layer_class_for",
+    "set_parameter",
+]
 
-SUPPORTED = "torch.nn.Linear, Embedding, Conv1d, Conv2d and Conv3d, transformers.pytorch_utils.Conv1D"
+SUPPORTED = (
+    "torch.nn.Linear, Embedding, Conv1d, Conv2d, Conv3d and MultiheadAttention, transformers.pytorch_utils.Conv1D"
+)
 
 
 def layer_class_for(module: nn.Module) -> Optional[type[LoraLayer]]:
@@ -25,6 +39,8 @@ def layer_class_for(module: nn.Module) -> Optional[type[LoraLayer]]:
         return LoraEmbedding
     if isinstance(module, CONVOLUTIONS):
         return LoraConv
+    if isinstance(module, nn.MultiheadAttention):
+        return LoraMultiheadAttention
     if any(
         f"{cls.__module__}.{cls.__qualname__}" == "transformers.pytorch_utils.Conv1D" for cls in type(module).__mro__
     ):

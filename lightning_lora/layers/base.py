@@ -1,5 +1,6 @@
 """What every adapted layer shares: the adapter module, and the class that a base layer takes on while adapted."""
 
+import dataclasses
 from functools import cache
 from typing import Any, ClassVar, Optional
 
@@ -10,14 +11,31 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.initialize import fill_
 
 
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A module to adapt.
+
+    Attributes:
+        module: The module.
+        holder: The module that it is an attribute of, ``None`` for the root.
+        layer_class: The class that it takes on.
+        parameters: Names of the parameters that are adapted, relative to the module.
+    """
+
+    module: nn.Module
+    holder: Optional[nn.Module]
+    layer_class: "type[LoraLayer]"
+    parameters: tuple[str, ...] = ("weight",)
+
+
 class LoraAdapter(nn.Module):
-    """The trained matrices of one adapter on one layer, a module of its own.
+    """The trained matrices of one adapter on one parameter, a module of its own.
 
     It is a module, and its forward computes the whole low-rank path, so that strategies which shard or gather by
     module can treat the few trained parameters apart from the frozen weight beside them.
 
     Args:
-        base_layer: The layer to adapt, whose device the adapter shares. Half-precision bases get float32 adapters,
+        weight: The parameter to adapt, whose device the adapter shares. Half-precision bases get float32 adapters,
             since small updates would be lost in half precision; a ``"bf16-true"`` Trainer still casts them.
         config: Rank, scaling, dropout and initial values.
         layer_name: Qualified name of the layer, for patterns and for the seed.
@@ -29,28 +47,28 @@ class LoraAdapter(nn.Module):
     # Whether A and B are factors of one matrix, which is what the orthogonal start and those from the weight need.
     is_matrix: ClassVar[bool] = False
     out_dim: ClassVar[int] = 0  # the dimension of the base weight that counts outputs
+    rank_factor: int = 1  # the rank of the exported adapter over this one's
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
-    def __init__(self, base_layer: nn.Module, config: LoraConfig, layer_name: str, adapter_name: str) -> None:
+    def __init__(self, weight: Tensor, config: LoraConfig, layer_name: str, adapter_name: str) -> None:
         super().__init__()
         self.r = config.rank(layer_name)
         self.scaling = config.scaling(layer_name)
         self.dropout = nn.Dropout(config.lora_dropout)
-        self.training = base_layer.training
         self._init = config.init_lora_weights
         self._seed = config.seed
+        self.layer_name = layer_name
         self._qualified_name = f"{layer_name}.{adapter_name}"
-        weight: Tensor = base_layer.weight  # type: ignore[assignment]
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        shape_A, shape_B = self.shapes(base_layer)
+        shape_A, shape_B = self.shapes(weight)
         self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.empty(shape_B, dtype=dtype, device=weight.device))
         self.reset_parameters()
 
-    def shapes(self, base_layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B for this layer."""
+    def shapes(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B for this parameter."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, out: Tensor, layer: nn.Module) -> Tensor:
@@ -79,9 +97,27 @@ class LoraAdapter(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the initial values, the same ones each time."""
-        kind = "gaussian" if self._init == "gaussian" else "kaiming"
-        fill_(self.lora_A, kind, self._seed, f"{self._qualified_name}.lora_A")
-        fill_(self.lora_B, "kaiming" if self._init is False else "zeros", self._seed, f"{self._qualified_name}.lora_B")
+        kind_A, kind_B = self.initial_kinds()
+        fill_(self.lora_A, kind_A, self._seed, f"{self._qualified_name}.lora_A", self.r)
+        fill_(self.lora_B, kind_B, self._seed, f"{self._qualified_name}.lora_B", self.r)
+
+    def initial_kinds(self) -> tuple[str, str]:
+        """The distributions that A and B start from; see :func:`~lightning_lora.initialize.fill_`."""
+        return "gaussian" if self._init == "gaussian" else "kaiming", "kaiming" if self._init is False else "zeros"
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """The trained tensors as PEFT names and shapes them."""
+        return {peft_name: getattr(self, attribute) for attribute, peft_name in self.peft_names.items()}
+
+    @torch.no_grad()
+    def load_peft_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what :meth:`peft_tensors` gave, here or in PEFT."""
+        for attribute, peft_name in self.peft_names.items():
+            getattr(self, attribute).copy_(tensors[peft_name])
+
+    def plain_tensors(self) -> dict[str, Tensor]:
+        """The same as a plain LoRA of ``rank_factor`` times the rank on the base weight as it was before."""
+        return self.peft_tensors()
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"
@@ -97,10 +133,22 @@ class LoraLayer(nn.Module):
     adapter_class: ClassVar[type[LoraAdapter]]
     dora_class: ClassVar[type[LoraAdapter]]
     is_linear: ClassVar[bool] = True  # one that "all-linear" means
+    is_module_target: ClassVar[bool] = True  # one that target_modules means, not target_parameters
 
     lora: nn.ModuleDict
     weight: nn.Parameter
-    _base_weight: Optional[nn.Parameter]
+    _base_weights: dict[str, nn.Parameter]  # while adapters are folded in: by name, the parameters before
+
+    @classmethod
+    def parameters_of(cls, module: nn.Module) -> tuple[str, ...]:
+        """Names of the parameters that are adapted in this very module."""
+        return ("weight",)
+
+    @classmethod
+    def new_adapter(cls, target: Target, config: LoraConfig, name: str, adapter_name: str) -> nn.Module:
+        """An adapter for one module, ready to be put in."""
+        weight: Tensor = target.module.weight  # type: ignore[assignment]
+        return cls.adapter_class_for(config)(weight, config, name, adapter_name)
 
     @classmethod
     def adapter_class_for(cls, config: LoraConfig) -> type[LoraAdapter]:
@@ -108,9 +156,9 @@ class LoraLayer(nn.Module):
         return cls.dora_class if config.use_dora else cls.adapter_class
 
     @classmethod
-    def objection(cls, module: nn.Module, config: LoraConfig) -> Optional[str]:
+    def objection(cls, target: Target, config: LoraConfig) -> Optional[str]:
         """Why this very module cannot be adapted as the config asks, ``None`` if it can."""
-        if "weight" not in module._parameters:
+        if "weight" not in target.module._parameters:
             return "its weight is computed of others (a parametrization), so nothing can be folded into it"
         if not cls.adapter_class.is_matrix and (config.takes_from_base or config.init_lora_weights == "orthogonal"):
             return f"init_lora_weights={config.init_lora_weights!r} is not for this kind of layer"
@@ -118,53 +166,84 @@ class LoraLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if self._base_weight is None:
+        if not self.merged:
             for adapter in self.lora.values():
                 out = adapter(x, out, self)
         return out
 
+    def adapters_on(self, parameter: str) -> list[LoraAdapter]:
+        """The adapters of one of the parameters."""
+        return list(self.lora.values())  # type: ignore[arg-type]
+
+    def adapted_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapted parameters, as they are now, by name."""
+        return {"weight": self.weight}
+
+    def peft_adapters(self, adapter_name: str) -> dict[str, LoraAdapter]:
+        """One adapter's parts, by what PEFT adds to the layer's name for each."""
+        return {"": self.lora[adapter_name]}  # type: ignore[dict-item]
+
+    def peft_wrapped(self) -> dict[str, str]:
+        """What PEFT adds to the names of the modules that it wraps here, beside what they are called by now."""
+        return {"": ".base_layer"}
+
     @property
     def merged(self) -> bool:
-        """Whether the adapters are folded into the weight."""
-        return self._base_weight is not None
+        """Whether the adapters are folded into the weights."""
+        return bool(self._base_weights)
 
-    def merged_weight(self) -> nn.Parameter:
-        """The weight with all adapters folded in, rounded once to the weight's dtype.
+    @torch.no_grad()
+    def merged_weights(self) -> dict[str, nn.Parameter]:
+        """By name, the parameters with all adapters folded in, each rounded once to the parameter's dtype.
 
         Raises:
-            ValueError: If it holds a NaN or an infinity.
+            ValueError: If one holds a NaN or an infinity.
         """
-        with torch.no_grad():
-            total = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-            for adapter in self.lora.values():
-                total = adapter.fold(total)  # type: ignore[operator]
-            merged = total.to(self.weight.dtype)
-            if not torch.isfinite(merged).all():
+        merged = {}
+        for name, parameter in self.adapted_parameters().items():
+            total = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+            for adapter in self.adapters_on(name):
+                total = adapter.fold(total)
+            merged[name] = nn.Parameter(total.to(parameter.dtype), requires_grad=False)
+            if not torch.isfinite(merged[name]).all():
                 raise ValueError(
-                    f"Folding the adapter into a {type(self).__name__} of {merged.dtype} gives a NaN or an infinity: "
-                    "the adapter has diverged, or the weight's dtype is too narrow. Nothing was changed. Take an "
-                    "earlier checkpoint, or merge in float32."
+                    f"Folding the adapter into a {type(self).__name__} of {parameter.dtype} gives a NaN or an "
+                    "infinity: the adapter has diverged, or the weight's dtype is too narrow. Nothing was changed. "
+                    "Take an earlier checkpoint, or merge in float32."
                 )
-        return nn.Parameter(merged, requires_grad=False)
+        return merged
 
-    def merge(self, merged_weight: nn.Parameter) -> None:
-        """Put a merged weight in the base weight's place, which is kept as it is for :meth:`unmerge`."""
-        # A new parameter, not a change of the old one: a layer tied to this one keeps the base weight.
-        self.__dict__["_base_weight"] = self.weight  # out of the module's own parameters and state dict
-        self.weight = merged_weight
+    def merge(self, merged_weights: dict[str, nn.Parameter]) -> None:
+        """Put merged parameters in the place of the base's, which are kept as they are for :meth:`unmerge`."""
+        # New parameters, not changes of the old ones: a layer tied to this one keeps the base weight.
+        for name, merged in merged_weights.items():
+            self._base_weights[name] = set_parameter(self, name, merged)
 
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
-        assert self._base_weight is not None
-        # The base weight was out of sight if the model moved to another device meanwhile.
-        self._base_weight.data = self._base_weight.data.to(self.weight.device)
-        self.weight = self._base_weight
-        self.__dict__["_base_weight"] = None
+        """Put the base's parameters back, bit for bit."""
+        for name, base_weight in self._base_weights.items():
+            merged = set_parameter(self, name, base_weight)
+            # It was out of sight if the model moved to another device meanwhile.
+            base_weight.data = base_weight.data.to(merged.device)
+        self._base_weights.clear()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle and deepcopy must find it by the base class.
         _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]
         return (_new_adapted, (type(self).__mro__[1], base_class(self)), *state)
+
+
+def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    """Put a parameter in the place of another, whose name may be dotted.
+
+    Returns:
+        The one that was there.
+    """
+    owner_name, _, attribute = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    before: nn.Parameter = getattr(owner, attribute)
+    setattr(owner, attribute, parameter)
+    return before
 
 
 @cache

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.functional import low_rank_product
-from lightning_lora.layers.base import LoraAdapter, LoraLayer
+from lightning_lora.layers.base import LoraAdapter, LoraLayer, Target
 from lightning_lora.layers.dora import DoraAdapter
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -26,8 +26,8 @@ class ConvAdapter(LoraAdapter):
     ``(out_channels, in_channels / groups, *kernel_size)`` cannot hold: PEFT does not merge such an adapter either.
     """
 
-    def shapes(self, base_layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        out_channels, in_channels, *kernel_size = base_layer.weight.shape  # type: ignore[union-attr,misc]
+    def shapes(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        out_channels, in_channels, *kernel_size = weight.shape
         return (self.r, in_channels, *kernel_size), (out_channels, self.r, *(1 for _ in kernel_size))
 
     def add_path(self, x: Tensor, out: Tensor, layer: nn.Module, lora_B: Tensor) -> Tensor:
@@ -56,10 +56,11 @@ class LoraConv(LoraLayer):
     is_linear = False
 
     @classmethod
-    def objection(cls, module: nn.Module, config: LoraConfig) -> Optional[str]:
+    def objection(cls, target: Target, config: LoraConfig) -> Optional[str]:
+        module = target.module
         kind = next(kind for kind in CONVOLUTIONS if isinstance(module, kind))
         if module.groups > 1:  # type: ignore[operator]
             return f"it has groups={module.groups}, and the update of a grouped convolution could not be merged"
         if type(module).forward is not kind.forward or type(module)._conv_forward is not kind._conv_forward:  # type: ignore[attr-defined]
             return "its class has a forward of its own, which may not be a plain convolution with its weight"
-        return super().objection(module, config)
+        return super().objection(target, config)

@@ -24,9 +24,9 @@ class DoraAdapter(LoraAdapter):
 
     lora_magnitude_vector: nn.Parameter
 
-    def __init__(self, base_layer: nn.Module, config: LoraConfig, layer_name: str, adapter_name: str) -> None:
-        super().__init__(base_layer, config, layer_name, adapter_name)
-        norm = self._along_channels(self._norm(base_layer.weight)).to(self.lora_B.dtype)  # type: ignore[arg-type]
+    def __init__(self, weight: Tensor, config: LoraConfig, layer_name: str, adapter_name: str) -> None:
+        super().__init__(weight, config, layer_name, adapter_name)
+        norm = self._along_channels(self._norm(weight)).to(self.lora_B.dtype)
         self.lora_magnitude_vector = nn.Parameter(norm if norm.dim() == 1 else norm.unsqueeze(0))
 
     def forward(self, x: Tensor, out: Tensor, layer: nn.Module) -> Tensor:

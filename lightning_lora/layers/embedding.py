@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.functional import low_rank_product
-from lightning_lora.initialize import fill_
-from lightning_lora.layers.base import LoraAdapter, LoraLayer
+from lightning_lora.layers.base import LoraAdapter, LoraLayer, Target
 from lightning_lora.layers.dora import DoraAdapter
 
 
@@ -23,12 +22,12 @@ class EmbeddingAdapter(LoraAdapter):
     peft_names = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
     out_dim = 1
 
-    def __init__(self, base_layer: nn.Module, config: LoraConfig, layer_name: str, adapter_name: str) -> None:
-        super().__init__(base_layer, config, layer_name, adapter_name)
+    def __init__(self, weight: Tensor, config: LoraConfig, layer_name: str, adapter_name: str) -> None:
+        super().__init__(weight, config, layer_name, adapter_name)
         self.dropout.p = 0.0
 
-    def shapes(self, base_layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        num_embeddings, embedding_dim = base_layer.weight.shape  # type: ignore[union-attr,misc]
+    def shapes(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        num_embeddings, embedding_dim = weight.shape
         return (self.r, num_embeddings), (embedding_dim, self.r)
 
     def add_path(self, x: Tensor, out: Tensor, layer: nn.Module, lora_B: Tensor) -> Tensor:
@@ -41,10 +40,8 @@ class EmbeddingAdapter(LoraAdapter):
     def delta_weight(self) -> Tensor:
         return low_rank_product(self.lora_A, self.lora_B, self.scaling).t()
 
-    def reset_parameters(self) -> None:
-        kind_A = "normal" if self._init is False else "zeros"
-        fill_(self.lora_A, kind_A, self._seed, f"{self._qualified_name}.lora_A")
-        fill_(self.lora_B, "normal", self._seed, f"{self._qualified_name}.lora_B")
+    def initial_kinds(self) -> tuple[str, str]:
+        return "normal" if self._init is False else "zeros", "normal"
 
 
 class DoraEmbeddingAdapter(DoraAdapter, EmbeddingAdapter):
@@ -61,7 +58,8 @@ class LoraEmbedding(LoraLayer):
     is_linear = False
 
     @classmethod
-    def objection(cls, module: nn.Module, config: LoraConfig) -> Optional[str]:
+    def objection(cls, target: Target, config: LoraConfig) -> Optional[str]:
+        module = target.module
         assert isinstance(module, nn.Embedding)
         if module.max_norm is not None:
             return "max_norm changes its weight at every look-up, so it cannot be frozen"
@@ -71,7 +69,7 @@ class LoraEmbedding(LoraLayer):
             )
         if type(module).forward is not nn.Embedding.forward and torch.as_tensor(_embed_scale(module, ())).numel() != 1:
             return "its class has a forward of its own, which may not be a look-up in its weight"
-        return super().objection(module, config)
+        return super().objection(target, config)
 
 
 def _embed_scale(layer: nn.Module, default: Any = 1.0) -> Any:

@@ -16,8 +16,8 @@ class LinearAdapter(LoraAdapter):
 
     is_matrix = True
 
-    def shapes(self, base_layer: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        out_features, in_features = self.rows(base_layer.weight).shape  # type: ignore[arg-type]
+    def shapes(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        out_features, in_features = self.rows(weight).shape
         return (self.r, in_features), (out_features, self.r)
 
     def add_path(self, x: Tensor, out: Tensor, layer: nn.Module, lora_B: Tensor) -> Tensor:
@@ -50,8 +50,17 @@ class LinearAdapter(LoraAdapter):
         )
         self.register_buffer("initial_A", self.lora_A.detach().clone(), persistent=False)
         self.register_buffer("initial_B", self.lora_B.detach().clone(), persistent=False)
+        self.rank_factor = 2
         delta = self.delta_weight()
         return (weight.to(delta.dtype) - delta).to(weight.dtype)
+
+    def plain_tensors(self) -> dict[str, Tensor]:
+        """``W0 - s B0 A0 + s B A = W0 + s [B, -B0] [A; A0]``, if the start was taken out of the weight."""
+        tensors = super().plain_tensors()
+        if self.rank_factor == 2:
+            tensors[self.peft_names["lora_A"]] = torch.cat([self.lora_A, self.initial_A])  # type: ignore[list-item]
+            tensors[self.peft_names["lora_B"]] = torch.cat([self.lora_B, -self.initial_B], dim=1)  # type: ignore[list-item,operator]
+        return tensors
 
     @torch.no_grad()
     def _start_at(self, lora_A: Tensor, lora_B: Tensor) -> None:

@@ -1,0 +1,159 @@
+"""LoRA on parameters that a module reads itself: the experts of a mixture, stacked in one tensor, or any matrix.
+
+Nothing is called here that an adapter could add its path to, so the module reads ``W + scaling * B A`` in place of
+``W`` while its forward runs. That makes a tensor of the parameter's size for each forward pass, as in PEFT.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.config import LoraConfig
+from lightning_lora.functional import low_rank_product
+from lightning_lora.initialize import fill_
+from lightning_lora.layers.base import LoraAdapter, LoraLayer, Target
+
+
+class ParameterAdapter(LoraAdapter):
+    """``W + scaling * B A`` with A of shape ``(r, in)`` and B of shape ``(out, r)``.
+
+    For experts stacked in one tensor of shape ``(experts, out, in)``, A and B have that first dimension too, and each
+    expert its own update. Where the module says ``is_transposed``, the tensor has shape ``(experts, in, out)``.
+
+    Args:
+        parameter: Name of the parameter in its module.
+        is_transposed: Whether the parameter's last dimension counts outputs.
+        weight: See :class:`LoraAdapter`, as for the rest.
+    """
+
+    def __init__(
+        self,
+        parameter: str,
+        is_transposed: bool,
+        weight: Tensor,
+        config: LoraConfig,
+        layer_name: str,
+        adapter_name: str,
+    ) -> None:
+        self.__dict__.update(parameter=parameter, is_transposed=is_transposed)  # before Module.__init__: shapes need it
+        super().__init__(weight, config, layer_name, f"{adapter_name}.{parameter}")
+
+    def shapes(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        *experts, out_features, in_features = weight.mT.shape if self.is_transposed else weight.shape
+        return (*experts, self.r, in_features), (*experts, out_features, self.r)
+
+    def effective(self, weight: Tensor) -> Tensor:
+        """The parameter with the update, in its own dtype."""
+        factors = self.lora_B.to(weight.dtype), self.lora_A.to(weight.dtype)
+        if self.is_transposed:
+            factors = factors[1].mT, factors[0].mT
+        add = torch.addmm if weight.dim() == 2 else torch.baddbmm
+        return add(weight, *factors, alpha=self.scaling)
+
+    def delta_weight(self) -> Tensor:
+        delta = low_rank_product(self.lora_A, self.lora_B, self.scaling)
+        return delta.mT if self.is_transposed else delta
+
+    def reset_parameters(self) -> None:
+        if self.lora_A.dim() == 2:
+            super().reset_parameters()
+            return
+        kind_A, kind_B = self.initial_kinds()
+        for expert in range(len(self.lora_A)):  # each with the fan-in of a matrix of its own
+            name = f"{self._qualified_name}.{expert}"
+            fill_(self.lora_A[expert], kind_A, self._seed, f"{name}.lora_A", self.r)
+            fill_(self.lora_B[expert], kind_B, self._seed, f"{name}.lora_B", self.r)
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """PEFT stacks the experts of A, and has them innermost in B."""
+        lora_A: Tensor = self.lora_A
+        lora_B: Tensor = self.lora_B
+        if lora_A.dim() == 3:
+            lora_A, lora_B = lora_A.flatten(0, 1), lora_B.permute(1, 2, 0).flatten(1)
+        return {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
+
+    @torch.no_grad()
+    def load_peft_tensors(self, tensors: dict[str, Tensor]) -> None:
+        lora_A, lora_B = tensors["lora_A.weight"], tensors["lora_B.weight"]
+        if self.lora_A.dim() == 3:
+            experts = self.lora_A.shape[0]
+            lora_A = lora_A.view(experts, self.r, -1)
+            lora_B = lora_B.view(-1, self.r, experts).permute(2, 0, 1)
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
+
+
+class LoraParameters(LoraLayer):
+    """Any module of which parameters are adapted. Each of its adapters is a ``ModuleDict`` of one by parameter."""
+
+    adapter_class = dora_class = ParameterAdapter
+    is_linear = False
+    is_module_target = False
+
+    @classmethod
+    def new_adapter(cls, target: Target, config: LoraConfig, name: str, adapter_name: str) -> nn.Module:
+        is_transposed = getattr(target.module, "is_transposed", False)
+        adapters = {}
+        for parameter in target.parameters:
+            weight = target.module.get_parameter(parameter)
+            transposed = is_transposed and weight.dim() == 3
+            key = parameter.replace(".", "_")  # a module's name holds no dot
+            layer_name = name if cls.is_module_target else f"{name}.{parameter}".lstrip(".")
+            adapters[key] = ParameterAdapter(parameter, transposed, weight, config, layer_name, adapter_name)
+        return nn.ModuleDict(adapters)
+
+    @classmethod
+    def objection(cls, target: Target, config: LoraConfig) -> Optional[str]:
+        for name in ("lora_dropout", "use_dora"):
+            if getattr(config, name):
+                return f"{name} is not for parameters that a module reads itself"
+        if config.takes_from_base or config.init_lora_weights == "orthogonal":
+            return f"init_lora_weights={config.init_lora_weights!r} is not for parameters that a module reads itself"
+        for name in target.parameters:
+            shape = tuple(target.module.get_parameter(name).shape)
+            if len(shape) not in (2, 3):
+                return f"its {name} has shape {shape}, and only matrices and stacks of matrices can be adapted"
+        return None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if self.merged else self._reading_effective():
+            return super(LoraLayer, self).forward(*args, **kwargs)  # the base's, to which nothing is added
+
+    @contextmanager
+    def _reading_effective(self) -> Iterator[None]:
+        """Have the module find the adapted parameters under the names of the base's."""
+        shadowed = []
+        for name, weight in self.adapted_parameters().items():
+            owner_name, _, attribute = name.rpartition(".")
+            effective: Tensor = weight
+            with torch.autocast(weight.device.type, enabled=False):
+                for adapter in self.adapters_on(name):
+                    assert isinstance(adapter, ParameterAdapter)
+                    effective = adapter.effective(effective)
+            # An attribute of the object itself is found before the parameters, which so stay registered.
+            holder = self.get_submodule(owner_name).__dict__
+            holder[attribute] = effective
+            shadowed.append((holder, attribute))
+        try:
+            yield
+        finally:
+            for holder, attribute in shadowed:
+                del holder[attribute]
+
+    def peft_adapters(self, adapter_name: str) -> dict[str, LoraAdapter]:
+        """PEFT wraps once for each parameter, the first innermost."""
+        adapters: Any = self.lora[adapter_name]
+        return {".base_layer" * depth: adapter for depth, adapter in enumerate(reversed(adapters.values()))}
+
+    def peft_wrapped(self) -> dict[str, str]:
+        return {"": ".base_layer" * len(self.adapted_parameters())}
+
+    def adapters_on(self, parameter: str) -> list[LoraAdapter]:
+        return [a for adapters in self.lora.values() for a in adapters.values() if a.parameter == parameter]  # type: ignore
+
+    def adapted_parameters(self) -> dict[str, nn.Parameter]:
+        names = [adapter.parameter for adapters in self.lora.values() for adapter in adapters.values()]  # type: ignore
+        return {name: self.get_parameter(name) for name in names}
