@@ -27,6 +27,9 @@ class LoraConfig:
         target_modules: Which layers to adapt. A list holds module names, each matched exactly, as a dotted suffix
             (``"q_proj"``) or as a glob (``"*.layers.[01].*_proj"``); a string is one regular expression that must match
             the whole name; ``"all-linear"`` is every supported linear layer but the output head.
+        fused_qkv: Of targets that compute query, key and value in one (``c_attn``, ``query_key_value``, ``qkv_proj``,
+            ...), the parts to adapt, such as ``["q", "v"]``, each with an A and B of its own; ``None`` adapts such a
+            layer as a whole, like any other.
         exclude_modules: Layers to leave out of ``target_modules``, written in the same ways.
         target_parameters: Parameters to adapt that a module reads itself, as mixtures of experts stack those of all
             experts in one tensor of shape ``(experts, out, in)``: a list of names, matched as in ``target_modules``
@@ -58,6 +61,7 @@ class LoraConfig:
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     target_modules: Union[str, list[str]] = ALL_LINEAR
+    fused_qkv: Optional[list[str]] = None
     exclude_modules: Union[str, list[str], None] = None
     target_parameters: Optional[list[str]] = None
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -92,6 +96,15 @@ class LoraConfig:
             raise ValueError(
                 'target_modules is empty, so there is nothing to adapt: name layers such as ["q_proj", "v_proj"], or '
                 'pass "all-linear".'
+            )
+        if isinstance(self.fused_qkv, (list, tuple)):
+            object.__setattr__(self, "fused_qkv", sorted(self.fused_qkv, key="qkv".find))
+        if self.fused_qkv is not None and (not self.fused_qkv or set(self.fused_qkv) - {"q", "k", "v"}):
+            raise ValueError(f'fused_qkv is {self.fused_qkv!r}, but it must be a list of "q", "k" and "v", or None.')
+        if self.fused_qkv and (self.use_dora or self.takes_from_base or self.init_lora_weights == "orthogonal"):
+            raise ValueError(
+                "fused_qkv gives each part of a layer an A and B of its own, while DoRA and the orthogonal, PiSSA and "
+                "OLoRA starts are for whole matrices: leave one of them out."
             )
         if self.bias not in _BIAS_MODES:
             raise ValueError(f"bias is {self.bias!r}, but it must be one of {', '.join(map(repr, _BIAS_MODES))}.")

@@ -120,7 +120,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
 
     # Built before anything is changed, so that an error leaves the model as it was.
     adapters = {
-        name: target.layer_class.new_adapter(target, config, name, adapter_name).train(target.module.training)
+        name: target.layer_class.new_adapter(target, config, adapter_name).train(target.module.training)
         for name, target in targets.items()
     }
     trained = _parameters_to_train(model, modules, saved, config.bias)

@@ -132,11 +132,18 @@ def _load_tensors(root: nn.Module, injection: Injection, directory: Path) -> Non
     of_base = {f"{_PREFIX}{name[len(prefix) :]}.base_layer.weight" for name in injection.targets}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in of_base}
     check_tensors(expected, tensors, str(directory))
+    own: list[tuple[Tensor, Tensor]] = []
     for name, tensor in _saved_in_full(root, injection).items():
-        tensor.detach().copy_(tensors[_PREFIX + name[len(prefix) :]])
+        own.append((tensor, tensors[_PREFIX + name[len(prefix) :]]))
     for name, adapter in _adapters(root, injection):
-        names = {f"{_PREFIX}{name[len(prefix) :]}.{peft_name}": peft_name for peft_name in adapter.peft_tensors()}
-        adapter.load_peft_tensors({peft_name: tensors[full_name] for full_name, peft_name in names.items()})
+        full_names = {inner: f"{name}.{inner}".lstrip(".")[len(prefix) :] for inner in adapter.peft_tensors()}
+        theirs = {inner: tensors[_PREFIX + full_name] for inner, full_name in full_names.items()}
+        try:
+            own += [(getattr(adapter, attribute), tensor) for attribute, tensor in adapter.from_peft(theirs).items()]
+        except ValueError as error:
+            raise CheckpointError(f"{directory} does not fit the adapters of this model: {error}.") from error
+    for destination, tensor in own:
+        destination.detach().copy_(tensor)
 
 
 def _load_checkpoint(model: nn.Module, path: Path, fresh: bool) -> None:

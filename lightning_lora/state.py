@@ -14,7 +14,7 @@ from lightning_lora.targets import clean_name, is_inside
 
 FORMAT_VERSION = 1
 _SAMPLES = 16
-_BINDING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+_BINDING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fused_qkv")
 
 
 class CheckpointError(RuntimeError):

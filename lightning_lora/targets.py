@@ -11,7 +11,14 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_lora.config import ALL_LINEAR, AUTO, LoraConfig
-from lightning_lora.layers import SUPPORTED, LoraLayer, LoraParameters, Target, layer_class_for
+from lightning_lora.layers import (
+    SUPPORTED,
+    LoraLayer,
+    LoraParameters,
+    Target,
+    layer_class_for,
+)
+from lightning_lora.layers.fused import NAMES, LoraFusedLinear, fused_class_for
 
 # Transformers' modules that read the weights of these layers of theirs and never call them.
 _READ_BY = {
@@ -64,9 +71,10 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
             )
         holder = names[name.rpartition(".")[0]] if name else None
         if name in parameters:
-            targets[name] = Target(module, holder, LoraParameters, tuple(parameters[name]))
+            targets[name] = Target(name, module, holder, LoraParameters, tuple(parameters[name]))
         elif name in modules:
-            layer_class = layer_class_for(module)
+            fused_class = fused_class_for(module, holder, name) if config.fused_qkv else None
+            layer_class = fused_class or layer_class_for(module)
             if layer_class is None:
                 raise TargetError(
                     f"target_modules matches {name!r}, which is a {_kind(module)} "
@@ -74,7 +82,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
                     "it, its parameters with target_parameters, or leave it out with exclude_modules. Nothing was "
                     "changed."
                 )
-            targets[name] = Target(module, holder, layer_class, layer_class.parameters_of(module))
+            targets[name] = Target(name, module, holder, layer_class, layer_class.parameters_of(module))
     for name, target in targets.items():
         objection = None if isinstance(target.module, LoraLayer) else target.layer_class.objection(target, config)
         objection = objection or _never_called(name, names)
@@ -83,6 +91,12 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
                 f"The targets match {name!r}, which is a {_kind(target.module)} and cannot be adapted: {objection}. "
                 "Leave it out with exclude_modules, or name others. Nothing was changed."
             )
+    if config.fused_qkv and not any(issubclass(target.layer_class, LoraFusedLinear) for target in targets.values()):
+        raise TargetError(
+            f"fused_qkv={config.fused_qkv!r} chooses parts of projections that compute query, key and value in one, "
+            f"and none of the {len(targets)} targets is one ({', '.join(NAMES)}): leave it out, or target one of "
+            "these. Nothing was changed."
+        )
     _warn_of_dead_patterns(modules, parameters, config)
     return targets
 

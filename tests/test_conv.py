@@ -16,7 +16,17 @@ from torch.nn.utils import parametrizations
 from toys import randomize
 from transformers import ConvNextConfig, ConvNextForImageClassification, ResNetConfig, ResNetForImageClassification
 
-from lightning_lora import LoraConfig, TargetError, eject, inject, load_adapter, merge, save_adapter, unmerge
+from lightning_lora import (
+    CheckpointError,
+    LoraConfig,
+    TargetError,
+    eject,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+    unmerge,
+)
 from lightning_lora.targets import find_targets
 
 ITSELF = ".*"  # the layer that is the whole model
@@ -35,8 +45,12 @@ def reference(layer: Any, x: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, Te
     adapter = layer.lora["default"]
     A, B = (p.detach().double().requires_grad_() for p in (adapter.lora_A, adapter.lora_B))
     x = x.detach().double().requires_grad_()
-    delta = sum(torch.einsum("o,i...->oi...", B[:, k].flatten(), A[k]) for k in range(r))
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
+    # Each group of outputs sees its own group of A's rows.
+    blocks = zip(A.chunk(layer.groups), B.chunk(layer.groups))
+    delta = torch.cat(
+        [sum(torch.einsum("o,i...->oi...", b[:, k].flatten(), a[k]) for k in range(len(a))) for a, b in blocks]
+    )
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     kind = KINDS[len(layer.kernel_size)]
     plain = kind(**{name: getattr(layer, name) for name in names}, bias=False, dtype=torch.float64)
     del plain.weight
@@ -55,13 +69,14 @@ def layers_and_inputs(draw: Any) -> tuple[Any, Tensor, int]:
     stride = draw(st.sampled_from([(1,) * dims, each(1, 3)]))
     padding = draw(st.sampled_from([each(0, 2), "valid", "same" if set(stride) == {1} else "valid"]))
     mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-    channels_in, channels_out = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    groups = draw(st.integers(1, 3))
+    channels_in, channels_out = groups * draw(st.integers(1, 4)), groups * draw(st.integers(1, 4))
     torch.manual_seed(draw(st.integers(0, 1000)))
     layer = KINDS[dims](
-        channels_in, channels_out, each(1, 3), stride, padding, each(1, 2), bias=draw(st.booleans()), padding_mode=mode
+        channels_in, channels_out, each(1, 3), stride, padding, each(1, 2), groups, draw(st.booleans()), mode
     )
     leading = (channels_in,) if draw(st.booleans()) else (draw(st.integers(1, 3)), channels_in)
-    return layer, torch.randn(*leading, *each(5, 7), requires_grad=True), draw(st.integers(1, 5))
+    return layer, torch.randn(*leading, *each(5, 7), requires_grad=True), groups * draw(st.integers(1, 4))
 
 
 @settings(max_examples=100, deadline=None)
@@ -239,7 +254,7 @@ class Standardized(nn.Conv2d):
 @pytest.mark.parametrize(
     ("layer", "match"),
     [
-        (nn.Conv2d(4, 4, 3, groups=2), "groups=2"),
+        (nn.Conv2d(6, 6, 3, groups=3), "groups=3, by which the rank must be divisible, and that is 8"),
         (Standardized(4, 4, 3), "forward of its own"),
         (parametrizations.weight_norm(nn.Conv1d(4, 4, 3)), "parametrization"),
         (parametrizations.spectral_norm(nn.Linear(4, 4)), "parametrization"),
@@ -257,3 +272,28 @@ def test_what_cannot_be_merged_is_refused(layer: nn.Module, match: str) -> None:
 def test_what_convolutions_do_not_have() -> None:
     with pytest.raises(TargetError, match="'orthogonal' is not for this kind of layer"):
         inject(nn.Conv2d(4, 3, 1), LoraConfig(r=2, target_modules=ITSELF, init_lora_weights="orthogonal"))
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_groups_beside_peft(groups: int, tmp_path: Path) -> None:
+    """Ours opens there; theirs, which looks at all channels, is refused unless it happens not to."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(8, 4, 3, groups=groups))
+
+    torch.manual_seed(1)
+    x = torch.randn(2, 8, 6, 6)
+    ours = inject(make(), LoraConfig(r=4, lora_alpha=3, target_modules=["0"]))
+    randomize(ours)
+    save_adapter(ours, tmp_path / "ours")
+    opened = peft.PeftModel.from_pretrained(make(), tmp_path / "ours")
+    torch.testing.assert_close(opened(x), ours(x))
+    torch.testing.assert_close(load_adapter(make(), tmp_path / "ours")(x), ours(x))
+    theirs = peft.get_peft_model(make(), peft.LoraConfig(r=4, lora_alpha=3, target_modules=["0"]))
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = make()
+    with pytest.raises(CheckpointError, match="looks at all input channels"):
+        load_adapter(model, tmp_path / "theirs")
+    assert type(model[0]) is nn.Conv2d

@@ -16,12 +16,14 @@ class Target:
     """A module to adapt.
 
     Attributes:
+        name: Its qualified name.
         module: The module.
         holder: The module that it is an attribute of, ``None`` for the root.
         layer_class: The class that it takes on.
         parameters: Names of the parameters that are adapted, relative to the module.
     """
 
+    name: str
     module: nn.Module
     holder: Optional[nn.Module]
     layer_class: "type[LoraLayer]"
@@ -40,6 +42,7 @@ class LoraAdapter(nn.Module):
         config: Rank, scaling, dropout and initial values.
         layer_name: Qualified name of the layer, for patterns and for the seed.
         adapter_name: Name of the adapter, for the seed.
+        layout: Attributes that this class of adapter needs to know its shapes.
     """
 
     peft_names: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
@@ -52,8 +55,10 @@ class LoraAdapter(nn.Module):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
-    def __init__(self, weight: Tensor, config: LoraConfig, layer_name: str, adapter_name: str) -> None:
+    def __init__(self, weight: Tensor, config: LoraConfig, layer_name: str, adapter_name: str, **layout: Any) -> None:
         super().__init__()
+        for name, value in layout.items():
+            setattr(self, name, value)
         self.r = config.rank(layer_name)
         self.scaling = config.scaling(layer_name)
         self.dropout = nn.Dropout(config.lora_dropout)
@@ -109,11 +114,13 @@ class LoraAdapter(nn.Module):
         """The trained tensors as PEFT names and shapes them."""
         return {peft_name: getattr(self, attribute) for attribute, peft_name in self.peft_names.items()}
 
-    @torch.no_grad()
-    def load_peft_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what :meth:`peft_tensors` gave, here or in PEFT."""
-        for attribute, peft_name in self.peft_names.items():
-            getattr(self, attribute).copy_(tensors[peft_name])
+    def from_peft(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """By attribute, the trained tensors of what :meth:`peft_tensors` gave, here or in PEFT.
+
+        Raises:
+            ValueError: If this adapter cannot hold what they compute.
+        """
+        return {attribute: tensors[peft_name] for attribute, peft_name in self.peft_names.items()}
 
     def plain_tensors(self) -> dict[str, Tensor]:
         """The same as a plain LoRA of ``rank_factor`` times the rank on the base weight as it was before."""
@@ -145,10 +152,10 @@ class LoraLayer(nn.Module):
         return ("weight",)
 
     @classmethod
-    def new_adapter(cls, target: Target, config: LoraConfig, name: str, adapter_name: str) -> nn.Module:
+    def new_adapter(cls, target: Target, config: LoraConfig, adapter_name: str) -> nn.Module:
         """An adapter for one module, ready to be put in."""
         weight: Tensor = target.module.weight  # type: ignore[assignment]
-        return cls.adapter_class_for(config)(weight, config, name, adapter_name)
+        return cls.adapter_class_for(config)(weight, config, target.name, adapter_name)
 
     @classmethod
     def adapter_class_for(cls, config: LoraConfig) -> type[LoraAdapter]:

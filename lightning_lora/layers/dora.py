@@ -5,7 +5,7 @@ Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09
 (their section 4.3), and ``m`` starts at ``|W0|``, so that a fresh adapter changes nothing.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ class DoraAdapter(LoraAdapter):
 
     lora_magnitude_vector: nn.Parameter
 
-    def __init__(self, weight: Tensor, config: LoraConfig, layer_name: str, adapter_name: str) -> None:
-        super().__init__(weight, config, layer_name, adapter_name)
+    def __init__(self, weight: Tensor, config: LoraConfig, layer_name: str, adapter_name: str, **layout: Any) -> None:
+        super().__init__(weight, config, layer_name, adapter_name, **layout)
         norm = self._along_channels(self._norm(weight)).to(self.lora_B.dtype)
         self.lora_magnitude_vector = nn.Parameter(norm if norm.dim() == 1 else norm.unsqueeze(0))
 

@@ -22,8 +22,8 @@ class EmbeddingAdapter(LoraAdapter):
     peft_names = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
     out_dim = 1
 
-    def __init__(self, weight: Tensor, config: LoraConfig, layer_name: str, adapter_name: str) -> None:
-        super().__init__(weight, config, layer_name, adapter_name)
+    def __init__(self, weight: Tensor, config: LoraConfig, layer_name: str, adapter_name: str, **layout: Any) -> None:
+        super().__init__(weight, config, layer_name, adapter_name, **layout)
         self.dropout.p = 0.0
 
     def shapes(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -57,7 +57,7 @@ class LinearAdapter(LoraAdapter):
     def plain_tensors(self) -> dict[str, Tensor]:
         """``W0 - s B0 A0 + s B A = W0 + s [B, -B0] [A; A0]``, if the start was taken out of the weight."""
         tensors = super().plain_tensors()
-        if self.rank_factor == 2:
+        if hasattr(self, "initial_A"):
             tensors[self.peft_names["lora_A"]] = torch.cat([self.lora_A, self.initial_A])  # type: ignore[list-item]
             tensors[self.peft_names["lora_B"]] = torch.cat([self.lora_B, -self.initial_B], dim=1)  # type: ignore[list-item,operator]
         return tensors

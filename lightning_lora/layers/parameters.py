@@ -22,24 +22,10 @@ class ParameterAdapter(LoraAdapter):
 
     For experts stacked in one tensor of shape ``(experts, out, in)``, A and B have that first dimension too, and each
     expert its own update. Where the module says ``is_transposed``, the tensor has shape ``(experts, in, out)``.
-
-    Args:
-        parameter: Name of the parameter in its module.
-        is_transposed: Whether the parameter's last dimension counts outputs.
-        weight: See :class:`LoraAdapter`, as for the rest.
     """
 
-    def __init__(
-        self,
-        parameter: str,
-        is_transposed: bool,
-        weight: Tensor,
-        config: LoraConfig,
-        layer_name: str,
-        adapter_name: str,
-    ) -> None:
-        self.__dict__.update(parameter=parameter, is_transposed=is_transposed)  # before Module.__init__: shapes need it
-        super().__init__(weight, config, layer_name, f"{adapter_name}.{parameter}")
+    parameter: str  # its name in the module
+    is_transposed: bool  # whether its last dimension counts outputs
 
     def shapes(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         *experts, out_features, in_features = weight.mT.shape if self.is_transposed else weight.shape
@@ -75,15 +61,13 @@ class ParameterAdapter(LoraAdapter):
             lora_A, lora_B = lora_A.flatten(0, 1), lora_B.permute(1, 2, 0).flatten(1)
         return {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
 
-    @torch.no_grad()
-    def load_peft_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def from_peft(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         lora_A, lora_B = tensors["lora_A.weight"], tensors["lora_B.weight"]
         if self.lora_A.dim() == 3:
             experts = self.lora_A.shape[0]
             lora_A = lora_A.view(experts, self.r, -1)
             lora_B = lora_B.view(-1, self.r, experts).permute(2, 0, 1)
-        self.lora_A.copy_(lora_A)
-        self.lora_B.copy_(lora_B)
+        return {"lora_A": lora_A, "lora_B": lora_B}
 
 
 class LoraParameters(LoraLayer):
@@ -94,15 +78,19 @@ class LoraParameters(LoraLayer):
     is_module_target = False
 
     @classmethod
-    def new_adapter(cls, target: Target, config: LoraConfig, name: str, adapter_name: str) -> nn.Module:
+    def new_adapter(cls, target: Target, config: LoraConfig, adapter_name: str) -> nn.Module:
         is_transposed = getattr(target.module, "is_transposed", False)
         adapters = {}
         for parameter in target.parameters:
             weight = target.module.get_parameter(parameter)
-            transposed = is_transposed and weight.dim() == 3
-            key = parameter.replace(".", "_")  # a module's name holds no dot
-            layer_name = name if cls.is_module_target else f"{name}.{parameter}".lstrip(".")
-            adapters[key] = ParameterAdapter(parameter, transposed, weight, config, layer_name, adapter_name)
+            adapters[parameter.replace(".", "_")] = ParameterAdapter(  # a module's name holds no dot
+                weight,
+                config,
+                target.name if cls.is_module_target else f"{target.name}.{parameter}".lstrip("."),
+                f"{adapter_name}.{parameter}",
+                parameter=parameter,
+                is_transposed=is_transposed and weight.dim() == 3,
+            )
         return nn.ModuleDict(adapters)
 
     @classmethod
