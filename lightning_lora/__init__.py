@@ -8,6 +8,15 @@ from lightning_lora.merging import merge, unmerge
 from lightning_lora.optim import param_groups
 from lightning_lora.peft_format import load_adapter, save_adapter
 from lightning_lora.state import CheckpointError, adapter_state_dict, load_adapter_state_dict
+from lightning_lora.switching import (
+    active_adapters,
+    adapters,
+    adapters_for,
+    add_adapter,
+    delete_adapter,
+    disabled,
+    set_adapter,
+)
 from lightning_lora.targets import TargetError
 from lightning_lora.version import __version__
 
@@ -17,7 +26,13 @@ __all__ = [
     "LoraConfig",
     "TargetError",
     "__version__",
+    "active_adapters",
     "adapter_state_dict",
+    "adapters",
+    "adapters_for",
+    "add_adapter",
+    "delete_adapter",
+    "disabled",
     "eject",
     "inject",
     "load_adapter",
@@ -26,5 +41,6 @@ __all__ = [
     "merge",
     "param_groups",
     "save_adapter",
+    "set_adapter",
     "unmerge",
 ]

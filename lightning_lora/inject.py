@@ -42,7 +42,9 @@ class Injection:
         saved: Names of the modules that are trained in full.
         originals: By the name of each parameter that is trained in full, the base's own.
         trained: By the same names, the trained copies.
+        in_place: Whether the trained copies, and the rests below, are in the model now, and not the base's own.
         whole: By name, the base's weights out of which an adapter's start was taken.
+        rest: By the same names, what was left of them.
         frozen: Names of the base parameters that were trainable before.
         frozen_norms: Names of the normalization layers whose statistics are frozen.
         fused: By name, the switches of torch's fused encoder path that were on.
@@ -55,7 +57,9 @@ class Injection:
     saved: list[str] = dataclasses.field(default_factory=list)
     originals: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
     trained: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
+    in_place: bool = True
     whole: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
+    rest: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
     frozen: list[str] = dataclasses.field(default_factory=list)
     frozen_norms: list[str] = dataclasses.field(default_factory=list)
     fused: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -95,12 +99,13 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     """Freeze a model and put LoRA adapters into it, in place.
 
     The fresh adapter changes nothing: the outputs equal the base model's, bit for bit. Injecting the same config again
-    does nothing.
+    does nothing. Under another name, a further adapter goes beside those that are there, and is at work with them; see
+    :func:`~lightning_lora.set_adapter`.
 
     Args:
         model: Any module. Its parameters keep their names; each adapted layer gains ``lora.<adapter_name>``.
         config: What to adapt and how.
-        adapter_name: Name of the adapter.
+        adapter_name: Name of the adapter; a name of a Python attribute, so without dots.
 
     Returns:
         The same model.
@@ -114,7 +119,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     targets = find_targets(model, config)
     saved = find_modules_to_save(model, config)
     modules = {name: target.module for name, target in targets.items()}
-    _require_free(modules, present)
+    _require_room(targets, config, adapter_name, present)
     injection = Injection(config, adapter_name, targets=list(targets), saved=list(saved))
     _warn_of_ties(model, targets)
 
@@ -132,16 +137,27 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     for _, parameter in base_parameters(model):
         parameter.requires_grad_(False)
     for name, target in targets.items():
-        target.module.__class__ = adapted_class(target.layer_class, type(target.module))  # type: ignore[arg-type,assignment]
-        target.module.__dict__["_base_weights"] = {}  # out of the module's own parameters and state dict
-        target.module.lora = nn.ModuleDict({adapter_name: adapters[name]})
+        layer = _adapted(target)
+        layer.lora[adapter_name] = adapters[name]
+        layer._active.append(adapter_name)
     for name, weight in rest.items():
-        injection.whole[f"{name}.weight".lstrip(".")] = set_parameter(modules[name], "weight", weight)
+        full_name = f"{name}.weight".lstrip(".")
+        injection.whole[full_name], injection.rest[full_name] = set_parameter(modules[name], "weight", weight), weight
     _train_in_full(model, trained, injection)
     _freeze_norms(model, injection)
     _leave_fused_path(model, injection)
     model.__dict__.setdefault(_ATTRIBUTE, []).append(injection)
     return model
+
+
+def _adapted(target: Target) -> LoraLayer:
+    """The layer of a target, which takes on its new class unless it has it already."""
+    layer: Any = target.module
+    if not isinstance(layer, LoraLayer):
+        layer.__class__ = adapted_class(target.layer_class, type(layer))  # type: ignore[arg-type]
+        layer.__dict__.update(_base_weights={}, _active=[], _rows=None)  # not in the module's own state dict
+        layer.lora = nn.ModuleDict()
+    return layer  # type: ignore[no-any-return]
 
 
 def injections_of(model: nn.Module) -> list[Injection]:
@@ -168,16 +184,16 @@ def adapted_layers(root: nn.Module, injection: Injection) -> Iterator[tuple[str,
 
 @dataclasses.dataclass
 class _Folded:
-    """An injection that was taken out with its adapters folded in: all it takes to put it back."""
+    """Injections that were taken out with their adapters folded in: all it takes to put them back."""
 
-    injection: Injection
+    injections: list[Injection]
     classes: dict[str, type[nn.Module]] = dataclasses.field(default_factory=dict)
+    attributes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     adapters: dict[str, nn.ModuleDict] = dataclasses.field(default_factory=dict)
-    base_weights: dict[str, dict[str, nn.Parameter]] = dataclasses.field(default_factory=dict)
 
 
 # The base weights of a folded model live here, so that nothing of the plugin is left on the model itself.
-_folded: "weakref.WeakKeyDictionary[nn.Module, list[_Folded]]" = weakref.WeakKeyDictionary()
+_folded: "weakref.WeakKeyDictionary[nn.Module, _Folded]" = weakref.WeakKeyDictionary()
 
 
 def eject(model: ModuleT, merge: bool = False) -> ModuleT:
@@ -199,30 +215,67 @@ def eject(model: ModuleT, merge: bool = False) -> ModuleT:
     found = list(injections(model))
     if not found:
         raise ValueError(f"There is no adapter in this {type(model).__name__}: inject one first, or leave out eject.")
-    merged = {
-        id(layer): layer.merged_weights()
-        for _, root, injection in found
-        for _, layer in adapted_layers(root, injection)
-        if merge and not layer.merged
-    }
-    for _, root, injection in found:
-        folded = _Folded(injection)
-        for name, layer in adapted_layers(root, injection):
-            if merge and not layer.merged:
+    layers = {id(layer): layer for _, root, injection in found for _, layer in adapted_layers(root, injection)}
+    merged = {key: layer.merged_weights() for key, layer in layers.items() if merge and not layer.merged}
+    for root in {id(root): root for _, root, _ in found}.values():
+        folded = _Folded(injections_of(root))
+        named = {name: layer for injection in folded.injections for name, layer in adapted_layers(root, injection)}
+        for name, layer in named.items():
+            if id(layer) in merged:
                 layer.merge(merged[id(layer)])
-            elif not merge and layer.merged:
+            elif not merge:
                 layer.unmerge()
             folded.classes[name], folded.adapters[name] = type(layer), layer.lora
-            folded.base_weights[name] = layer._base_weights
-            layer.__class__ = base_class(layer)  # type: ignore[assignment]
-            del layer.lora, layer._base_weights
-        if not merge:
-            _put_parameters(root, {**injection.originals, **injection.whole})
-        _thaw(root, injection)
+            folded.attributes[name] = _take_off(layer)
+        for injection in reversed(folded.injections):
+            if not merge:
+                _put_parameters(root, {**injection.originals, **injection.whole})
+            _thaw(root, injection)
         root.__dict__.pop(_ATTRIBUTE, None)
         if merge:
-            _folded.setdefault(root, []).append(folded)
+            _folded[root] = folded
     return model
+
+
+def _take_off(layer: LoraLayer) -> dict[str, Any]:
+    """Give a layer its old class back.
+
+    Returns:
+        The attributes that it had beside its adapters.
+    """
+    attributes = {name: layer.__dict__.pop(name) for name in ("_base_weights", "_active", "_rows")}
+    del layer.lora
+    layer.__class__ = base_class(layer)  # type: ignore[assignment]
+    return attributes
+
+
+def take_out(root: nn.Module, injection: Injection) -> None:
+    """Take one adapter out, and leave the others."""
+    for _, layer in adapted_layers(root, injection):
+        del layer.lora[injection.adapter_name]
+        if injection.adapter_name in layer._active:
+            layer._active.remove(injection.adapter_name)
+        if not layer.lora:
+            _take_off(layer)
+    if injection.in_place:
+        _put_parameters(root, {**injection.originals, **injection.whole})
+    others = injections_of(root)
+    others.remove(injection)
+    if others:  # what was thawed with the last one is thawed with the last one still
+        others[0].frozen = [*others[0].frozen, *injection.frozen]
+        others[0].frozen_norms += injection.frozen_norms
+        others[0].fused = {**others[0].fused, **injection.fused}
+    else:
+        _thaw(root, injection)
+        root.__dict__.pop(_ATTRIBUTE, None)
+
+
+def put_trained(root: nn.Module, injection: Injection, in_place: bool) -> None:
+    """Put what an injection trains in full, or has left of the base, into the model; or the base's own back."""
+    if in_place != injection.in_place:
+        mine, of_base = {**injection.trained, **injection.rest}, {**injection.originals, **injection.whole}
+        _put_parameters(root, mine if in_place else of_base)
+        injection.in_place = in_place
 
 
 def is_folded(model: nn.Module) -> bool:
@@ -233,19 +286,19 @@ def is_folded(model: nn.Module) -> bool:
 def restore_folded(model: nn.Module) -> None:
     """Undo ``eject(model, merge=True)``: the base weights back bit for bit, the adapters in their layers."""
     for root in [module for module in model.modules() if module in _folded]:
-        modules = modules_by_name(root)
-        for folded in _folded.pop(root):
-            for name in folded.injection.targets:
-                layer = modules[name]
-                layer.__class__ = folded.classes[name]  # type: ignore[assignment]
-                assert isinstance(layer, LoraLayer)
-                layer.__dict__["_base_weights"] = folded.base_weights[name]
-                layer.lora = folded.adapters[name]
-                layer.lora.to(next(iter(layer.adapted_parameters().values())).device)
-                layer.unmerge()
-            _freeze_norms(root, folded.injection)
-            _leave_fused_path(root, folded.injection)
-            root.__dict__.setdefault(_ATTRIBUTE, []).append(folded.injection)
+        modules, folded = modules_by_name(root), _folded.pop(root)
+        for name, layer_class in folded.classes.items():
+            layer = modules[name]
+            layer.__class__ = layer_class  # type: ignore[assignment]
+            assert isinstance(layer, LoraLayer)
+            layer.__dict__.update(folded.attributes[name])
+            layer.lora = folded.adapters[name]
+            layer.lora.to(next(iter(layer.adapted_parameters().values())).device)
+            layer.unmerge()
+        root.__dict__[_ATTRIBUTE] = folded.injections
+        for injection in folded.injections:
+            _freeze_norms(root, injection)
+            _leave_fused_path(root, injection)
         for _, parameter in base_parameters(root):
             parameter.requires_grad_(False)
         for injection in injections_of(root):
@@ -326,16 +379,41 @@ def _thaw(model: nn.Module, injection: Injection) -> None:
     injection.fused = {}
 
 
-def _require_free(targets: dict[str, nn.Module], present: list[Injection]) -> None:
-    taken = [name for name, module in targets.items() if isinstance(module, LoraLayer)]
+def _require_room(targets: dict[str, Target], config: LoraConfig, adapter_name: str, present: list[Injection]) -> None:
+    """Require that the adapter can go beside those that are there."""
+    layers = {name: target.module for name, target in targets.items() if isinstance(target.module, LoraLayer)}
+    taken = [name for name, layer in layers.items() if adapter_name in layer.lora]
+    shown = f"{', '.join(taken[:3])}{' and others' if len(taken) > 3 else ''}"
     if taken:
         there = "; ".join(f"{injection.adapter_name!r} with {injection.config}" for injection in present)
         raise TargetError(
-            f"{', '.join(taken[:3])}{' and others' if len(taken) > 3 else ''} already carry an adapter"
+            f"{shown} already carry an adapter"
             + (f" ({there})" if there else "")
-            + ", and a second one cannot be put over it: eject the first, use the same settings, or give each adapter "
-            "layers of its own. Nothing was changed."
+            + f", and a second one named {adapter_name!r} cannot be put over it: eject the first, use the same "
+            "settings, or give each adapter a name or layers of its own. Nothing was changed."
         )
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise TargetError(
+            f"{merged[0]} is merged, so no adapter can be put into it: unmerge first. Nothing was changed."
+        )
+    at_work = [injection.config.use_dora for injection in present if injection.adapter_name in _active_in(layers)]
+    if at_work and (config.use_dora or any(at_work)):
+        raise TargetError(
+            f"DoRA sets the magnitude of whole weights, so no other adapter can be at work in {next(iter(layers))} "
+            "with it: use add_adapter, which leaves the choice to set_adapter. Nothing was changed."
+        )
+    loners = [injection.adapter_name for injection in present if injection.config.takes_from_base]
+    if layers and (loners or config.takes_from_base):
+        raise TargetError(
+            f"The adapter {loners[0] if loners else adapter_name!r} starts at a part of the base's weights "
+            f"(init_lora_weights), so it cannot share {next(iter(layers))} with another, whose base would be changed: "
+            "give each adapter layers of its own. Nothing was changed."
+        )
+
+
+def _active_in(layers: dict[str, LoraLayer]) -> set[str]:
+    return {name for layer in layers.values() for name in layer._active}
 
 
 def _warn_of_ties(model: nn.Module, targets: dict[str, Target]) -> None:

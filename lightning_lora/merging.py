@@ -1,17 +1,18 @@
 """Fold adapters into the weights, and bring the base weights back bit for bit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, Union
 
 from torch import nn
 
 from lightning_lora.inject import adapted_layers, eject, injections, is_folded, restore_folded
+from lightning_lora.switching import set_adapter
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def merge(model: ModuleT) -> ModuleT:
+def merge(model: ModuleT, adapter_names: Union[str, Sequence[str], None] = None) -> ModuleT:
     """Fold the adapters into the weights, in place: ``W = W0 + scaling * B A``, so that inference costs nothing extra.
 
     The adapters stay in their layers, at rest, and the base weights stay in memory for :func:`unmerge`. To get a model
@@ -19,19 +20,24 @@ def merge(model: ModuleT) -> ModuleT:
 
     Args:
         model: A model with adapters.
+        adapter_names: Which to fold in, one or several; they are at work from now on. ``None`` is those that are.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If there is no adapter, or a merged weight holds a NaN or an infinity. Nothing is changed then.
+        ValueError: If there is no adapter, a name is unknown, or a merged weight holds a NaN or an infinity. Nothing is
+            changed then.
     """
     found = list(injections(model))
     if not found:
         if is_folded(model):
             return model
         raise ValueError(f"There is no adapter to merge in this {type(model).__name__}: inject or load one first.")
+    if adapter_names is not None:
+        set_adapter(model, adapter_names)
     layers = [layer for _, root, injection in found for _, layer in adapted_layers(root, injection) if not layer.merged]
+    layers = list({id(layer): layer for layer in layers}.values())
     merged = [layer.merged_weights() for layer in layers]
     for layer, weights in zip(layers, merged):
         layer.merge(weights)

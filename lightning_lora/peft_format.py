@@ -9,8 +9,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_lora.checkpoint import KEY, inject_as_saved, read_checkpoint
 from lightning_lora.config import LoraConfig
-from lightning_lora.inject import Injection, adapted_layers, eject, inject, injections
+from lightning_lora.inject import Injection, adapted_layers, inject, injections
 from lightning_lora.layers import LoraAdapter
 from lightning_lora.merging import unfolded
 from lightning_lora.state import (
@@ -29,8 +30,10 @@ from lightning_lora.state import (
     check_tensors,
     fingerprint_of,
     load_adapter_state_dict,
+    saved_buffers,
 )
-from lightning_lora.targets import pretrained_models
+from lightning_lora.switching import adapters, add_adapter, delete_adapter
+from lightning_lora.targets import clean_name, pretrained_models
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -44,21 +47,22 @@ _SHARED = (
 )  # fmt: skip
 
 
-def save_adapter(model: nn.Module, directory: Union[str, Path]) -> Path:
-    """Write the adapter of a model as a directory that PEFT opens.
+def save_adapter(model: nn.Module, directory: Union[str, Path], adapter_name: Optional[str] = None) -> Path:
+    """Write an adapter of a model as a directory that PEFT opens.
 
     Args:
-        model: A model with one adapter, of which ``modules_to_save`` are stored too.
+        model: A model with adapters, of which ``modules_to_save`` are stored too.
         directory: Made if it is not there.
+        adapter_name: Which adapter; may be left out if there is one.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: If the model has no adapter, or several.
+        ValueError: If the model has no such adapter, or several to choose from.
     """
     with unfolded(model):
-        return write_adapter(*_only_injection(model), Path(directory))
+        return write_adapter(*_find_injection(model, adapter_name), Path(directory))
 
 
 def write_adapter(root: nn.Module, injection: Injection, directory: Path) -> Path:
@@ -77,15 +81,17 @@ def write_adapter(root: nn.Module, injection: Injection, directory: Path) -> Pat
     return directory
 
 
-def load_adapter(model: nn.Module, path: Union[str, Path], adapter_name: str = "default") -> nn.Module:
+def load_adapter(model: nn.Module, path: Union[str, Path], adapter_name: Optional[str] = None) -> nn.Module:
     """Load an adapter: a directory in PEFT's format, or an adapter checkpoint that a Trainer wrote.
 
-    The adapter is injected first, unless the model already carries one of the same shapes.
+    A directory goes into the adapter of this name, which is put in first if the model has none: at work in a model
+    without adapters, else beside the others, to be chosen by :func:`~lightning_lora.set_adapter`. A checkpoint goes
+    into the adapters that it was saved from, which are put in first into a model without adapters.
 
     Args:
         model: The base model, or the LightningModule that holds it.
         path: The directory or the ``.ckpt`` file.
-        adapter_name: Name to inject it under.
+        adapter_name: Of a directory. By default, that of the only adapter, or ``"default"``.
 
     Returns:
         The same model.
@@ -94,21 +100,32 @@ def load_adapter(model: nn.Module, path: Union[str, Path], adapter_name: str = "
         CheckpointError: If the files are damaged, or do not fit the model or its base. Nothing is loaded then.
     """
     path = Path(path)
-    fresh = not list(injections(model))
-    try:
+    before = list(adapters(model))
+    if path.is_dir():
+        config = _read_config(path)
+        name = adapter_name or (before[0] if len(before) == 1 else "default")
+        if not before:
+            hf_models = list(pretrained_models(model).values())
+            inject(hf_models[0] if len(hf_models) == 1 else model, config, name)
+        elif name not in before:
+            add_adapter(_find_injection(model, before[0])[0], config, name)
+    with _taken_out_again(model, before):
         if path.is_dir():
-            config = _read_config(path)
-            if fresh:
-                hf_models = list(pretrained_models(model).values())
-                inject(hf_models[0] if len(hf_models) == 1 else model, config, adapter_name)
-            _load_tensors(*_only_injection(model), path)
+            _load_tensors(*_find_injection(model, name), path)
         else:
-            _load_checkpoint(model, path, fresh)
-    except CheckpointError:
-        if fresh and list(injections(model)):
-            eject(model)
-        raise
+            _load_checkpoint(model, path, fresh=not before)
     return model
+
+
+@contextmanager
+def _taken_out_again(model: nn.Module, before: list[str]) -> Iterator[None]:
+    """If what was put in cannot be loaded, leave the model as it came."""
+    try:
+        yield
+    except CheckpointError:
+        for name in [name for name in adapters(model) if name not in before]:
+            delete_adapter(model, name)
+        raise
 
 
 def read_adapter(root: nn.Module, injection: Injection, directory: Path) -> None:
@@ -180,14 +197,21 @@ def _read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _only_injection(model: nn.Module) -> tuple[nn.Module, Injection]:
-    found = list(injections(model))
+def _find_injection(model: nn.Module, adapter_name: Optional[str]) -> tuple[nn.Module, Injection]:
+    every = [(root, injection) for _, root, injection in injections(model)]
+    found = [(root, injection) for root, injection in every if adapter_name in (None, injection.adapter_name)]
     if len(found) != 1:
+        names = ", ".join(repr(injection.adapter_name) for _, injection in every)
         raise ValueError(
-            f"PEFT's format holds one adapter, and this {type(model).__name__} has {len(found)}: "
-            + ("inject or load one first." if not found else "pass the submodule that has one.")
+            f"PEFT's format holds one adapter, and this {type(model).__name__} has {len(found)}"
+            + (f" named {adapter_name!r}" if adapter_name else "")
+            + (
+                f" ({names}): pass adapter_name, or the submodule that has one."
+                if every
+                else ": inject or load one first."
+            )
         )
-    return found[0][1:]
+    return found[0]
 
 
 def _fingerprint(root: nn.Module, injection: Injection, prefix: str) -> str:
@@ -221,10 +245,10 @@ def _saved_in_full(root: nn.Module, injection: Injection) -> dict[str, Tensor]:
         for name, layer in adapted_layers(root, injection)
         for inner, peft_inner in layer.peft_wrapped().items()
     }
-    for name, tensor in adapter_state_dict(root).items():
+    buffers = {clean_name(name): buffer for name, buffer in saved_buffers(root, injection)}
+    for name, tensor in {**injection.trained, **buffers}.items():
         owner, _, attribute = name.rpartition(".")
-        if ".lora." not in f".{name}":
-            tensors[f"{wrapped.get(owner, owner)}.{attribute}".lstrip(".")] = tensor
+        tensors[f"{wrapped.get(owner, owner)}.{attribute}".lstrip(".")] = tensor
     return tensors
 
 

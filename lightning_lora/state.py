@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.inject import Injection, adapted_layers, base_parameters, injections, injections_of
+from lightning_lora.inject import Injection, adapted_layers, injections, injections_of
 from lightning_lora.layers import LoraLayer
 from lightning_lora.targets import clean_name, is_inside
 
@@ -186,11 +186,12 @@ def base_tensors(root: nn.Module, injection: Injection) -> Iterator[tuple[str, T
     }
     for each in injections_of(root):
         unmerged.update(each.whole)
-    for name, parameter in base_parameters(root):
-        yield clean_name(name), unmerged.get(clean_name(name), parameter)
-    for other in injections_of(root):
-        if other is not injection:  # what it trains is base to this one, whichever was first
-            yield from other.originals.items()
+        unmerged.update({} if each is injection else each.originals)  # what it trains is base to this one
+    adapters = {id(p) for m in root.modules() if isinstance(m, LoraLayer) for p in m.lora.parameters()}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        clean = clean_name(name)
+        if id(parameter) not in adapters and clean not in injection.trained:
+            yield clean, unmerged.get(clean, parameter)
     state = root.state_dict()
     for name, buffer in root.named_buffers():
         if name in state and not _is_saved(name, injection):
@@ -202,8 +203,14 @@ def _adapter_names(model: nn.Module) -> Iterator[str]:
         if isinstance(module, LoraLayer):
             yield from (clean_name(f"{name}.lora.{inner}".lstrip(".")) for inner in module.lora.state_dict())
     for root_name, root, injection in injections(model):
-        buffers = [clean_name(name) for name, _ in root.named_buffers() if _is_saved(name, injection)]
-        yield from (f"{root_name}.{name}".lstrip(".") for name in [*injection.trained, *buffers])
+        buffers = [clean_name(name) for name, _ in saved_buffers(root, injection)]
+        trained = injection.trained if injection.in_place else {}
+        yield from (f"{root_name}.{name}".lstrip(".") for name in [*trained, *buffers])
+
+
+def saved_buffers(root: nn.Module, injection: Injection) -> list[tuple[str, Tensor]]:
+    """The buffers of the modules that an injection trains in full."""
+    return [(name, buffer) for name, buffer in root.named_buffers() if _is_saved(name, injection)]
 
 
 def _is_saved(name: str, injection: Injection) -> bool:

@@ -156,6 +156,8 @@ def test_injecting_again_does_nothing_and_over_another_is_refused() -> None:
     assert_same(before, snapshot(model))
     with pytest.raises(TargetError, match=r"already carry an adapter \('default' with LoraConfig\(r=2"):
         inject(model, LoraConfig(r=3))
+    with pytest.raises(TargetError, match="give each adapter a name or layers of its own"):
+        inject(model, LoraConfig(r=3, target_modules=["q_proj"]))
     assert_same(before, snapshot(model))
 
 

@@ -145,6 +145,8 @@ class LoraLayer(nn.Module):
     lora: nn.ModuleDict
     weight: nn.Parameter
     _base_weights: dict[str, nn.Parameter]  # while adapters are folded in: by name, the parameters before
+    _active: list[str]  # names of the adapters at work
+    _rows: Optional[dict[str, Tensor]]  # for a batch of several adapters' samples: by adapter, the samples
 
     @classmethod
     def parameters_of(cls, module: nn.Module) -> tuple[str, ...]:
@@ -173,14 +175,26 @@ class LoraLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if self._rows is not None:
+            return self._add_by_sample(x, out, self._rows)
         if not self.merged:
-            for adapter in self.lora.values():
-                out = adapter(x, out, self)
+            for name in self._active:
+                out = self.lora[name](x, out, self)
+        return out
+
+    def _add_by_sample(self, x: Tensor, out: Tensor, rows: dict[str, Tensor]) -> Tensor:
+        """Add to each sample's output the path of its own adapter, all samples of one adapter at once."""
+        samples = sum(map(len, rows.values()))
+        for name, chosen in rows.items():
+            if name not in self.lora:
+                continue
+            index = _rows_of(chosen.to(x.device), samples, len(x))
+            out = out.index_copy(0, index, self.lora[name](x[index], out[index], self))
         return out
 
     def adapters_on(self, parameter: str) -> list[LoraAdapter]:
-        """The adapters of one of the parameters."""
-        return list(self.lora.values())  # type: ignore[arg-type]
+        """The adapters at work on one of the parameters."""
+        return [self.lora[name] for name in self._active]  # type: ignore[misc]
 
     def adapted_parameters(self) -> dict[str, nn.Parameter]:
         """The adapted parameters, as they are now, by name."""
@@ -238,6 +252,17 @@ class LoraLayer(nn.Module):
         # The class is made at run time, so pickle and deepcopy must find it by the base class.
         _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]
         return (_new_adapted, (type(self).__mro__[1], base_class(self)), *state)
+
+
+def _rows_of(samples: Tensor, count: int, rows: int) -> Tensor:
+    """The rows of given samples in a tensor whose rows are ``count`` samples, or several in a row for each of them."""
+    each, rest = divmod(rows, count)
+    if rest:
+        raise ValueError(
+            f"adapters_for names the adapters of {count} samples, but a layer got an input of {rows} rows: give one "
+            "name for each sample of the batch (None for the base alone)."
+        )
+    return (samples.unsqueeze(1) * each + torch.arange(each, device=samples.device)).flatten()
 
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:

@@ -91,18 +91,18 @@ class LoraLinear(LoraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not self._is_plain(x):
             return super().forward(x, *args, **kwargs)
-        (adapter,) = self.lora.values()
+        adapter = self.lora[self._active[0]]
         bias: Optional[Tensor] = self.bias  # type: ignore[assignment]
         return low_rank_linear(x, self.weight, bias, adapter.lora_A, adapter.lora_B, adapter.scaling)  # type: ignore
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether base and adapter can run as one: a single LoRA in one dtype on the forward of ``nn.Linear``."""
-        adapter = next(iter(self.lora.values()))
+        if self.merged or len(self._active) != 1 or self._rows is not None:
+            return False
+        adapter = self.lora[self._active[0]]
         return (
-            not self.merged
-            and not self.weight.requires_grad
+            not self.weight.requires_grad
             and type(adapter) is LinearAdapter
-            and len(self.lora) == 1
             and not (adapter.training and adapter.dropout.p)
             and base_class(self).forward is nn.Linear.forward
             and x.dtype == self.weight.dtype == adapter.lora_A.dtype

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.functional import low_rank_product
 from lightning_lora.initialize import fill_
-from lightning_lora.layers.base import LoraAdapter, LoraLayer, Target
+from lightning_lora.layers.base import LoraAdapter, LoraLayer, Target, base_class
 
 
 class ParameterAdapter(LoraAdapter):
@@ -107,6 +107,11 @@ class LoraParameters(LoraLayer):
         return None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._rows is not None:
+            raise ValueError(
+                f"adapters_for cannot choose an adapter for each sample in a {base_class(self).__name__}, which reads "
+                "its weights as a whole: run the samples of each adapter by themselves, with set_adapter."
+            )
         with nullcontext() if self.merged else self._reading_effective():
             return super(LoraLayer, self).forward(*args, **kwargs)  # the base's, to which nothing is added
 
@@ -140,7 +145,8 @@ class LoraParameters(LoraLayer):
         return {"": ".base_layer" * len(self.adapted_parameters())}
 
     def adapters_on(self, parameter: str) -> list[LoraAdapter]:
-        return [a for adapters in self.lora.values() for a in adapters.values() if a.parameter == parameter]  # type: ignore
+        at_work = [adapter for name in self._active for adapter in self.lora[name].values()]  # type: ignore[operator]
+        return [adapter for adapter in at_work if adapter.parameter == parameter]
 
     def adapted_parameters(self) -> dict[str, nn.Parameter]:
         names = [adapter.parameter for adapters in self.lora.values() for adapter in adapters.values()]  # type: ignore

@@ -1,0 +1,196 @@
+"""Many adapters on one base: put them in, choose which are at work, take them out. The base's weights never move."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from typing import Optional, TypeVar, Union
+
+import torch
+from torch import nn
+
+from lightning_lora.config import LoraConfig
+from lightning_lora.inject import inject, injections, is_folded, put_trained, take_out
+from lightning_lora.layers import LoraLayer
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def adapters(model: nn.Module) -> dict[str, LoraConfig]:
+    """The adapters in a model: their names and settings, in the order in which they were put in."""
+    return {injection.adapter_name: injection.config for _, _, injection in injections(model)}
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the adapters at work."""
+    active = {name for layer in _layers(model) for name in layer._active}
+    active |= {
+        injection.adapter_name for _, _, injection in injections(model) if injection.trained and injection.in_place
+    }
+    return [name for name in adapters(model) if name in active]
+
+
+def add_adapter(model: ModuleT, config: LoraConfig, adapter_name: str) -> ModuleT:
+    """Put a further adapter beside those that a model has; it is not at work until :func:`set_adapter` says so.
+
+    Args:
+        model: A model with or without adapters.
+        config: What to adapt and how; not necessarily the same layers as the others.
+        adapter_name: A new name.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TargetError: If the config does not fit the model, or the name is taken. Nothing is changed then.
+    """
+    before = active_adapters(model)
+    set_adapter(model, None)  # so that the new adapter copies the base's own of what it trains in full
+    try:
+        inject(model, config, adapter_name)
+    finally:
+        set_adapter(model, before)
+    return model
+
+
+def set_adapter(model: ModuleT, adapter_names: Union[str, Sequence[str], None]) -> ModuleT:
+    """Choose which adapters are at work, at once and without touching a weight.
+
+    Args:
+        model: A model with adapters, unmerged.
+        adapter_names: One name, several (their updates add up), or ``None`` for the base alone.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If a name is unknown, the adapters are merged, or the chosen ones cannot work together. Nothing is
+            changed then.
+    """
+    names = _checked(model, adapter_names)
+    _require_unmerged(model)
+    _require_compatible(model, names)
+    layers = list(_layers(model))
+    for layer in layers:
+        layer._active[:] = [name for name in names if name in layer.lora]
+    # First all of the base's own back, then the chosen ones in, which may be for the same modules.
+    for chosen in (False, True):
+        for _, root, injection in injections(model):
+            if (injection.adapter_name in names) is chosen:
+                put_trained(root, injection, chosen)
+    return model
+
+
+def delete_adapter(model: ModuleT, adapter_name: str) -> ModuleT:
+    """Take one adapter out of a model and leave the others. The last one leaves the model as it was.
+
+    Raises:
+        ValueError: If there is none of this name, or the adapters are merged. Nothing is changed then.
+    """
+    _checked(model, adapter_name)
+    _require_unmerged(model)
+    for _, root, injection in list(injections(model)):
+        if injection.adapter_name == adapter_name:
+            take_out(root, injection)
+    return model
+
+
+@contextmanager
+def disabled(model: ModuleT) -> Iterator[ModuleT]:
+    """The base model alone, as long as the context lasts: no second copy of it is needed as a reference."""
+    with _at_work(model, []):
+        yield model
+
+
+@contextmanager
+def adapters_for(model: ModuleT, adapter_names: Sequence[Optional[str]]) -> Iterator[ModuleT]:
+    """Give each sample of a batch its own adapter, as long as the context lasts.
+
+    The base runs once for all samples, and each adapter once for all of its own.
+
+    Example::
+
+        with adapters_for(model, ["fr", "de", None, "fr"]):
+            logits = model(input_ids).logits  # four rows
+
+    Args:
+        model: A model with these adapters, unmerged.
+        adapter_names: A name for each sample, ``None`` for the base alone. Layers may see several rows for each sample,
+            all those of the first sample first.
+
+    Raises:
+        ValueError: If a name is unknown, the adapters are merged, or one has modules trained in full, which cannot
+            differ by sample.
+    """
+    names = _checked(model, sorted({name for name in adapter_names if name is not None}))
+    _require_unmerged(model)
+    for _, _, injection in injections(model):
+        if injection.adapter_name in names and injection.trained:
+            raise ValueError(
+                f"The adapter {injection.adapter_name!r} has parameters trained in full (modules_to_save, bias), and "
+                "a batch cannot have several of these: run its samples by themselves, with set_adapter."
+            )
+    rows: dict[Optional[str], list[int]] = {}
+    for sample, name in enumerate(adapter_names):
+        rows.setdefault(name, []).append(sample)
+    chosen = {name or "": torch.tensor(samples) for name, samples in rows.items()}  # "" is no adapter's name
+    with _at_work(model, []):
+        layers = list(_layers(model))
+        for layer in layers:
+            layer.__dict__["_rows"] = chosen
+        try:
+            yield model
+        finally:
+            for layer in layers:
+                layer.__dict__["_rows"] = None
+
+
+@contextmanager
+def _at_work(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    active = {layer: list(layer._active) for layer in _layers(model)}
+    in_place = [(root, injection) for _, root, injection in injections(model) if injection.in_place]
+    set_adapter(model, adapter_names)
+    try:
+        yield
+    finally:
+        for layer, names in active.items():
+            layer._active[:] = names
+        for root, injection in in_place:
+            put_trained(root, injection, True)
+
+
+def _layers(model: nn.Module) -> Iterator[LoraLayer]:
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def _checked(model: nn.Module, adapter_names: Union[str, Sequence[str], None]) -> list[str]:
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or [])
+    known = adapters(model)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"The model has no adapter {unknown[0]!r}; it has {', '.join(map(repr, known)) or 'none'}: inject, add or "
+            "load it first. Nothing was changed."
+        )
+    return names
+
+
+def _require_unmerged(model: nn.Module) -> None:
+    if is_folded(model) or any(layer.merged for layer in _layers(model)):
+        raise ValueError(
+            "The adapters are merged into the weights, so there is nothing to choose from: unmerge first. Nothing was "
+            "changed."
+        )
+
+
+def _require_compatible(model: nn.Module, names: list[str]) -> None:
+    """Two adapters cannot both train a parameter in full, nor share a layer if one of them is a DoRA."""
+    chosen = [(root, injection) for _, root, injection in injections(model) if injection.adapter_name in names]
+    for (root, one), (other_root, other) in combinations(chosen, 2):
+        shared = set(one.trained) & set(other.trained)
+        if one.config.use_dora or other.config.use_dora:
+            shared |= set(one.targets) & set(other.targets)
+        if root is other_root and shared:
+            raise ValueError(
+                f"{one.adapter_name!r} and {other.adapter_name!r} cannot be at work together, since both set "
+                f"{min(shared)} as a whole: choose one of them. Nothing was changed."
+            )
