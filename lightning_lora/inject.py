@@ -169,8 +169,8 @@ def injections_of(model: nn.Module) -> list[Injection]:
 def injections(model: nn.Module) -> Iterator[tuple[str, nn.Module, Injection]]:
     """All injections in a model: the name of the module on which each was made, that module, and the record."""
     for name, module in model.named_modules():
-        for injection in injections_of(module):
-            yield clean_name(name), module, injection
+        if _ATTRIBUTE in module.__dict__:
+            yield from ((clean_name(name), module, injection) for injection in injections_of(module))
 
 
 def adapted_layers(root: nn.Module, injection: Injection) -> Iterator[tuple[str, LoraLayer]]:
@@ -280,7 +280,7 @@ def put_trained(root: nn.Module, injection: Injection, in_place: bool) -> None:
 
 def is_folded(model: nn.Module) -> bool:
     """Whether adapters were folded into this model and taken out of sight."""
-    return any(module in _folded for module in model.modules())
+    return bool(_folded) and any(module in _folded for module in model.modules())
 
 
 def restore_folded(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.inject import inject, injections, is_folded, put_trained, take_out
+from lightning_lora.inject import Injection, inject, injections, injections_of, is_folded, put_trained, take_out
 from lightning_lora.layers import LoraLayer
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -22,10 +22,9 @@ def adapters(model: nn.Module) -> dict[str, LoraConfig]:
 
 def active_adapters(model: nn.Module) -> list[str]:
     """The names of the adapters at work."""
-    active = {name for layer in _layers(model) for name in layer._active}
-    active |= {
-        injection.adapter_name for _, _, injection in injections(model) if injection.trained and injection.in_place
-    }
+    layers, found = _parts(model)
+    active = {name for layer in layers for name in layer._active}
+    active |= {injection.adapter_name for _, injection in found if injection.trained and injection.in_place}
     return [name for name in adapters(model) if name in active]
 
 
@@ -66,15 +65,15 @@ def set_adapter(model: ModuleT, adapter_names: Union[str, Sequence[str], None]) 
         ValueError: If a name is unknown, the adapters are merged, or the chosen ones cannot work together. Nothing is
             changed then.
     """
-    names = _checked(model, adapter_names)
-    _require_unmerged(model)
-    _require_compatible(model, names)
-    layers = list(_layers(model))
+    layers, found = _parts(model)
+    names = _checked(adapter_names, found)
+    _require_unmerged(model, layers)
+    _require_compatible([(root, injection) for root, injection in found if injection.adapter_name in names])
     for layer in layers:
-        layer._active[:] = [name for name in names if name in layer.lora]
+        layer._active[:] = [name for name in names if name in layer.lora._modules]
     # First all of the base's own back, then the chosen ones in, which may be for the same modules.
     for chosen in (False, True):
-        for _, root, injection in injections(model):
+        for root, injection in found:
             if (injection.adapter_name in names) is chosen:
                 put_trained(root, injection, chosen)
     return model
@@ -86,9 +85,10 @@ def delete_adapter(model: ModuleT, adapter_name: str) -> ModuleT:
     Raises:
         ValueError: If there is none of this name, or the adapters are merged. Nothing is changed then.
     """
-    _checked(model, adapter_name)
-    _require_unmerged(model)
-    for _, root, injection in list(injections(model)):
+    layers, found = _parts(model)
+    _checked(adapter_name, found)
+    _require_unmerged(model, layers)
+    for root, injection in found:
         if injection.adapter_name == adapter_name:
             take_out(root, injection)
     return model
@@ -121,9 +121,10 @@ def adapters_for(model: ModuleT, adapter_names: Sequence[Optional[str]]) -> Iter
         ValueError: If a name is unknown, the adapters are merged, or one has modules trained in full, which cannot
             differ by sample.
     """
-    names = _checked(model, sorted({name for name in adapter_names if name is not None}))
-    _require_unmerged(model)
-    for _, _, injection in injections(model):
+    layers, found = _parts(model)
+    names = _checked(sorted({name for name in adapter_names if name is not None}), found)
+    _require_unmerged(model, layers)
+    for _, injection in found:
         if injection.adapter_name in names and injection.trained:
             raise ValueError(
                 f"The adapter {injection.adapter_name!r} has parameters trained in full (modules_to_save, bias), and "
@@ -134,7 +135,6 @@ def adapters_for(model: ModuleT, adapter_names: Sequence[Optional[str]]) -> Iter
         rows.setdefault(name, []).append(sample)
     chosen = {name or "": torch.tensor(samples) for name, samples in rows.items()}  # "" is no adapter's name
     with _at_work(model, []):
-        layers = list(_layers(model))
         for layer in layers:
             layer.__dict__["_rows"] = chosen
         try:
@@ -146,8 +146,9 @@ def adapters_for(model: ModuleT, adapter_names: Sequence[Optional[str]]) -> Iter
 
 @contextmanager
 def _at_work(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
-    active = {layer: list(layer._active) for layer in _layers(model)}
-    in_place = [(root, injection) for _, root, injection in injections(model) if injection.in_place]
+    layers, found = _parts(model)
+    active = {layer: list(layer._active) for layer in layers}
+    in_place = [(root, injection) for root, injection in found if injection.in_place]
     set_adapter(model, adapter_names)
     try:
         yield
@@ -158,13 +159,16 @@ def _at_work(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
             put_trained(root, injection, True)
 
 
-def _layers(model: nn.Module) -> Iterator[LoraLayer]:
-    return (module for module in model.modules() if isinstance(module, LoraLayer))
+def _parts(model: nn.Module) -> tuple[list[LoraLayer], list[tuple[nn.Module, Injection]]]:
+    """The adapted layers of a model, and its injections with the modules that they were made on."""
+    modules = list(model.modules())
+    layers = [module for module in modules if isinstance(module, LoraLayer)]
+    return layers, [(module, injection) for module in modules for injection in injections_of(module)]
 
 
-def _checked(model: nn.Module, adapter_names: Union[str, Sequence[str], None]) -> list[str]:
+def _checked(adapter_names: Union[str, Sequence[str], None], found: list[tuple[nn.Module, Injection]]) -> list[str]:
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or [])
-    known = adapters(model)
+    known = list(dict.fromkeys(injection.adapter_name for _, injection in found))
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(
@@ -174,17 +178,16 @@ def _checked(model: nn.Module, adapter_names: Union[str, Sequence[str], None]) -
     return names
 
 
-def _require_unmerged(model: nn.Module) -> None:
-    if is_folded(model) or any(layer.merged for layer in _layers(model)):
+def _require_unmerged(model: nn.Module, layers: list[LoraLayer]) -> None:
+    if is_folded(model) or any(layer.merged for layer in layers):
         raise ValueError(
             "The adapters are merged into the weights, so there is nothing to choose from: unmerge first. Nothing was "
             "changed."
         )
 
 
-def _require_compatible(model: nn.Module, names: list[str]) -> None:
+def _require_compatible(chosen: list[tuple[nn.Module, Injection]]) -> None:
     """Two adapters cannot both train a parameter in full, nor share a layer if one of them is a DoRA."""
-    chosen = [(root, injection) for _, root, injection in injections(model) if injection.adapter_name in names]
     for (root, one), (other_root, other) in combinations(chosen, 2):
         shared = set(one.trained) & set(other.trained)
         if one.config.use_dora or other.config.use_dora:

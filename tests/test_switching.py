@@ -144,9 +144,13 @@ def test_rows_that_are_several_to_a_sample() -> None:
         found = model(x)
     for rows, name in ((slice(0, 2), "fr"), (slice(2, 4), None), (slice(4, 6), "de")):
         torch.testing.assert_close(found[rows], set_adapter(model, name)(x)[rows])
+    with adapters_for(model, ["fr", None, "de", "de", None, None]):
+        found = model(x)
+    for rows, name in (((0,), "fr"), ((1, 4, 5), None), ((2, 3), "de")):
+        torch.testing.assert_close(found[list(rows)], set_adapter(model, name)(x)[list(rows)])
     with adapters_for(model, ["fr"] * 4), pytest.raises(ValueError, match="4 samples, but a layer got an input of 6"):
         model(x)
-    torch.testing.assert_close(set_adapter(model, "de")(x)[4:], found[4:])
+    torch.testing.assert_close(set_adapter(model, "de")(x)[2:4], found[2:4])
 
 
 def test_gradients_of_a_mixed_batch_reach_each_sample_s_adapter() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
+from lightning_lora.functional import add_low_rank_by_sample
 from lightning_lora.initialize import fill_
 
 
@@ -83,6 +84,10 @@ class LoraAdapter(nn.Module):
     def add_path(self, x: Tensor, out: Tensor, layer: nn.Module, lora_B: Tensor) -> Tensor:
         """Add the path of A and the given B to ``out``."""
         raise NotImplementedError
+
+    def is_plain_path(self) -> bool:
+        """Whether the path is ``scaling * B A`` of the input and nothing else."""
+        return False
 
     def base_product(self, x: Tensor, layer: nn.Module) -> Tensor:
         """The base layer's output for ``x``, without its bias."""
@@ -185,9 +190,12 @@ class LoraLayer(nn.Module):
     def _add_by_sample(self, x: Tensor, out: Tensor, rows: dict[str, Tensor]) -> Tensor:
         """Add to each sample's output the path of its own adapter, all samples of one adapter at once."""
         samples = sum(map(len, rows.values()))
-        for name, chosen in rows.items():
-            if name not in self.lora:
-                continue
+        present = {name: chosen for name, chosen in rows.items() if name in self.lora}
+        adapters: list[Any] = [self.lora[name] for name in present]
+        if adapters and len(x) == samples and all(adapter.is_plain_path() for adapter in adapters):
+            factors = [(adapter.lora_A, adapter.scaling * adapter.lora_B) for adapter in adapters]
+            return add_low_rank_by_sample(out, x, factors, list(present.values()))
+        for name, chosen in present.items():
             index = _rows_of(chosen.to(x.device), samples, len(x))
             out = out.index_copy(0, index, self.lora[name](x[index], out[index], self))
         return out

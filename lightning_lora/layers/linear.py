@@ -23,6 +23,9 @@ class LinearAdapter(LoraAdapter):
     def add_path(self, x: Tensor, out: Tensor, layer: nn.Module, lora_B: Tensor) -> Tensor:
         return add_low_rank(out, x, self.lora_A, lora_B, self.scaling)
 
+    def is_plain_path(self) -> bool:
+        return type(self) in (LinearAdapter, Conv1DAdapter) and not (self.training and self.dropout.p)
+
     def base_product(self, x: Tensor, layer: nn.Module) -> Tensor:
         return nn.functional.linear(x, self.rows(layer.weight))  # type: ignore[arg-type]
 
