@@ -7,13 +7,18 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_lora.tasks.modes import evaluating
+from lightning_lora.tasks.packed import require_separation
 from lightning_lora.tasks.pretrained import encode_prompt, load_causal_lm, load_tokenizer
+from lightning_lora.tasks.schedule import linear_schedule
 
 
 class CausalLM(L.LightningModule):
     """A causal language model of transformers, trained on batches of ``input_ids``, ``attention_mask`` and ``labels``.
+
+    With ``position_ids`` in ``attention_mask``'s place, a batch holds packed rows; the first such batch makes sure that
+    the model keeps them apart. ``predict`` writes an answer to each question.
 
     The model is built in ``configure_model``, so that creating the module costs nothing. The logged ``train_loss``,
     ``val_loss`` and ``test_loss`` are means per label token (natural logarithm), also over an epoch.
@@ -27,6 +32,7 @@ class CausalLM(L.LightningModule):
         warmup_steps: Optimizer steps of linear warm-up; the rate then falls linearly to zero at the last step.
             Default 0.
         dtype: Type of the weights, such as ``bfloat16``. Default ``None``: that of the trainer's precision.
+        max_new_tokens: Upper limit of an answer in ``predict``, in tokens. Default 128.
 
     Raises:
         ValueError: If ``dtype`` names no floating-point type of torch.
@@ -40,6 +46,7 @@ class CausalLM(L.LightningModule):
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
         dtype: str | None = None,
+        max_new_tokens: int = 128,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -52,6 +59,8 @@ class CausalLM(L.LightningModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.weights_dtype: torch.dtype | None = found
+        self.max_new_tokens = max_new_tokens
+        self._packing_checked = False
         # Any: the classes of transformers are imported only when the model is built.
         self.model: Any = None
         self.tokenizer: Any = None
@@ -83,26 +92,25 @@ class CausalLM(L.LightningModule):
         self._loss(batch, "test_loss", sync_dist=True)
 
     def _loss(self, batch: dict[str, Tensor], name: str, sync_dist: bool) -> Tensor:
+        if "position_ids" in batch and not self._packing_checked:
+            require_separation(self.model)
+            self._packing_checked = True
         loss: Tensor = self(**batch).loss
         # The first token of a row is never predicted. Weighing by tokens makes the epoch mean one per token.
         tokens = int((batch["labels"][:, 1:] != -100).sum())
         self.log(name, loss, batch_size=tokens, prog_bar=True, sync_dist=sync_dist)
         return loss
 
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """An answer to each question, written greedily: ``{"question": ..., "answer": ...}`` for each row."""
+        texts = self._continue(batch["input_ids"], batch["attention_mask"], self.max_new_tokens)
+        return [{"question": question, "answer": text} for question, text in zip(batch["question"], texts)]
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW on the trainable parameters, with a linear warm-up and a linear decay per optimizer step."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
-        total, warmup = self.trainer.estimated_stepping_batches, self.warmup_steps
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            if total == float("inf"):  # a run without end keeps its rate
-                return 1.0
-            return max(0.0, (total - step) / max(1.0, total - warmup))
-
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        return linear_schedule(optimizer, self.warmup_steps, self.trainer.estimated_stepping_batches)
 
     def generate(self, prompt: str, max_new_tokens: int = 40) -> str:
         """Continue ``prompt`` greedily, through the tokenizer's chat template where it has one.
@@ -117,12 +125,13 @@ class CausalLM(L.LightningModule):
         if self.model is None:
             self.configure_model()
         ids = torch.tensor([encode_prompt(self.tokenizer, prompt)], device=next(self.model.parameters()).device)
-        training = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
+        return self._continue(ids, torch.ones_like(ids), max_new_tokens)[0]
+
+    def _continue(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> list[str]:
+        with evaluating(self.model):
             output = self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                input_ids=input_ids,
+                attention_mask=attention_mask,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 temperature=None,  # the checkpoint's own sampling settings would only warn
@@ -130,7 +139,5 @@ class CausalLM(L.LightningModule):
                 top_k=None,
                 pad_token_id=self.tokenizer.pad_token_id,
             )
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-        return str(self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+        new = self.tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in new]

@@ -82,6 +82,7 @@ def test_hyperparameters_are_plain(checkpoint: str) -> None:
         "weight_decay": 0.0,
         "warmup_steps": 0,
         "dtype": None,
+        "max_new_tokens": 128,
     }
 
 

@@ -1,0 +1,35 @@
+"""Whether a model keeps packed rows apart."""
+
+from typing import Any
+
+import torch
+
+from lightning_lora.tasks.modes import evaluating
+
+
+@torch.no_grad()
+def require_separation(model: Any) -> None:
+    """Require that no token attends to those of another row that shares its sequence.
+
+    Two rows of four tokens are packed; changing the first must not change a bit of what the second gives.
+
+    Args:
+        model: A causal language model of transformers, which tells packed rows apart by their ``position_ids``.
+
+    Raises:
+        ValueError: If the second row sees the first.
+    """
+    device = next(model.parameters()).device
+    first, other, second = torch.arange(12, device=device).view(3, 4) % model.config.get_text_config().vocab_size
+    positions = torch.arange(4, device=device).repeat(2)[None]
+    with evaluating(model):
+        one, two = (
+            model(input_ids=torch.cat([row, second])[None], position_ids=positions, use_cache=False).logits[0, 4:]
+            for row in (first, other)
+        )
+    if not torch.equal(one, two):
+        raise ValueError(
+            f"Found that {type(model).__name__} lets packed rows see each other, expected it to tell them apart by "
+            "their position_ids, as the models of transformers that build their masks in one place do. Set packing to "
+            "false in the data's settings."
+        )

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import csv
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from texts import word_checkpoint, word_model, word_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lightning_lora.data import ChatData
+from lightning_lora.data.conversation import IGNORED, encode_conversation, read_conversation, read_question
+from lightning_lora.data.files import Record
+from lightning_lora.data.packing import collate_packs, pack
+from lightning_lora.tasks.packed import require_separation
+
+CHAT = [
+    {"role": "system", "content": "w0"},
+    {"role": "user", "content": "w1 w2"},
+    {"role": "assistant", "content": "w3"},
+    {"role": "user", "content": "w4"},
+    {"role": "assistant", "content": "w5 w6"},
+]
+
+
+def learned(tokenizer: Any, row: dict[str, list[int]]) -> str:
+    assert all(label in (IGNORED, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+    return tokenizer.decode([label for label in row["labels"] if label != IGNORED])
+
+
+def test_every_turn_of_the_assistant_is_learned_and_nothing_else() -> None:
+    tokenizer = word_tokenizer()
+    row, truncated = encode_conversation(tokenizer, [*CHAT, {"role": "user", "content": "w7"}], 100)
+    assert tokenizer.decode(row["input_ids"]) == (
+        "<s> system w0 </s> <s> user w1 w2 </s> <s> assistant w3 </s> <s> user w4 </s> <s> assistant w5 w6 </s>"
+    )
+    assert learned(tokenizer, row) == "w3 </s> w5 w6 </s>"
+    assert not truncated
+
+
+def test_without_a_template_contents_are_joined() -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = None
+    row, _ = encode_conversation(tokenizer, CHAT, 100)
+    assert tokenizer.decode(row["input_ids"]) == "w0 w1 w2 w3</s> w4 w5 w6</s>".replace("</s>", " </s>")
+    assert learned(tokenizer, row) == "w3 </s> w5 w6 </s>"
+
+
+@pytest.mark.parametrize(
+    ("max_length", "text", "answer"),
+    [
+        (16, "<s> system w0 </s> <s> user w4 </s> <s> assistant w5 w6 </s>", "w5 w6 </s>"),
+        (5, "<s> assistant w5 w6 </s>", "w5 w6 </s>"),
+        (3, "assistant w5 w6", "w5 w6"),
+    ],
+)
+def test_truncation_keeps_the_last_answer(max_length: int, text: str, answer: str) -> None:
+    tokenizer = word_tokenizer()
+    row, truncated = encode_conversation(tokenizer, CHAT, max_length)
+    assert truncated
+    assert tokenizer.decode(row["input_ids"]) == text
+    assert learned(tokenizer, row) == answer
+
+
+def test_a_template_that_rewrites_earlier_turns_is_an_error() -> None:
+    tokenizer = word_tokenizer()
+    # As those do that show the thinking of the last answer only.
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}w9 {% endif %}{{ m['content'] }}"
+    )
+    assert learned(tokenizer, encode_conversation(tokenizer, CHAT[:3], 100)[0]) == "w9 w3 </s>"
+    with pytest.raises(ValueError, match="writes a turn of the assistant differently"):
+        encode_conversation(tokenizer, CHAT, 100)
+
+
+def test_a_template_that_refuses_a_role_says_so(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"messages": CHAT}] * 2)
+    data = ChatData(path, word_checkpoint(tmp_path / "model"), val_fraction=0)
+    data.prepare([])
+    data.tokenizer.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 1: .* refuses the roles system, user.*no system"):
+        data.encode(Record(f"{path}, line 1", {"messages": CHAT}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"messages": CHAT}, CHAT),
+        ({"messages": json.dumps(CHAT)}, CHAT),
+        ({"prompt": "w1", "completion": "w2"}, [("user", "w1"), ("assistant", "w2")]),
+        ({"prompt": CHAT[:2], "completion": CHAT[2:3]}, CHAT[:3]),
+        ({"instruction": "w1", "input": "", "output": "w2"}, [("user", "w1"), ("assistant", "w2")]),
+        ({"instruction": "w1", "input": "w3", "output": "w2"}, [("user", "w1\n\nw3"), ("assistant", "w2")]),
+        ({"instruction": "w1", "output": "w2"}, [("user", "w1"), ("assistant", "w2")]),
+    ],
+)
+def test_layouts(fields: dict[str, Any], expected: list[Any]) -> None:
+    messages = [m if isinstance(m, dict) else {"role": m[0], "content": m[1]} for m in expected]
+    assert read_conversation(Record("here", fields)) == messages
+    assert read_question(Record("here", fields)) == messages[:-1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"text": "w1"}, r"here: found the fields 'text', expected 'messages', or 'prompt' and 'completion'"),
+        ({"messages": []}, r"field 'messages': found \[\] \(list\), expected a list of messages"),
+        ({"messages": "w1"}, r"field 'messages': found 'w1' \(str\), expected a list of messages"),
+        ({"messages": '[{"role": '}, r"field 'messages': found no valid JSON"),
+        ({"messages": ["w1"]}, r"field 'messages\[0\]': found 'w1', expected an object"),
+        ({"messages": [CHAT[0], {"role": "bot", "content": "w"}]}, r"field 'messages\[1\]\.role': found 'bot'"),
+        ({"messages": [{"role": "user", "content": " "}]}, r"field 'messages\[0\]\.content': found ' ', expected"),
+        ({"messages": CHAT[:2]}, r"field 'messages': found none, expected at least one message with the role 'assis"),
+        ({"prompt": "w1"}, r"field 'completion': found none \(the fields are 'prompt'\)"),
+        ({"instruction": "w1", "input": 3, "output": "w2"}, r"field 'input': found 3 \(int\), expected a string"),
+        ({"instruction": "w1", "output": ""}, r"field 'output': found '' \(str\), expected a string that is not blank"),
+    ],
+)
+def test_bad_rows(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_conversation(Record("here", fields))
+
+
+def encoded(count: int) -> list[dict[str, list[int]]]:
+    tokenizer = word_tokenizer()
+    order = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(count):
+        words = [
+            f"w{i}" for i in torch.randint(40, (int(torch.randint(2, 9, (1,), generator=order)),), generator=order)
+        ]
+        messages = [{"role": "user", "content": words[0]}, {"role": "assistant", "content": " ".join(words[1:])}]
+        rows.append(encode_conversation(tokenizer, messages, 32)[0])
+    return rows
+
+
+def test_packs_hold_every_row_once_within_the_length() -> None:
+    rows = encoded(50)
+    packs = pack(rows, 32)
+    found = []
+    for one in packs:
+        assert len(one["input_ids"]) == len(one["labels"]) == len(one["position_ids"]) <= 32
+        starts = [i for i, position in enumerate(one["position_ids"]) if position == 0] + [len(one["input_ids"])]
+        for start, end in pairwise(starts):
+            found.append((one["input_ids"][start:end], one["labels"][start:end]))
+            assert one["position_ids"][start:end] == list(range(end - start))
+    key = sorted((row["input_ids"], row["labels"]) for row in rows)
+    assert sorted(found) == key
+    assert len(packs) < 25
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_logits_of_a_packed_row_are_those_of_the_row_alone(attention: str) -> None:
+    model = word_model(attn_implementation=attention).eval()
+    packs = pack(encoded(12), 32)
+    batch = collate_packs(packs, pad_token_id=1)
+    with torch.no_grad():
+        logits = model(**batch, use_cache=False).logits
+    compared = 0
+    for index, one in enumerate(packs):
+        starts = [i for i, position in enumerate(one["position_ids"]) if position == 0] + [len(one["input_ids"])]
+        for start, end in pairwise(starts):
+            with torch.no_grad():
+                alone = model(input_ids=torch.tensor([one["input_ids"][start:end]]), use_cache=False).logits[0]
+            torch.testing.assert_close(logits[index, start:end], alone, rtol=1e-5, atol=1e-5)
+            compared += 1
+    assert compared == 12 and len(packs) > 1
+
+
+def test_loss_of_packs_is_that_of_the_rows(tmp_path: Path) -> None:
+    import lightning as L
+
+    from lightning_lora.tasks import CausalLM
+
+    path = write(tmp_path, [{"prompt": f"w{i}", "completion": " ".join(["w1"] * (i % 5 + 1))} for i in range(40)])
+    checkpoint = word_checkpoint(tmp_path / "model")
+    losses = []
+    for packing in (True, False):
+        data = ChatData(path, checkpoint, val_fraction=0.5, max_length=32, packing=packing, batch_size=3)
+        trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+        (result,) = trainer.validate(CausalLM(checkpoint), data, verbose=False)
+        losses.append(result["val_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_model_that_lets_rows_see_each_other_is_an_error() -> None:
+    require_separation(word_model())
+
+    class Seeing(GPT2LMHeadModel):
+        def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **options: Any) -> Any:
+            return super().forward(input_ids, attention_mask=torch.ones_like(input_ids), **options)
+
+    with pytest.raises(ValueError, match="Seeing lets packed rows see each other"):
+        require_separation(Seeing(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2)))
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+def test_counts_are_printed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "w1", "completion": " ".join(["w2"] * (30 if i < 4 else 1))} for i in range(20)]
+    path, checkpoint = write(tmp_path, rows), word_checkpoint(tmp_path / "model")
+    with caplog.at_level("INFO"):
+        for overlong in ("truncate", "reject"):
+            ChatData(path, checkpoint, val_fraction=0, max_length=20, overlong=overlong).setup("fit")  # type: ignore
+    assert "training: kept 20 rows, 4 of them truncated, and rejected 0." in caplog.text
+    assert "training: kept 16 rows, 0 of them truncated, and rejected 4." in caplog.text
+    with pytest.raises(ValueError, match="all 4 rows for training were rejected as too long"):
+        ChatData(write(tmp_path, rows[:4]), checkpoint, val_fraction=0, max_length=20, overlong="reject").setup("fit")
+
+
+def test_csv_and_jsonl_give_the_same_rows(tmp_path: Path) -> None:
+    rows = [{"instruction": f"w{i}", "input": "", "output": "w1"} for i in range(10)]
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    checkpoint = word_checkpoint(tmp_path / "model")
+    one, other = (ChatData(path, checkpoint) for path in (write(tmp_path, rows), str(tmp_path / "rows.csv")))
+    one.setup("fit")
+    other.setup("fit")
+    assert one.train_rows == other.train_rows
+    assert one.val_rows == other.val_rows
+
+
+def test_questions_are_padded_on_the_left(tmp_path: Path) -> None:
+    checkpoint = word_checkpoint(tmp_path / "model")
+    data = ChatData("absent.jsonl", checkpoint, predict_path=write(tmp_path, [{"prompt": "w1"}, {"prompt": "w1 w2"}]))
+    data.setup("predict")
+    (batch,) = data.predict_dataloader()
+    decoded = [data.tokenizer.decode(row) for row in batch["input_ids"]]
+    assert decoded == ["</s> <s> user w1 </s> <s> assistant", "<s> user w1 w2 </s> <s> assistant"]
+    assert batch["attention_mask"].tolist() == [[0] + [1] * 6, [1] * 7]
+    assert batch["question"][0] == [{"role": "user", "content": "w1"}]
