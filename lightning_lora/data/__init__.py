@@ -1,7 +1,16 @@
 """LightningDataModules and loaders that the recipes use."""
 
 from lightning_lora.data.chat import ChatData
+from lightning_lora.data.labelled_text import LabelledTextData
 from lightning_lora.data.prompt_completion import PromptCompletionData
 from lightning_lora.data.resumable import EpochSampler, ResumableDataLoader
+from lightning_lora.data.tagged_words import TaggedWordsData
 
-__all__ = ["ChatData", "EpochSampler", "PromptCompletionData", "ResumableDataLoader"]
+__all__ = [
+    "ChatData",
+    "EpochSampler",
+    "LabelledTextData",
+    "PromptCompletionData",
+    "ResumableDataLoader",
+    "TaggedWordsData",
+]

@@ -17,7 +17,7 @@ ROWS = 240
 
 
 def first_sentence(text: str) -> str:
-    """The answer up to its first full stop, which is as long as the definitions."""
+    """The answer up to its first full stop, about as long as the definitions."""
     return text.split(". ")[0].rstrip(".") + "."
 
 

@@ -1,0 +1,90 @@
+"""Texts with a label each."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_lora.data.files import Record
+from lightning_lora.data.from_files import Encoded, FileData
+from lightning_lora.data.labels import label_index
+from lightning_lora.tasks.pretrained import load_tokenizer
+
+
+class LabelledTextData(FileData):
+    """Rows with a text, or a pair of texts, and a label, from JSONL, CSV or Parquet.
+
+    Args:
+        path: See :class:`~lightning_lora.data.from_files.FileData`, as for the arguments up to ``seed``.
+        pretrained: Checkpoint whose tokenizer is used.
+        labels: Names of the classes, in the order of their indices. A row holds a name or an index.
+        text_field: Field of the text. Default ``text``.
+        pair_field: Field of the second text, for tasks about two. Default ``None``.
+        label_field: Field of the label. Default ``label``.
+        max_length: Longest row, in tokens; longer ones lose their end. Default 128.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        pretrained: str,
+        labels: list[str],
+        text_field: str = "text",
+        pair_field: str | None = None,
+        label_field: str = "label",
+        val_path: str | None = None,
+        val_fraction: float = 0.2,
+        predict_path: str | None = None,
+        batch_size: int = 32,
+        max_length: int = 128,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(path, val_path, val_fraction, predict_path, batch_size, num_workers, seed)
+        self.pretrained = pretrained
+        self.labels = labels
+        self.text_field = text_field
+        self.pair_field = pair_field
+        self.label_field = label_field
+        self.max_length = max_length
+        self.tokenizer: Any = None
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training rows of each class, after ``setup``."""
+        found = [row["labels"] for row in self.train_rows or []]
+        return [found.count(index) for index in range(len(self.labels))]
+
+    def prepare(self, records: list[Record]) -> None:
+        """Load the tokenizer."""
+        self.tokenizer = load_tokenizer(self.pretrained)
+
+    def setup(self, stage: str) -> None:
+        """Read, split and encode the files, once, and say how many rows each class has."""
+        new = self.train_rows is None
+        super().setup(stage)
+        if new and self.train_rows is not None:
+            counts = ", ".join(f"{label} {count}" for label, count in zip(self.labels, self.class_counts))
+            rank_zero_info(f"{self.path}, training rows by label: {counts}.")
+
+    def encode(self, record: Record) -> Encoded:
+        """Token ids and label of a row."""
+        ids, truncated = self._tokenize(record)
+        return Encoded({**ids, "labels": label_index(record, self.label_field, self.labels)}, truncated)
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Pad rows to the longest."""
+        inputs = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+        batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
+        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+
+    def collate_predict(self, records: list[Record]) -> dict[str, Tensor]:
+        """The same without labels."""
+        return dict(self.tokenizer.pad([self._tokenize(record)[0] for record in records], return_tensors="pt"))
+
+    def _tokenize(self, record: Record) -> tuple[dict[str, list[int]], bool]:
+        texts = [record.text(field) for field in (self.text_field, self.pair_field) if field is not None]
+        ids = dict(self.tokenizer(*texts, truncation=True, max_length=self.max_length))
+        full = len(ids["input_ids"]) == self.max_length and len(self.tokenizer(*texts)["input_ids"]) > self.max_length
+        return ids, full

@@ -1,0 +1,125 @@
+"""What classification of texts, of tokens and of images share: labels, class weights and metrics."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from lightning_lora.tasks.fine_tuning import FineTuning
+
+IGNORED = -100
+ClassWeights = list[float] | Literal["balanced"] | None
+
+
+class Classification(FineTuning):
+    """Cross-entropy over labels, with accuracy, macro F1 and Matthews correlation in validation and test.
+
+    Logged are ``train_loss``, ``val_loss``, ``val_accuracy``, ``val_f1``, ``val_mcc``, and the same for ``test``.
+
+    Args:
+        pretrained: See :class:`FineTuning`.
+        labels: Names of the classes, in the order of their indices.
+        class_weights: Weight of each class in the training loss, ``"balanced"`` for weights inverse to the number of
+            training rows of each (the data module must have ``class_counts``), or ``None`` for equal ones.
+        lr: See :class:`FineTuning`, as for the rest.
+        weight_decay: See there.
+        warmup_steps: See there.
+
+    Raises:
+        ValueError: If there are fewer than two labels, one is there twice, or the weights are not one for each.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        labels: list[str],
+        class_weights: ClassWeights,
+        lr: float,
+        weight_decay: float,
+        warmup_steps: int,
+    ) -> None:
+        super().__init__(pretrained, lr, weight_decay, warmup_steps)
+        if len(labels) < 2 or len(set(labels)) < len(labels):
+            raise ValueError(f"Found labels={labels}, expected two names or more, each once.")
+        if isinstance(class_weights, list) and len(class_weights) != len(labels):
+            raise ValueError(
+                f"Found {len(class_weights)} class_weights for {len(labels)} labels, expected one for each label."
+            )
+        self.labels = labels
+        self.class_weights = class_weights
+        self._weight: Tensor | None = None
+        self.val_metrics = _metrics(len(labels), "val_")
+        self.test_metrics = _metrics(len(labels), "test_")
+
+    def label_settings(self) -> dict[str, Any]:
+        """The labels, as the config of a transformers model takes them."""
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: index for index, label in enumerate(self.labels)},
+        }
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Logits, of shape ``(..., number of labels)``."""
+        logits: Tensor = self.model(**inputs).logits
+        return logits
+
+    def on_fit_start(self) -> None:
+        """Weigh the classes."""
+        if self.class_weights is None:
+            return
+        weights = self.class_weights
+        if weights == "balanced":
+            counts = getattr(getattr(self.trainer, "datamodule", None), "class_counts", None)
+            if counts is None or 0 in counts:
+                raise ValueError(
+                    f"Found class_weights='balanced' and class_counts={counts} of the data module, expected a training "
+                    "row of every class at least. Give the weights as a list, or add rows."
+                )
+            weights = [sum(counts) / (len(counts) * count) for count in counts]
+        self._weight = torch.tensor(weights, device=self.device)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch, logged as ``train_loss``."""
+        loss, _, _ = self._evaluate(batch, self._weight)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log ``val_loss`` and the metrics."""
+        self._score(batch, "val_loss", self.val_metrics)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log ``test_loss`` and the metrics."""
+        self._score(batch, "test_loss", self.test_metrics)
+
+    def _score(self, batch: dict[str, Tensor], name: str, metrics: Any) -> None:
+        loss, logits, labels = self._evaluate(batch, None)
+        metrics.update(logits.float(), labels)
+        # Weighing by the labels makes the epoch mean one over all of them.
+        self.log(name, loss, batch_size=len(labels), prog_bar=True, sync_dist=True)
+        self.log_dict(metrics, prog_bar=True)
+
+    def _evaluate(self, batch: dict[str, Tensor], weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, logits and labels, one for each label that counts."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        labels = batch["labels"].flatten()
+        counted = labels != IGNORED
+        logits = self(**inputs).flatten(end_dim=-2)[counted]
+        labels = labels[counted]
+        return cross_entropy(logits.float(), labels, weight), logits, labels
+
+
+def _metrics(classes: int, prefix: str) -> Any:
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+
+    return MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(classes, average="micro"),
+            "f1": MulticlassF1Score(classes, average="macro"),
+            "mcc": MulticlassMatthewsCorrCoef(classes),
+        },
+        prefix=prefix,
+    )

@@ -1,0 +1,48 @@
+"""What the tasks share: a pretrained model that is built late, and how it is optimized."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim import AdamW
+
+from lightning_lora.tasks.schedule import linear_schedule
+
+
+class FineTuning(L.LightningModule):
+    """A model of transformers, built in ``configure_model``, trained by AdamW with a linear warm-up and decay.
+
+    Args:
+        pretrained: A hub id, a directory, or ``package:<distribution>/<path inside>``.
+        lr: Peak learning rate.
+        weight_decay: Weight decay.
+        warmup_steps: Optimizer steps of linear warm-up; the rate then falls linearly to zero at the last step.
+    """
+
+    def __init__(self, pretrained: str, lr: float, weight_decay: float, warmup_steps: int) -> None:
+        super().__init__()
+        self.pretrained = pretrained
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        # Any: the classes of transformers are imported only when the model is built.
+        self.model: Any = None
+        self.tokenizer: Any = None
+
+    def build(self, dtype: torch.dtype) -> Any:
+        """Load the model with weights of this dtype, and what else belongs to it."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Build the model, once."""
+        if self.model is None:
+            # The trainer sets the default type from its precision around this hook. `from_pretrained` returns
+            # evaluation mode, and the trainer keeps the mode it finds.
+            self.model = self.build(torch.get_default_dtype()).train()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW on the trainable parameters."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        return linear_schedule(optimizer, self.warmup_steps, self.trainer.estimated_stepping_batches)

@@ -1,0 +1,56 @@
+"""Classification of texts or of pairs of texts."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.tasks.classification import Classification, ClassWeights
+from lightning_lora.tasks.pretrained import load_tokenizer, resolve
+
+
+class SequenceClassification(Classification):
+    """An encoder (or decoder) of transformers with a classification head, new where the checkpoint has none.
+
+    Args:
+        pretrained: A hub id, a directory, or ``package:<distribution>/<path inside>``.
+        labels: Names of the classes, the same as in the data.
+        class_weights: Weight of each class in the training loss, ``"balanced"``, or ``None`` (default) for equal ones.
+        lr: Peak learning rate of AdamW. Default 1e-3, one for LoRA; full fine-tuning wants about 5e-5.
+        weight_decay: Weight decay of AdamW. Default 0.0.
+        warmup_steps: Optimizer steps of linear warm-up. Default 0.
+
+    Raises:
+        ValueError: If labels or weights do not fit.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        labels: list[str],
+        class_weights: ClassWeights = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(pretrained, labels, class_weights, lr, weight_decay, warmup_steps)
+        self.save_hyperparameters()
+
+    def build(self, dtype: torch.dtype) -> Any:
+        """Load the model and its tokenizer."""
+        from transformers import AutoModelForSequenceClassification
+
+        self.tokenizer = load_tokenizer(self.pretrained)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            resolve(self.pretrained), dtype=dtype, **self.label_settings()
+        )
+        model.config.pad_token_id = self.tokenizer.pad_token_id  # decoders look for the last token before the padding
+        return model
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
+        """``{"label": ..., "probability": ...}`` for each row."""
+        probabilities = self(**batch).float().softmax(-1).max(-1)
+        return [
+            {"label": self.labels[index], "probability": round(value, 4)}
+            for value, index in zip(probabilities.values.tolist(), probabilities.indices.tolist())
+        ]

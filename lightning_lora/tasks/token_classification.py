@@ -1,0 +1,54 @@
+"""Classification of the words of a text: names, parts of speech, or the parts of a document."""
+
+from typing import Any
+
+import torch
+
+from lightning_lora.tasks.classification import Classification, ClassWeights
+from lightning_lora.tasks.pretrained import load_tokenizer, resolve
+
+
+class TokenClassification(Classification):
+    """An encoder of transformers with a head on each token; the first token of a word stands for it.
+
+    The metrics are over words, not over spans.
+
+    Args:
+        pretrained: A hub id, a directory, or ``package:<distribution>/<path inside>``.
+        labels: Names of the tags, the same as in the data.
+        class_weights: Weight of each tag in the training loss, ``"balanced"``, or ``None`` (default) for equal ones.
+        lr: Peak learning rate of AdamW. Default 1e-3.
+        weight_decay: Weight decay of AdamW. Default 0.0.
+        warmup_steps: Optimizer steps of linear warm-up. Default 0.
+
+    Raises:
+        ValueError: If labels or weights do not fit.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        labels: list[str],
+        class_weights: ClassWeights = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(pretrained, labels, class_weights, lr, weight_decay, warmup_steps)
+        self.save_hyperparameters()
+
+    def build(self, dtype: torch.dtype) -> Any:
+        """Load the model and its tokenizer."""
+        from transformers import AutoModelForTokenClassification
+
+        self.tokenizer = load_tokenizer(self.pretrained)
+        return AutoModelForTokenClassification.from_pretrained(
+            resolve(self.pretrained), dtype=dtype, **self.label_settings()
+        )
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """``{"tags": [...]}`` for each row, one for each word that was not truncated."""
+        first = batch["labels"] != -100
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        found = self(**inputs).argmax(-1)
+        return [{"tags": [self.labels[i] for i in row[words].tolist()]} for row, words in zip(found, first)]
