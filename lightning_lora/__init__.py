@@ -7,6 +7,7 @@ from lightning_lora.inject import eject, inject
 from lightning_lora.merging import merge, unmerge
 from lightning_lora.optim import param_groups
 from lightning_lora.peft_format import load_adapter, save_adapter
+from lightning_lora.reference import BaseAsReference
 from lightning_lora.state import CheckpointError, adapter_state_dict, load_adapter_state_dict
 from lightning_lora.switching import (
     active_adapters,
@@ -21,6 +22,7 @@ from lightning_lora.targets import TargetError
 from lightning_lora.version import __version__
 
 __all__ = [
+    "BaseAsReference",
     "CheckpointError",
     "LoRA",
     "LoraConfig",

@@ -1,27 +1,140 @@
 """``lightning-lora``: complete runs from a YAML file, by Lightning's own CLI."""
 
+import inspect
+import sys
+from pathlib import Path
+from typing import Any, Optional
+
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lightning_lora import shipped
+from lightning_lora.callback import LoRA
+from lightning_lora.predictions import PredictionWriter
 
 _SUBCOMMANDS = ("fit", "validate", "test", "predict")
+_CONFIG = ("--config", "-c")
 
 
 class LoraCLI(LightningCLI):
-    """``LightningCLI`` with the subcommands that run a model: fit, validate, test and predict."""
+    """``LightningCLI`` with the subcommands that run a model, and short ways to reach the LoRA callback."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         every = LightningCLI.subcommands()
         return {name: every[name] for name in _SUBCOMMANDS}
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what a list of callbacks is hard to reach by."""
+        parser.add_argument(
+            "--lora",
+            type=Optional[dict[str, Any]],
+            default=None,
+            help="Settings of the LoRA callback that differ from the file's, such as --lora.r 16",
+        )
+        parser.add_argument(
+            "--output", type=Optional[str], default=None, help="For predict: the JSONL file that predictions go to"
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Put ``--lora`` and ``--output`` where they belong, so that the saved config is complete without them."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.lora:
+            _change_lora(config.trainer.callbacks or [], config.lora)
+            config.lora = None
+        if config.output is not None and self.subcommand != "predict":
+            raise ValueError(f"Found --output with {self.subcommand}, expected it with predict. Take it out.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """The trainer, with a writer of predictions if there is a file for them."""
+        trainer = super().instantiate_trainer(**kwargs)
+        output = self._get(self.config, "output")
+        if output is not None:
+            trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]  # set by a connector
+        return trainer
+
 
 def main(args: ArgsType = None) -> None:
     """Run the command line, or ``args`` in its place."""
+    arguments = sys.argv[1:] if args is None else args
+    if isinstance(arguments, list):
+        if arguments[:1] == ["recipes"]:
+            _recipes(arguments[1:])
+            return
+        arguments = _with_recipes_found(arguments)
     LoraCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
-        args=args,
+        args=arguments,
     )
+
+
+def _change_lora(callbacks: list[Any], settings: dict[str, Any]) -> None:
+    mine = [callback for callback in callbacks if callback.class_path.rpartition(".")[2] == LoRA.__name__]
+    if not mine:
+        raise ValueError("Found --lora, but no LoRA callback in the config to change. Add one to trainer.callbacks.")
+    known = set(inspect.signature(LoRA).parameters)
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise ValueError(f"Found --lora.{unknown[0]}, expected one of {', '.join(sorted(known))}.")
+    for callback in mine:
+        for name, value in settings.items():
+            callback.init_args[name] = value
+
+
+def _with_recipes_found(arguments: list[str]) -> list[str]:
+    """The arguments, with the names of shipped recipes after ``--config`` turned into paths."""
+    found = []
+    for index, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if equals and option in _CONFIG:
+            found.append(f"{option}={_config_path(value)}")
+        elif index and arguments[index - 1] in _CONFIG:
+            found.append(_config_path(argument))
+        else:
+            found.append(argument)
+    return found
+
+
+def _config_path(value: str) -> str:
+    # A file of one's own goes first.
+    if Path(value).exists():
+        return value
+    return str(shipped.recipes().get(value.removesuffix(".yaml"), value))
+
+
+def _recipes(arguments: list[str]) -> None:
+    """List the shipped recipes, or copy one: ``lightning-lora recipes [copy NAME [TARGET]]``."""
+    import argparse
+
+    parser = argparse.ArgumentParser("lightning-lora recipes", description="List the shipped recipes, or copy one out.")
+    actions = parser.add_subparsers(dest="action")
+    copy = actions.add_parser("copy", help="copy a recipe out, to change it")
+    copy.add_argument("name", choices=shipped.recipes(), metavar="NAME", help="its name in the list")
+    copy.add_argument("target", nargs="?", type=Path, help="where to; default: NAME.yaml in this folder")
+    given = parser.parse_args(arguments)
+    if given.action is None:
+        _list_recipes()
+        return
+    target = given.target or Path(f"{given.name}.yaml")
+    if target.exists():
+        parser.error(f"{target} is there already: name another file, or remove it.")
+    target.write_text(shipped.recipes()[given.name].read_text(encoding="utf-8"), encoding="utf-8")
+    print(f"Wrote {target}. Run it: lightning-lora fit --config {target}")
+
+
+def _list_recipes() -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("recipe", "what")
+    for name, path in shipped.recipes().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        table.add_row(name, Text(first.removeprefix("#").strip()))
+    console = Console()
+    console.print(table)
+    console.print(Text("lightning-lora fit --config NAME runs one, lightning-lora recipes copy NAME copies it here."))

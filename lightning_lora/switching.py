@@ -96,7 +96,13 @@ def delete_adapter(model: ModuleT, adapter_name: str) -> ModuleT:
 
 @contextmanager
 def disabled(model: ModuleT) -> Iterator[ModuleT]:
-    """The base model alone, as long as the context lasts: no second copy of it is needed as a reference."""
+    """The base model alone, as long as the context lasts: no second copy of it is needed as a reference.
+
+    Raises:
+        ValueError: If there is no adapter, or the adapters are merged.
+    """
+    if not _parts(model)[1] and not is_folded(model):
+        raise ValueError(f"There is no adapter to switch off in this {type(model).__name__}: inject or load one first.")
     with _at_work(model, []):
         yield model
 

@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_lora.data.resumable import EpochSampler, ResumableDataLoader
+from lightning_lora.shipped import locate
 from lightning_lora.tasks.pretrained import chat_text, encode_prompt, load_tokenizer
 
 Row = dict[str, list[int]]
@@ -25,7 +25,7 @@ class PromptCompletionData(L.LightningDataModule):
     longer than ``max_length`` loses the beginning of its prompt, and of its completion only what would not fit alone.
 
     Args:
-        path: The JSONL file, UTF-8.
+        path: The JSONL file, UTF-8, or ``shipped:<name>`` for one that comes with the recipes.
         pretrained: Checkpoint whose tokenizer is used, as in :class:`~lightning_lora.tasks.CausalLM`.
         gguf_file: Name of the GGUF file inside ``pretrained``. Default ``None``: an ordinary checkpoint.
         val_fraction: Share of the rows held out for validation, from 0 (none) to below 1. Default 0.1.
@@ -120,7 +120,7 @@ def read_pairs(path: str) -> list[tuple[str, str]]:
         ValueError: For the first bad row, naming the file, the line and the field.
     """
     pairs = []
-    with Path(path).open(encoding="utf-8") as lines:
+    with locate(path).open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

@@ -1,7 +1,17 @@
 """Ready-made LightningModules for the recipes."""
 
 from lightning_lora.tasks.causal_lm import CausalLM
+from lightning_lora.tasks.dpo import DPO
+from lightning_lora.tasks.image_classification import ImageClassification
+from lightning_lora.tasks.seq2seq import Seq2Seq
 from lightning_lora.tasks.sequence_classification import SequenceClassification
 from lightning_lora.tasks.token_classification import TokenClassification
 
-__all__ = ["CausalLM", "SequenceClassification", "TokenClassification"]
+__all__ = [
+    "DPO",
+    "CausalLM",
+    "ImageClassification",
+    "Seq2Seq",
+    "SequenceClassification",
+    "TokenClassification",
+]

@@ -1,8 +1,8 @@
 """Build parts_of_speech.jsonl and entries.jsonl from the dictionary file of Debian's package dict-devil.
 
-The first holds definitions with the part of speech of the word they define. The second holds whole entries as words in
-lower case without punctuation, each word tagged (IOB2) as a piece of the headword, of the part of speech, of a verse, of
-that verse's author, or of none (the definition).
+The first holds definitions with the part of speech of the word they define. The second holds whole entries as words
+in lower case without punctuation, each word tagged (IOB2) as a piece of the headword, of the part of speech, of a
+verse, of that verse's author, or of none (the definition).
 
     python recipes/data/build_entries.py /usr/share/dictd/devil.dict.dz
 """

@@ -1,0 +1,100 @@
+"""The learning curve of a run, beside its checkpoints."""
+
+import csv
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+Curves = dict[str, list[tuple[int, float]]]
+
+
+class LearningCurve(Callback):
+    """Save ``learning_curve.csv`` and ``learning_curve.png`` beside the checkpoints when a fit ends, or is interrupted.
+
+    Both hold what the run logged, by step, as Lightning's ``CSVLogger`` recorded it. The picture needs matplotlib.
+
+    Raises:
+        ValueError: At the start of a fit, if the trainer has no ``CSVLogger`` or no ``ModelCheckpoint``.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Look early for what the end needs."""
+        if stage == "fit" and trainer.logger is not None:
+            _logger(trainer)
+            _folder(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write the files."""
+        # A fast_dev_run has no logger.
+        if stage == "fit" and trainer.logger is not None:
+            self._save(trainer)
+
+    @rank_zero_only
+    def _save(self, trainer: L.Trainer) -> None:
+        logger = _logger(trainer)
+        logger.save()
+        table = Path(logger.log_dir) / "metrics.csv"
+        if not table.exists():
+            return
+        curves = read_curves(table)
+        folder = _folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "learning_curve.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["metric", "step", "value"])
+            writer.writerows((name, *point) for name, points in curves.items() for point in points)
+        plot(curves, folder / "learning_curve.png")
+
+
+def read_curves(table: Path) -> Curves:
+    """The curves in a ``metrics.csv`` of Lightning's ``CSVLogger``, by the metric's name."""
+    curves: Curves = {}
+    with table.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name not in ("epoch", "step"):
+                    curves.setdefault(name, []).append((int(row["step"]), float(value)))
+    return curves
+
+
+def plot(curves: Curves, path: Path) -> None:
+    """Draw losses in one panel and other metrics in a second, if there are any."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        rank_zero_info(f"No picture of the learning curve beside {path.parent}: run pip install matplotlib for one.")
+        return
+    panels = [
+        {name: points for name, points in curves.items() if ("loss" in name) == wanted} for wanted in (True, False)
+    ]
+    panels = [panel for panel in panels if panel]
+    if not panels:
+        return
+    # Not through pyplot, which would look for a display.
+    figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for name, points in panel.items():
+            axes.plot(*zip(*points), label=name, marker="o" if len(points) < 30 else None, markersize=3)
+        axes.set_xlabel("step")
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def _logger(trainer: L.Trainer) -> CSVLogger:
+    found = next((logger for logger in trainer.loggers if isinstance(logger, CSVLogger)), None)
+    if found is None:
+        raise ValueError("LearningCurve found no CSVLogger, expected one in the trainer's loggers. Add it.")
+    return found
+
+
+def _folder(trainer: L.Trainer) -> Path:
+    checkpoint = next((found for found in trainer.checkpoint_callbacks if isinstance(found, ModelCheckpoint)), None)
+    if checkpoint is None:
+        raise ValueError(
+            "LearningCurve found no ModelCheckpoint, beside whose files it saves. Add one, or remove this."
+        )
+    return Path(checkpoint.dirpath or Path(trainer.default_root_dir) / "checkpoints")

