@@ -8,9 +8,8 @@ import pytest
 import torch
 from texts import word_checkpoint
 
-from lightning_lora import LoRA
+from lightning_lora import BaseAsReference, LoRA
 from lightning_lora.data import PreferenceData
-from lightning_lora import BaseAsReference
 from lightning_lora.tasks import DPO
 
 
