@@ -56,19 +56,24 @@ class LoraCLI(LightningCLI):
 
 def main(args: ArgsType = None) -> None:
     """Run the command line, or ``args`` in its place."""
-    arguments = sys.argv[1:] if args is None else args
-    if isinstance(arguments, list):
-        if arguments[:1] == ["recipes"]:
-            _recipes(arguments[1:])
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list):
+        if given[:1] == ["recipes"]:
+            _recipes(given[1:])
             return
-        arguments = _with_recipes_found(arguments)
+        given = _with_recipes_found(given)
+    if args is None:
+        # Where Lightning looks by itself, and from where it starts the processes of DDP.
+        sys.argv[1:] = given
+    else:
+        args = given
     LoraCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
-        args=arguments,
+        args=args,
     )
 
 

@@ -205,3 +205,11 @@ def test_overlay_runs_on_two_processes(tmp_path: Path, tiny: list[str]) -> None:
     state = torch.load(tmp_path / "runs/chat_sft/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert state and all(".lora." in name for name in state)
     assert (tmp_path / "runs/chat_sft/checkpoints/learning_curve.csv").exists()
+
+
+def test_the_wheel_holds_every_package_and_every_recipe() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = set(yaml.safe_load("[" + text.split("packages = [")[1].split("]")[0] + "]"))
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "lightning_lora").rglob("__init__.py")}
+    assert listed == found | {"lightning_lora.recipes"}
+    assert '"lightning_lora.recipes" = ["*.yaml", "data/*"]' in text
