@@ -143,7 +143,18 @@ def test_goes_on_from_the_last_checkpoint_and_predicts(
     assert torch.load(last, weights_only=True)["global_step"] == 4
     Path("questions.csv").write_text("prompt\nw1 w2\nw3\n")
     arguments = ["--data.predict_path", "questions.csv", "--output", "out/answers.jsonl", "--ckpt_path", "last"]
-    run(tmp_path, monkeypatch, "predict", "chat_sft", *tiny, *arguments, "--model.max_new_tokens", "4")
+    run(
+        tmp_path,
+        monkeypatch,
+        "predict",
+        "chat_sft",
+        *tiny,
+        *arguments,
+        "--model.max_new_tokens",
+        "4",
+        "--data.batch_size",
+        "1",
+    )
     answers = [json.loads(line) for line in Path("out/answers.jsonl").read_text().splitlines()]
     assert [answer["question"][0]["content"] for answer in answers] == ["w1 w2", "w3"]
     assert all(isinstance(answer["answer"], str) for answer in answers)

@@ -19,6 +19,13 @@ from build_devils_dictionary import LEFT_OUT, PART, WORD, clean
 FOLDER = Path(__file__).parent
 PARTS = {"n": "noun", "adj": "adjective", "v": "verb"}
 LONGEST = 120  # words of a tagged entry
+# Entries that speak of peoples, the sexes or faiths as a group, in the manner of 1911, are left out.
+GROUPS = re.compile(
+    r"\b(negro\w*|nigger\w*|darky|darkies|jews?|jewish|hebrews?|israelites?|chinam[ae]n|chinese|mongols?|squaws?|indians?|"
+    r"red-?sk?ins?|mulatto\w*|savages?|heathens?|mohammed\w*|moslems?|muslims?|mussulm[ae]n|turks?|arabs?|christians?|"
+    r"africans?|ethiop\w*|irishm[ae]n|wom[ae]n|females?|ladies|girls?|wife|wives|maidens?|race|races)\b",
+    re.IGNORECASE,
+)
 
 
 def split(text: str) -> list[tuple[str, str, str]]:
@@ -29,7 +36,7 @@ def split(text: str) -> list[tuple[str, str, str]]:
         for entry in re.split(rf"\n(?={WORD}, +{PART}\b)", text)
     )
     found = [(match[1].strip(), match[2], match[3]) for match in matches if match]
-    return [entry for entry in found if entry[0] not in LEFT_OUT]
+    return [entry for entry in found if entry[0] not in LEFT_OUT and not GROUPS.search(" ".join(entry))]
 
 
 def tag(word: str, part: str, body: str) -> dict[str, Any]:

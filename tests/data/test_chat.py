@@ -49,6 +49,15 @@ def test_without_a_template_contents_are_joined() -> None:
     assert learned(tokenizer, row) == "w3 </s> w5 w6 </s>"
 
 
+def test_the_first_token_of_a_row_is_never_learned() -> None:
+    """Else a packed row would teach the one before it how the next begins."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = None
+    row, _ = encode_conversation(tokenizer, [{"role": "assistant", "content": "w1 w2"}], 100)
+    assert tokenizer.decode(row["input_ids"]) == "w1 w2 </s>"
+    assert learned(tokenizer, row) == "w2 </s>"
+
+
 @pytest.mark.parametrize(
     ("max_length", "text", "answer"),
     [

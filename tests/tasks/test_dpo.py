@@ -54,6 +54,14 @@ def test_loss_begins_at_log_2_and_the_chosen_gain(tmp_path: Path, path: str) -> 
     assert run.callback_metrics["val_accuracy"] == 1
     assert run.callback_metrics["val_margin"] > 0
     assert module.reference is None
+    before = DPO(checkpoint)
+    before.configure_model()
+    batch = next(iter(data.val_dataloader()))
+    with torch.no_grad():
+        # The trained model is merged, so that no reference is needed.
+        gained = module._log_probabilities(batch) - before._log_probabilities(batch)
+    chosen, rejected = gained.chunk(2)
+    assert (chosen > rejected).all()
 
 
 def test_loss_is_that_of_the_paper(tmp_path: Path, path: str) -> None:
