@@ -5,11 +5,13 @@ import math
 import re
 from typing import Any, Optional, Union
 
+from lightning_lora.quantize import LOFTQ
+
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
 _BIAS_MODES = ("none", "all", "lora_only")
-_INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa")
-_PISSA_FAST = re.compile(r"pissa_niter_\d+")
+_INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa", "loftq")
+_NUMBERED_INITS = (re.compile(r"pissa_niter_\d+"), LOFTQ)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,9 @@ class LoraConfig:
             nothing. ``"pissa"`` (Meng et al., arXiv 2404.02948) starts at the principal singular vectors of the weight,
             ``"pissa_niter_<n>"`` at a fast approximation of them, ``"olora"`` (Büyükakyüz, arXiv 2406.01775) at its QR
             decomposition; both take their start out of the weight, so that the function changes by rounding alone.
+            ``"loftq"`` (Li et al., arXiv 2310.08659) quantizes the base to 4-bit NormalFloat and starts at the
+            principal part of the error, ``"loftq_8"`` at that of rows of 8-bit integers, and ``"loftq_4_niter_5"``
+            does both in turn five times. Unlike in PEFT, the scaling is divided out of the start.
             ``"orthogonal"`` draws A and B from orthogonal subspaces (even ranks), and ``False`` draws B too.
         seed: Seed of the initial weights. Each tensor depends on this seed and on its own name only, so all ranks and
             any order of injection agree.
@@ -108,10 +113,13 @@ class LoraConfig:
             )
         if self.bias not in _BIAS_MODES:
             raise ValueError(f"bias is {self.bias!r}, but it must be one of {', '.join(map(repr, _BIAS_MODES))}.")
-        if self.init_lora_weights not in _INITS and not _PISSA_FAST.fullmatch(str(self.init_lora_weights)):
+        if self.init_lora_weights not in _INITS and not any(
+            pattern.fullmatch(str(self.init_lora_weights)) for pattern in _NUMBERED_INITS
+        ):
             raise ValueError(
                 f"init_lora_weights is {self.init_lora_weights!r}, but it must be one of "
-                f"{', '.join(map(repr, _INITS))} or 'pissa_niter_<number of iterations>'."
+                f"{', '.join(map(repr, _INITS))}, 'pissa_niter_<number of iterations>', 'loftq_<4 or 8 bits>' or "
+                "'loftq_<4 or 8 bits>_niter_<number of iterations>'."
             )
         if self.use_dora and self.takes_from_base:
             raise ValueError(
@@ -141,8 +149,13 @@ class LoraConfig:
 
     @property
     def takes_from_base(self) -> bool:
-        """Whether the adapter starts at a part of the base weight, which is then taken out of it."""
-        return str(self.init_lora_weights).startswith(("pissa", "olora"))
+        """Whether the adapter starts at a part of the base weight, which is then another one."""
+        return self.quantizes_base or str(self.init_lora_weights).startswith(("pissa", "olora"))
+
+    @property
+    def quantizes_base(self) -> bool:
+        """Whether the base weight is quantized, and the adapter starts at a part of what that took from it."""
+        return LOFTQ.fullmatch(str(self.init_lora_weights)) is not None
 
     def rank(self, module_name: str) -> int:
         """The rank of the adapter of the module with this name."""

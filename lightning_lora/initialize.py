@@ -66,6 +66,21 @@ def orthogonal(shape_A: tuple[int, ...], shape_B: tuple[int, ...], seed: int, na
     return lora_A, lora_B
 
 
+def require_part(weight: Tensor, kind: str, r: int, name: str) -> None:
+    """Require a weight that has a part of rank r.
+
+    Raises:
+        ValueError: If it is too small, or not loaded yet.
+    """
+    if r > min(weight.shape) or weight.is_meta:
+        raise ValueError(
+            f"init_lora_weights={kind!r} starts {name} at a part of rank {r} of its weight, "
+            + ("which is on the meta device" if weight.is_meta else f"which has shape {tuple(weight.shape)}")
+            + ": load the weights first, and use a rank of at most the smaller dimension (rank_pattern). "
+            "Nothing was changed."
+        )
+
+
 @torch.no_grad()
 def from_weight(weight: Tensor, kind: str, r: int, scaling: float, seed: int, name: str) -> tuple[Tensor, Tensor]:
     """A and B such that ``scaling * B A`` is a part of the weight, as PEFT computes them.
@@ -81,13 +96,6 @@ def from_weight(weight: Tensor, kind: str, r: int, scaling: float, seed: int, na
         seed: Seed of the randomized decomposition; see :func:`generator_for`.
         name: The adapter's qualified name.
     """
-    if r > min(weight.shape) or weight.is_meta:
-        raise ValueError(
-            f"init_lora_weights={kind!r} starts {name} at a part of rank {r} of its weight, "
-            + ("which is on the meta device" if weight.is_meta else f"which has shape {tuple(weight.shape)}")
-            + ": load the weights first, and use a rank of at most the smaller dimension (rank_pattern). "
-            "Nothing was changed."
-        )
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if kind == "olora":
         basis, triangle = torch.linalg.qr(weight)

@@ -4,6 +4,7 @@ A tensor is named ``base_model.model.<module>.lora_A.weight``, with the module's
 the transformers model where there is one. https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -39,6 +40,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FINGERPRINT = "lightning_lora_base_fingerprint"
+_BASE = "lightning_lora_base"
 _WRAPPED = re.compile(r"\.(original_module|modules_to_save)\.")
 # Settings that PEFT and this package share name and meaning of.
 _SHARED = (
@@ -75,7 +77,10 @@ def write_adapter(root: nn.Module, injection: Injection, directory: Path) -> Pat
     }
     # Cloned where they share memory, which safetensors refuses.
     tensors = {key: tensor.clone() for key, tensor in tensors.items()}
-    save_file(tensors, directory / WEIGHTS_FILE, {"format": "pt", _FINGERPRINT: _fingerprint(root, injection, prefix)})
+    meta = {"format": "pt", _FINGERPRINT: _fingerprint(root, injection, prefix)}
+    if injection.config.quantizes_base:
+        meta[_BASE] = str(injection.config.init_lora_weights)
+    save_file(tensors, directory / WEIGHTS_FILE, meta)
     settings = _peft_config(root, injection, prefix)
     (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     return directory
@@ -136,6 +141,7 @@ def read_adapter(root: nn.Module, injection: Injection, directory: Path) -> None
 
 def _load_tensors(root: nn.Module, injection: Injection, directory: Path) -> None:
     tensors, meta = _read_tensors(directory)
+    _require_same_quantization(injection.config, meta, directory)
     prefix = _peft_root(root, injection)
     base = _fingerprint(root, injection, prefix)
     if meta.get(_FINGERPRINT, base) != base:
@@ -163,6 +169,17 @@ def _load_tensors(root: nn.Module, injection: Injection, directory: Path) -> Non
         destination.detach().copy_(tensor)
 
 
+def _require_same_quantization(config: LoraConfig, meta: dict[str, str], directory: Path) -> None:
+    """Require that an adapter's base is quantized here as it was there."""
+    saved, here = meta.get(_BASE), str(config.init_lora_weights) if config.quantizes_base else None
+    if saved != here:
+        bases = [f"a base under init_lora_weights={start!r}" if start else "a base as it is" for start in (saved, here)]
+        raise CheckpointError(
+            f"{directory} was trained on {bases[0]}, and this model's adapter is on {bases[1]}: use the "
+            "init_lora_weights with which it was saved. Nothing was loaded."
+        )
+
+
 def _load_checkpoint(model: nn.Module, path: Path, fresh: bool) -> None:
     checkpoint = read_checkpoint(path)
     if fresh:
@@ -180,20 +197,28 @@ def _read_config(directory: Path) -> LoraConfig:
                 f"{directory} has no {name}, so it is no adapter in PEFT's format: give the directory that holds "
                 f"{CONFIG_FILE} and {WEIGHTS_FILE}. Nothing was loaded."
             )
-    return _config_from_peft(json.loads((directory / CONFIG_FILE).read_text()), directory)
+    config = _config_from_peft(json.loads((directory / CONFIG_FILE).read_text()), directory)
+    with _open(directory / WEIGHTS_FILE) as file:
+        start = (file.metadata() or {}).get(_BASE)
+    return dataclasses.replace(config, init_lora_weights=start) if start else config
 
 
 def _read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors under PEFT's names, and the metadata of their file."""
+    with _open(directory / WEIGHTS_FILE) as file:
+        # With bias="all", PEFT writes the biases of modules_to_save twice more, under names of its own wrapper.
+        keys = [key for key in file.keys() if not _WRAPPED.search(key)]  # noqa: SIM118
+        return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
-            # With bias="all", PEFT writes the biases of modules_to_save twice more, under names of its own wrapper.
-            keys = [key for key in file.keys() if not _WRAPPED.search(key)]  # noqa: SIM118
-            return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
+        with safe_open(path, framework="pt") as file:
+            yield file
     except SafetensorError as error:
         raise CheckpointError(
-            f"{directory / WEIGHTS_FILE} cannot be read ({error}): it is damaged or cut short, so copy it again. "
-            "Nothing was loaded."
+            f"{path} cannot be read ({error}): it is damaged or cut short, so copy it again. Nothing was loaded."
         ) from error
 
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.functional import add_low_rank, low_rank_linear, low_rank_product
-from lightning_lora.initialize import from_weight, orthogonal
+from lightning_lora.initialize import from_weight, orthogonal, require_part
 from lightning_lora.layers.base import LoraAdapter, LoraLayer, base_class
 from lightning_lora.layers.dora import DoraAdapter
+from lightning_lora.quantize import LOFTQ, loftq
 
 
 class LinearAdapter(LoraAdapter):
@@ -38,15 +39,28 @@ class LinearAdapter(LoraAdapter):
             start = orthogonal(self.lora_A.shape, self.lora_B.shape, self._seed, self._qualified_name)
             self._start_at(*start)
 
-    @torch.no_grad()
     def take_from(self, weight: Tensor) -> Tensor:
         """Start at a part of the base weight.
 
+        Returns:
+            The weight for the base to have beside the adapter, in its dtype.
+        """
+        require_part(self.rows(weight), str(self._init), self.r, self._qualified_name)
+        return self._quantize(weight) if LOFTQ.fullmatch(str(self._init)) else self._take_out(weight)
+
+    @torch.no_grad()
+    def _quantize(self, weight: Tensor) -> Tensor:
+        quantized, lora_B, lora_A = loftq(self.rows(weight), str(self._init), self.r)
+        root = self.scaling**0.5  # so that scaling * B A is the product
+        self._start_at(lora_A / root, lora_B / root)
+        return quantized.movedim(0, self.out_dim).contiguous()
+
+    @torch.no_grad()
+    def _take_out(self, weight: Tensor) -> Tensor:
+        """What is left of the weight without the start, rounded to its dtype.
+
         The start is kept in ``initial_A`` and ``initial_B``, since only with it can the adapter be used on the whole
         base weight.
-
-        Returns:
-            The rest of the weight, rounded to its dtype.
         """
         self._start_at(
             *from_weight(self.rows(weight), str(self._init), self.r, self.scaling, self._seed, self._qualified_name)
