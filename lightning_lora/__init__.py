@@ -2,6 +2,7 @@
 
 from lightning_lora.callback import LoRA
 from lightning_lora.checkpoint import load_from_checkpoint
+from lightning_lora.combine import combine_adapters
 from lightning_lora.config import LoraConfig
 from lightning_lora.inject import eject, inject
 from lightning_lora.merging import merge, unmerge
@@ -33,6 +34,7 @@ __all__ = [
     "adapters",
     "adapters_for",
     "add_adapter",
+    "combine_adapters",
     "delete_adapter",
     "disabled",
     "eject",
