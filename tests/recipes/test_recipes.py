@@ -47,9 +47,9 @@ def test_runs_and_logs(recipe: str, metrics: str, tmp_path: Path, monkeypatch: p
 def test_classification_learns_and_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [
         "--trainer.max_steps",
-        "20",
+        "16",
         "--trainer.val_check_interval",
-        "20",
+        "16",
         "--trainer.num_sanity_val_steps",
         "0",
     ]
