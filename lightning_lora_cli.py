@@ -12,6 +12,10 @@ commands:
   test       measure on the test data
   predict    write predictions to a file (--output FILE)
   recipes    list the recipes that come with the package, or copy one out
+  inspect    say what is in a checkpoint or an adapter directory
+  export     turn a checkpoint into PEFT's format
+  merge      write base and adapter as one model directory
+  diff       compare two adapters
 
 a run:
   lightning-lora fit --config quickstart              a recipe by its name, or any YAML file

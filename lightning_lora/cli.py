@@ -8,7 +8,7 @@ from typing import Any, Optional
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from lightning_lora import shipped
+from lightning_lora import commands, shipped
 from lightning_lora.callback import LoRA
 from lightning_lora.predictions import PredictionWriter
 
@@ -61,6 +61,8 @@ def main(args: ArgsType = None) -> None:
         if given[:1] == ["recipes"]:
             _recipes(given[1:])
             return
+        if given[:1] and given[0] in commands.NAMES:
+            raise SystemExit(commands.run(given))
         given = _with_recipes_found(given)
     if args is None:
         # Where Lightning looks by itself, and from where it starts the processes of DDP.

@@ -14,13 +14,16 @@ ADAPTER_DIR = "adapter"
 MERGED_DIR = "merged"
 
 
-def save_merged(model: nn.Module, directory: Union[str, Path], tokenizer: Optional[Any] = None) -> Path:
+def save_merged(
+    model: nn.Module, directory: Union[str, Path], tokenizer: Optional[Any] = None, max_shard_size: str = "5GB"
+) -> Path:
     """Write a merged model: a transformers model as ``from_pretrained`` opens it, any other as ``model.safetensors``.
 
     Args:
         model: A model without adapters, after ``eject(model, merge=True)``.
         directory: Made if it is not there.
         tokenizer: Saved beside a transformers model, if given.
+        max_shard_size: Size above which a transformers model is split into several files.
 
     Returns:
         The directory.
@@ -30,7 +33,7 @@ def save_merged(model: nn.Module, directory: Union[str, Path], tokenizer: Option
     hf_models = list(pretrained_models(model).values())
     if len(hf_models) == 1:
         with _true_to_ties(hf_models[0]):
-            hf_models[0].save_pretrained(directory)  # type: ignore[operator]
+            hf_models[0].save_pretrained(directory, max_shard_size=max_shard_size)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
     else:

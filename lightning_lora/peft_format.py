@@ -38,7 +38,7 @@ from lightning_lora.targets import clean_name, pretrained_models
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _FINGERPRINT = "lightning_lora_base_fingerprint"
 _BASE = "lightning_lora_base"
 _WRAPPED = re.compile(r"\.(original_module|modules_to_save)\.")
@@ -72,7 +72,7 @@ def write_adapter(root: nn.Module, injection: Injection, directory: Path) -> Pat
     prefix = _peft_root(root, injection)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
-        _PREFIX + peft_name[len(prefix) :]: tensor.detach().cpu().contiguous()
+        PREFIX + peft_name[len(prefix) :]: tensor.detach().cpu().contiguous()
         for peft_name, tensor in _peft_state_dict(root, injection, plain=True).items()
     }
     # Cloned where they share memory, which safetensors refuses.
@@ -140,7 +140,7 @@ def read_adapter(root: nn.Module, injection: Injection, directory: Path) -> None
 
 
 def _load_tensors(root: nn.Module, injection: Injection, directory: Path) -> None:
-    tensors, meta = _read_tensors(directory)
+    tensors, meta = read_tensors(directory)
     _require_same_quantization(injection.config, meta, directory)
     prefix = _peft_root(root, injection)
     base = _fingerprint(root, injection, prefix)
@@ -150,17 +150,17 @@ def _load_tensors(root: nn.Module, injection: Injection, directory: Path) -> Non
             f"{base}. Load it onto the pretrained weights that it was trained on. Nothing was loaded."
         )
     expected = _peft_state_dict(root, injection)
-    expected = {_PREFIX + name[len(prefix) :]: tensor for name, tensor in expected.items()}
+    expected = {PREFIX + name[len(prefix) :]: tensor for name, tensor in expected.items()}
     # With an adapted input or output embedding, PEFT writes the base's weight of it too.
-    of_base = {f"{_PREFIX}{name[len(prefix) :]}.base_layer.weight" for name in injection.targets}
+    of_base = {f"{PREFIX}{name[len(prefix) :]}.base_layer.weight" for name in injection.targets}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in of_base}
     check_tensors(expected, tensors, str(directory))
     own: list[tuple[Tensor, Tensor]] = []
     for name, tensor in _saved_in_full(root, injection).items():
-        own.append((tensor, tensors[_PREFIX + name[len(prefix) :]]))
+        own.append((tensor, tensors[PREFIX + name[len(prefix) :]]))
     for name, adapter in _adapters(root, injection):
         full_names = {inner: f"{name}.{inner}".lstrip(".")[len(prefix) :] for inner in adapter.peft_tensors()}
-        theirs = {inner: tensors[_PREFIX + full_name] for inner, full_name in full_names.items()}
+        theirs = {inner: tensors[PREFIX + full_name] for inner, full_name in full_names.items()}
         try:
             own += [(getattr(adapter, attribute), tensor) for attribute, tensor in adapter.from_peft(theirs).items()]
         except ValueError as error:
@@ -189,21 +189,35 @@ def _load_checkpoint(model: nn.Module, path: Path, fresh: bool) -> None:
     load_adapter_state_dict(model, {k: v for k, v in checkpoint["state_dict"].items() if k in expected})
 
 
-def _read_config(directory: Path) -> LoraConfig:
-    """The settings of a directory in PEFT's format, of which both files must be there."""
+def require_files(directory: Path) -> None:
+    """Require both files of PEFT's format.
+
+    Raises:
+        CheckpointError: If one is not there.
+    """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise CheckpointError(
                 f"{directory} has no {name}, so it is no adapter in PEFT's format: give the directory that holds "
                 f"{CONFIG_FILE} and {WEIGHTS_FILE}. Nothing was loaded."
             )
+
+
+def fingerprint_in(meta: dict[str, str]) -> Optional[str]:
+    """The base's fingerprint in the metadata of a file, if this package wrote it."""
+    return meta.get(_FINGERPRINT)
+
+
+def _read_config(directory: Path) -> LoraConfig:
+    """The settings of a directory in PEFT's format, of which both files must be there."""
+    require_files(directory)
     config = _config_from_peft(json.loads((directory / CONFIG_FILE).read_text()), directory)
     with _open(directory / WEIGHTS_FILE) as file:
         start = (file.metadata() or {}).get(_BASE)
     return dataclasses.replace(config, init_lora_weights=start) if start else config
 
 
-def _read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors under PEFT's names, and the metadata of their file."""
     with _open(directory / WEIGHTS_FILE) as file:
         # With bias="all", PEFT writes the biases of modules_to_save twice more, under names of its own wrapper.

@@ -16,6 +16,7 @@ from texts import word_checkpoint
 
 import lightning_lora_cli
 from lightning_lora.cli import LoraCLI, main
+from lightning_lora.commands import NAMES
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,7 +44,7 @@ def test_help_is_quick_and_names_every_command() -> None:
     assert time.perf_counter() - start < 3
     assert done.returncode == 0 and done.stdout == lightning_lora_cli.HELP
     commands = [line.split()[0] for line in done.stdout.split("commands:\n")[1].split("\n\n")[0].splitlines()]
-    assert commands == [*LoraCLI.subcommands(), "recipes"]
+    assert commands == [*LoraCLI.subcommands(), "recipes", *NAMES]
 
 
 def test_print_config_is_complete_and_runs_again(capsys: pytest.CaptureFixture[str]) -> None:
