@@ -4,6 +4,7 @@ from lightning_lora.callback import LoRA
 from lightning_lora.checkpoint import load_from_checkpoint
 from lightning_lora.combine import combine_adapters
 from lightning_lora.config import LoraConfig
+from lightning_lora.eva import initialize_eva
 from lightning_lora.inject import eject, inject
 from lightning_lora.merging import merge, unmerge
 from lightning_lora.optim import param_groups
@@ -38,6 +39,7 @@ __all__ = [
     "delete_adapter",
     "disabled",
     "eject",
+    "initialize_eva",
     "inject",
     "load_adapter",
     "load_adapter_state_dict",

@@ -20,6 +20,7 @@ from lightning_lora.merging import unmerge
 from lightning_lora.optim import drop_frozen
 from lightning_lora.packages import original_class, rebuild, serve_both_packages
 from lightning_lora.peft_format import load_adapter, read_adapter, write_adapter
+from lightning_lora.rehearsal import start_from_data
 from lightning_lora.rng import set_rng_state
 from lightning_lora.state import fingerprint
 
@@ -181,6 +182,8 @@ class LoRA(Callback):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Drop frozen parameters from the optimizers, let gradients and averages pass rightly, say what is trained."""
         drop_frozen(trainer.optimizers, pl_module)
+        if self.adapter is None:
+            start_from_data(trainer, pl_module, self._root(pl_module), self._injection(self._root(pl_module)))
         self._running = True
         if self._rng_to_restore is not None:
             make_loader_anew(trainer)

@@ -10,7 +10,7 @@ from lightning_lora.quantize import LOFTQ
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
 _BIAS_MODES = ("none", "all", "lora_only")
-_INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa", "loftq")
+_INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa", "loftq", "eva")
 _NUMBERED_INITS = (re.compile(r"pissa_niter_\d+"), LOFTQ)
 
 
@@ -53,7 +53,10 @@ class LoraConfig:
             decomposition; both take their start out of the weight, so that the function changes by rounding alone.
             ``"loftq"`` (Li et al., arXiv 2310.08659) quantizes the base to 4-bit NormalFloat and starts at the
             principal part of the error, ``"loftq_8"`` at that of rows of 8-bit integers, and ``"loftq_4_niter_5"``
-            does both in turn five times. Unlike in PEFT, the scaling is divided out of the start.
+            does both in turn five times. Unlike in PEFT, the scaling is divided out of the start. ``"eva"`` (Paischer
+            et al., arXiv 2410.07170) starts A at the principal directions of the layer's inputs, which the ``LoRA``
+            callback finds with training batches when ``fit`` starts, and
+            :func:`~lightning_lora.initialize_eva` without a Trainer; until then, A is as under ``True``.
             ``"orthogonal"`` draws A and B from orthogonal subspaces (even ranks), and ``False`` draws B too.
         seed: Seed of the initial weights. Each tensor depends on this seed and on its own name only, so all ranks and
             any order of injection agree.
@@ -151,6 +154,11 @@ class LoraConfig:
     def takes_from_base(self) -> bool:
         """Whether the adapter starts at a part of the base weight, which is then another one."""
         return self.quantizes_base or str(self.init_lora_weights).startswith(("pissa", "olora"))
+
+    @property
+    def needs_matrix(self) -> bool:
+        """Whether the start is one for the two factors of a matrix alone."""
+        return self.takes_from_base or self.init_lora_weights in ("orthogonal", "eva")
 
     @property
     def quantizes_base(self) -> bool:

@@ -49,6 +49,7 @@ class Injection:
         frozen_norms: Names of the normalization layers whose statistics are frozen.
         fused: By name, the switches of torch's fused encoder path that were on.
         fingerprint: Of the base, once it is known.
+        from_data: Whether the adapter's start was computed from data.
     """
 
     config: LoraConfig
@@ -64,6 +65,7 @@ class Injection:
     frozen_norms: list[str] = dataclasses.field(default_factory=list)
     fused: dict[str, Any] = dataclasses.field(default_factory=dict)
     fingerprint: Optional[str] = None
+    from_data: bool = False
 
 
 class FrozenNorm(nn.Module):

@@ -9,7 +9,7 @@ import yaml
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRA, LoraConfig, TargetError, eject, inject
+from lightning_lora import LoRA, LoraConfig, TargetError, eject, initialize_eva, inject
 from lightning_lora.layers import layer_class_for
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +32,7 @@ VARIANTS = {
     "fast PiSSA": {"init_lora_weights": "pissa_niter_16"},
     "OLoRA": {"init_lora_weights": "olora"},
     "LoftQ": {"init_lora_weights": "loftq_8"},
+    "EVA": {"init_lora_weights": "eva"},
     '"all-linear"': None,
 }
 
@@ -50,6 +51,8 @@ def works(layer: str, variant: str) -> bool:
     except TargetError:
         return False
     error = 1e-2 if variant == "LoftQ" else 1e-5  # its base is quantized
+    if variant == "EVA":
+        initialize_eva(module, [x])
     torch.testing.assert_close(module(x), before, rtol=1e-4, atol=error)
     module(x).square().sum().backward()
     with torch.no_grad():

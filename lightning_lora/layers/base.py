@@ -48,7 +48,7 @@ class LoraAdapter(nn.Module):
 
     peft_names: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 
-    # Whether A and B are factors of one matrix, which is what the orthogonal start and those from the weight need.
+    # Whether A and B are factors of one matrix, which some starts need.
     is_matrix: ClassVar[bool] = False
     out_dim: ClassVar[int] = 0  # the dimension of the base weight that counts outputs
     rank_factor: int = 1  # the rank of the exported adapter over this one's
@@ -174,7 +174,7 @@ class LoraLayer(nn.Module):
         """Why this very module cannot be adapted as the config asks, ``None`` if it can."""
         if "weight" not in target.module._parameters:
             return "its weight is computed of others (a parametrization), so nothing can be folded into it"
-        if not cls.adapter_class.is_matrix and (config.takes_from_base or config.init_lora_weights == "orthogonal"):
+        if not cls.adapter_class.is_matrix and config.needs_matrix:
             return f"init_lora_weights={config.init_lora_weights!r} is not for this kind of layer"
         return None
 

@@ -98,7 +98,7 @@ class LoraParameters(LoraLayer):
         for name in ("lora_dropout", "use_dora"):
             if getattr(config, name):
                 return f"{name} is not for parameters that a module reads itself"
-        if config.takes_from_base or config.init_lora_weights == "orthogonal":
+        if config.needs_matrix:
             return f"init_lora_weights={config.init_lora_weights!r} is not for parameters that a module reads itself"
         for name in target.parameters:
             shape = tuple(target.module.get_parameter(name).shape)

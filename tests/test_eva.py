@@ -1,0 +1,347 @@
+"""EVA: the directions beside an exact decomposition and PEFT's, and a start of ``fit`` that leaves no trace."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import peft
+import pytest
+import torch
+import toys
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from test_targets import tiny_llama
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+
+from lightning_lora import (
+    LoRA,
+    LoraConfig,
+    TargetError,
+    adapter_state_dict,
+    initialize_eva,
+    inject,
+    load_adapter,
+    save_adapter,
+    unmerge,
+)
+from lightning_lora.data import ResumableDataLoader
+from lightning_lora.eva import PrincipalDirections
+
+NEVER = 2.0  # no cosine reaches this, so that all batches are taken in
+
+
+def data(features: int = 32, rows: int = 400, seed: int = 0) -> Tensor:
+    """Rows with a clear order of directions, and a mean."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(features, features, generator=generator)).Q
+    return torch.randn(rows, features, generator=generator) * 0.7 ** torch.arange(features) @ basis + 1.0
+
+
+def exact(rows: Tensor, r: int) -> Tensor:
+    return torch.linalg.svd(rows.double() - rows.double().mean(0), full_matrices=False).Vh[:r].float()
+
+
+def assert_same_rows(found: Tensor, expected: Tensor, atol: float = 1e-3) -> None:
+    """Equal up to the sign of each row."""
+    assert found.shape == expected.shape
+    torch.testing.assert_close((found * expected).sum(1).abs(), torch.ones(len(found)), rtol=0, atol=atol)
+    torch.testing.assert_close(found @ found.T, torch.eye(len(found)), rtol=0, atol=1e-4)
+
+
+def eva(**settings: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "init_lora_weights": "eva"} | settings)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(5, 100), st.integers(0, 5))
+def test_the_directions_are_those_of_all_rows(batch_size: int, seed: int) -> None:
+    rows = data(seed=seed)
+    inputs = PrincipalDirections(4, NEVER)
+    for batch in rows.split(batch_size):
+        inputs.update(batch)
+    assert_same_rows(inputs.directions, exact(rows, 4))
+    assert inputs.count == 400 and not inputs.converged
+
+
+def test_directions_converge_and_never_outnumber_the_data() -> None:
+    inputs = PrincipalDirections(4, 0.99)
+    inputs.update(torch.ones(3, 8))
+    assert len(inputs.directions) == 0  # rows that do not vary
+    inputs.update(data(8)[:1])
+    assert len(inputs.directions) == 1
+    for batch in data(8).split(50):
+        assert not inputs.converged
+        inputs.update(batch)
+        if inputs.converged:
+            break
+    assert inputs.converged and inputs.count < 400
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_module_starts_at_its_inputs_and_computes_what_it_did(use_dora: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 24), nn.Tanh(), nn.Dropout(0.5), nn.Linear(24, 24), nn.Linear(24, 2))
+    rows = data()
+    inject(model, eva(target_modules=["0", "3"], rank_pattern={"3": 2}, use_dora=use_dora)).train()
+    before = model.eval()(rows)
+    model.train()
+    model[3].eval()
+    initialize_eva(model, rows.split(50), tau=NEVER)
+    assert model.training and model[2].training and not model[3].training
+    assert not any(layer._forward_pre_hooks for layer in model)
+    first, second = model[0].lora["default"], model[3].lora["default"]
+    assert_same_rows(first.lora_A.detach(), exact(rows, 4))
+    assert_same_rows(second.lora_A.detach(), exact(model[:2](rows).detach(), 2))
+    assert not first.lora_B.any() and first.lora_A.requires_grad and first.lora_A.grad is None
+    assert torch.equal(model.eval()(rows), before)
+
+
+def batches_of(count: int = 12) -> list[dict[str, Tensor]]:
+    torch.manual_seed(3)
+    frequencies = 0.6 ** torch.arange(64.0)  # so that the inputs vary most in some directions
+    return [{"input_ids": torch.multinomial(frequencies, 128, True).view(8, 16)} for _ in range(count)]
+
+
+def test_pefts_start_spans_the_same_space() -> None:
+    batches, targets = batches_of(), ["q_proj", "k_proj", "v_proj", "o_proj"]
+    theirs = peft.get_peft_model(
+        tiny_llama(),
+        peft.LoraConfig(
+            r=2, init_lora_weights="eva", target_modules=targets, eva_config=peft.EvaConfig(rho=1.0, tau=0.9999)
+        ),
+        low_cpu_mem_usage=True,
+    )
+    peft.initialize_lora_eva_weights(theirs, batches, show_progress_bar=False)
+    ours = inject(tiny_llama(), eva(r=2, target_modules=targets))
+    initialize_eva(ours, batches, tau=NEVER)
+    for name, module in theirs.base_model.model.named_modules():
+        if hasattr(module, "lora_A"):
+            A = module.lora_A["default"].weight.detach()
+            mine = ours.get_submodule(name).lora["default"].lora_A.detach()
+            cosines = torch.linalg.svdvals(nn.functional.normalize(A) @ mine.T)  # of the principal angles
+            assert cosines.min() > 0.99, name
+
+
+def test_layers_with_one_input_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates: Counter[int] = Counter()
+    update = PrincipalDirections.update
+    monkeypatch.setattr(
+        PrincipalDirections, "update", lambda self, rows: (updates.update([id(self)]), update(self, rows))
+    )
+    model = inject(tiny_llama(), eva(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    initialize_eva(model, batches_of(3), tau=NEVER)
+    assert sorted(updates.values()) == [3] * 2 * len(model.model.layers)  # one for q, k and v, and one for o
+    attention = model.model.layers[1].self_attn
+    assert torch.equal(attention.q_proj.lora["default"].lora_A, attention.v_proj.lora["default"].lora_A)
+
+
+def test_masked_positions_do_not_count() -> None:
+    torch.manual_seed(0)
+    model, ids = tiny_llama(), torch.randint(1, 64, (6, 12))
+    mask = (torch.arange(12) < torch.tensor([12, 3, 5, 7, 9, 4]).unsqueeze(1)).long()
+    config = eva(r=3, target_modules=["q_proj"], layers_to_transform=0)
+    inject(model, config)
+    initialize_eva(model, [{"input_ids": ids, "attention_mask": mask}], tau=NEVER)
+    block = model.model.layers[0]
+    inputs = block.input_layernorm(model.model.embed_tokens(ids))[mask.bool()].detach()
+    assert_same_rows(block.self_attn.q_proj.lora["default"].lora_A.detach(), exact(inputs, 3))
+
+
+def test_wrong_uses_are_refused(tmp_path: Path) -> None:
+    rows = data(8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="no adapter in this Sequential that starts from data"):
+        initialize_eva(model, [rows])
+    inject(model, eva(target_modules=["0", "1"]))
+    before = toys.snapshot(model)
+    with pytest.raises(ValueError, match="None of the 2 adapted layers saw any input"):
+        initialize_eva(model, [rows], forward=lambda model, batch: batch)
+    with pytest.raises(ValueError, match="The input of 0 holds a NaN"):
+        initialize_eva(model, [rows * float("nan")])
+    toys.assert_same_tensors(model.state_dict(), before)
+    with pytest.warns(UserWarning, match="1 of 2 adapted layers, among them '1', saw no input"):
+        initialize_eva(model, [rows], forward=lambda model, batch: model[0](batch))
+    toys.randomize(model)
+    with pytest.raises(ValueError, match="'default' is trained already"):
+        initialize_eva(model, [rows])
+    save_adapter(model, tmp_path)
+    bare = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    bare.load_state_dict({name: tensor for name, tensor in before.items() if "lora" not in name})
+    torch.testing.assert_close(load_adapter(bare, tmp_path)(rows), model(rows))
+    with pytest.raises(TargetError, match="'eva' is not for this kind of layer"):
+        inject(nn.Sequential(nn.Embedding(4, 4)), eva(target_modules=["0"]))
+
+
+class Busy(toys.Toy):
+    """A toy whose step does all kinds of things beside its work."""
+
+    def __init__(self, manual: bool = False) -> None:
+        super().__init__(dropout=0.3)
+        self.automatic_optimization = not manual
+        self.steps, self.seen = 0, []
+        self.mean = MeanMetric()
+        self.register_buffer("average", torch.zeros(()))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        x, y = batch
+        self.steps += 1
+        if not torch.is_grad_enabled():
+            self.rehearsed = True
+        else:
+            self.seen.append(x.clone())
+            assert not hasattr(self, "rehearsed") and self.steps == len(self.seen)
+        self.logger.experiment.log_metrics({"direct": 1.0})
+        noise = 0.1 * torch.randn_like(x)  # what is drawn must not depend on the rehearsal
+        loss = nn.functional.mse_loss(self.net(x + noise), y)
+        self.average.mul_(0.9).add_(0.1 * loss.detach())
+        self.mean(loss.detach())
+        self.log("mean", self.mean, on_step=True, on_epoch=True)
+        self.log_dict({"train_loss": loss})
+        if self.automatic_optimization:
+            return loss
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        self.toggle_optimizer(optimizer)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, 1.0, "norm")
+        optimizer.step()
+        scheduler.step()
+        self.untoggle_optimizer(optimizer)
+        return None
+
+    def configure_optimizers(self) -> Any:
+        self.trainer.estimated_stepping_batches  # noqa: B018  has the data loader made early
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)]
+
+
+def shuffled() -> DataLoader:
+    return DataLoader(toys.dataset(), batch_size=8, shuffle=True)
+
+
+def with_generator() -> DataLoader:
+    return DataLoader(toys.dataset(), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(4))
+
+
+def resumable() -> DataLoader:
+    return ResumableDataLoader(toys.dataset(), batch_size=8, shuffle=True)
+
+
+def workers() -> DataLoader:
+    return DataLoader(toys.dataset(), batch_size=8, shuffle=True, num_workers=1, persistent_workers=True)
+
+
+@pytest.mark.parametrize("make_loader", [shuffled, with_generator, resumable, workers])
+@pytest.mark.parametrize("manual", [False, True])
+def test_fit_starts_at_the_training_data_and_leaves_no_trace(manual: bool, make_loader: Any, tmp_path: Path) -> None:
+    def run(kind: Any) -> tuple[Busy, Any]:
+        path = tmp_path / str(kind)
+        L.seed_everything(7, verbose=False)
+        model = Busy(manual)
+        lora = LoRA(r=2, init_lora_weights=kind, target_modules=["net.0", "net.4"], merge=None, summary=False)
+        starts = {}
+
+        class Peek(L.Callback):
+            def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+                starts.update(toys.snapshot(pl_module))
+                starts["random"] = torch.get_rng_state()
+                assert all(state == {} for o in trainer.optimizers for state in o.state.values())
+                assert trainer.global_step == 0 and not trainer.callback_metrics
+                assert all(module.training for module in pl_module.modules() if isinstance(module, nn.Dropout))
+
+        trainer = toys.trainer(path, [lora, Peek()], logger=CSVLogger(path), log_every_n_steps=1)
+        trainer.fit(model, make_loader())
+        return model, starts
+
+    (model, starts), (plain, plain_starts) = run("eva"), run(True)
+    A = [name for name in starts if name.endswith("lora_A")]
+    assert len(A) == 2
+    toys.assert_same_tensors(*({n: t for n, t in s.items() if n not in A} for s in (starts, plain_starts)))
+    assert model.steps == plain.steps == 8
+    for batch, same in zip(model.seen, plain.seen, strict=True):
+        assert torch.equal(batch, same)
+    # The toy adds noise to its inputs, so this is where the exact directions are, to a few degrees.
+    start = starts["net.0.lora.default.lora_A"]
+    torch.testing.assert_close(start @ start.T, torch.eye(2), rtol=0, atol=1e-5)
+    assert not torch.equal(start, plain_starts["net.0.lora.default.lora_A"])
+    metrics = [len((Path(tmp_path) / kind).glob("**/metrics.csv").__next__().read_text().splitlines())
+               for kind in ("eva", "True")]  # fmt: skip
+    assert metrics[0] == metrics[1]
+
+
+def test_the_start_of_fit_is_that_of_the_same_batches(tmp_path: Path) -> None:
+    model = toys.Toy()
+    inputs: list[Tensor] = []
+    lora = LoRA(r=2, init_lora_weights="eva", target_modules=["net.0"], merge=None, summary=False)
+    trainer = toys.trainer(tmp_path, [lora], max_epochs=1, limit_train_batches=3, precision="bf16-mixed")
+    model.on_train_start = lambda: inputs.append(model.net[0].lora["default"].lora_A.detach().clone())  # type: ignore
+    trainer.fit(model, toys.loader())
+    again = inject(toys.Toy(), eva(r=2, target_modules=["net.0"]))
+    initialize_eva(again, [x for x, _ in toys.loader()][:3])
+    torch.testing.assert_close(inputs[0], again.net[0].lora["default"].lora_A.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_trained_or_resumed_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lora(**settings: Any) -> list[Any]:
+        keep = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+        return [LoRA(r=2, init_lora_weights="eva", summary=False, **settings), keep]
+
+    whole = toys.Toy()
+    toys.trainer(tmp_path, lora(export_dir=tmp_path / "export"), max_epochs=2).fit(whole, toys.loader())
+    monkeypatch.setattr(PrincipalDirections, "update", lambda *_: pytest.fail("the data were looked at again"))
+    resumed = toys.Toy()
+    toys.trainer(tmp_path / "b", lora(), max_epochs=2).fit(resumed, toys.loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    toys.assert_same_tensors(resumed.state_dict(), whole.state_dict())
+    toys.assert_same_tensors(adapter_state_dict(unmerge(resumed)), adapter_state_dict(unmerge(whole)))
+    toys.trainer(tmp_path / "c", lora(), max_epochs=1).fit(whole, toys.loader())
+    for warm in (tmp_path / "export" / "adapter", tmp_path / "epoch=1.ckpt"):
+        toys.trainer(tmp_path / "d", lora(adapter=warm), max_epochs=1).fit(toys.Toy(), toys.loader())
+    own = inject(toys.Toy(), eva(r=2))
+    monkeypatch.undo()
+    initialize_eva(own, [x for x, _ in toys.loader()])
+    mine = toys.snapshot(own)["net.0.lora.default.lora_A"]
+    own.on_train_start = lambda: toys.assert_same_tensors(  # type: ignore[method-assign]
+        {"A": own.net[0].lora["default"].lora_A}, {"A": mine}
+    )
+    toys.trainer(tmp_path / "e", [LoRA(config=eva(r=2), summary=False)], max_epochs=1).fit(own, toys.loader())
+
+
+def test_a_learning_rate_finder_does_not_spoil_the_start(tmp_path: Path) -> None:
+    from lightning.pytorch.tuner import Tuner
+
+    model = toys.Toy()
+    starts: list[Tensor] = []
+    lora = LoRA(r=2, init_lora_weights="eva", target_modules=["net.0"], summary=False)
+    trainer = toys.trainer(tmp_path, [lora], max_epochs=1)
+    Tuner(trainer).lr_find(model, toys.loader(), num_training=3)
+    model.on_train_start = lambda: starts.append(model.net[0].lora["default"].lora_A.detach().clone())  # type: ignore
+    trainer.fit(model, toys.loader())
+    torch.testing.assert_close(starts[0] @ starts[0].T, torch.eye(2), rtol=0, atol=1e-5)
+
+
+def test_a_step_that_cannot_be_rehearsed_says_what_to_do(tmp_path: Path) -> None:
+    class Direct(toys.Toy):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            loss.backward()
+            return loss
+
+    class Iterating(toys.Toy):
+        def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+            return super().training_step(next(dataloader_iter)[0], 0)
+
+    for model, batches, match in (
+        (Direct(), toys.loader(), "self.manual_backward"),
+        (Iterating(), toys.loader(), "dataloader_iter"),
+        (toys.Toy(), iter(toys.loader()), "cannot start over"),
+    ):
+        base, log = toys.snapshot(model), model.__dict__.get("log")
+        with pytest.raises(ValueError, match=rf"{match}.*initialize_eva\(module, batches, forward\)"):
+            toys.trainer(tmp_path, [LoRA(r=2, init_lora_weights="eva", summary=False)]).fit(model, batches)
+        assert model.__dict__.get("log") is log
+        toys.assert_same_tensors(model.state_dict(), base)
