@@ -37,7 +37,7 @@ TARGETS = {
     "causal": {"qv": ["q_proj", "v_proj"], "all": "all-linear"},
 }
 RATES = {
-    "encoder": {"full": 1e-4, "head": 5e-3, "lora": 2e-3},
+    "encoder": {"full": 1e-4, "head": 5e-3, "lora": 5e-4},
     "causal": {"full": 1e-4, "lora": 1e-3},
 }
 QUALITY = {"encoder": "val_mcc", "causal": "val_loss"}

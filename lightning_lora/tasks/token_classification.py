@@ -17,7 +17,7 @@ class TokenClassification(Classification):
         pretrained: A hub id, a directory, or ``package:<distribution>/<path inside>``.
         labels: Names of the tags, the same as in the data.
         class_weights: Weight of each tag in the training loss, ``"balanced"``, or ``None`` (default) for equal ones.
-        lr: Peak learning rate of AdamW. Default 1e-3.
+        lr: Peak learning rate of AdamW. Default 5e-4.
         weight_decay: Weight decay of AdamW. Default 0.0.
         warmup_steps: Optimizer steps of linear warm-up. Default 0.
 
@@ -30,7 +30,7 @@ class TokenClassification(Classification):
         pretrained: str,
         labels: list[str],
         class_weights: ClassWeights = None,
-        lr: float = 1e-3,
+        lr: float = 5e-4,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
     ) -> None:

