@@ -1,5 +1,6 @@
 """Two real processes with gloo, beside one process on the same global batch."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     path = tmp_path_factory.mktemp("ddp")
     script = path / "run.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1]), path=str(path)))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    # Without the seed that a test before may have set, which Lightning's sampler would take.
+    environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     return path, done.stdout
 
