@@ -42,8 +42,9 @@ def test_runs_and_logs(recipe: str, metrics: str, tmp_path: Path, monkeypatch: p
         assert (tmp_path / f"runs/{recipe}/export/adapter/adapter_model.safetensors").exists()
 
 
-@MINILM[0]
-@MINILM[1]
+@MINILM
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_classification_learns_and_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--trainer.max_steps", "18", "--trainer.val_check_interval", "18", "--model.lr", "1e-3"]
     arguments += ["--trainer.num_sanity_val_steps", "0"]
