@@ -36,6 +36,10 @@ class LoraConfig:
         target_parameters: Parameters to adapt that a module reads itself, as mixtures of experts stack those of all
             experts in one tensor of shape ``(experts, out, in)``: a list of names, matched as in ``target_modules``
             (``["experts.gate_up_proj", "experts.down_proj"]``). ``target_modules`` may be empty then.
+        trainable_token_indices: Rows of an embedding to train in full beside the adapters, such as those of new tokens:
+            a list of indices into the input embedding, or such lists by the name of the embedding, matched as in
+            ``target_modules``. Modules that are tied to it, as an output head may be, get the same rows and stay tied.
+            ``target_modules`` may be empty then.
         rank_pattern: Ranks that differ from ``r``, by module name or regular expression matched at the name's end.
         alpha_pattern: The same for ``lora_alpha``.
         layers_to_transform: Indices of the blocks to adapt (``model.layers.<index>.``); ``None`` is all of them.
@@ -72,6 +76,7 @@ class LoraConfig:
     fused_qkv: Optional[list[str]] = None
     exclude_modules: Union[str, list[str], None] = None
     target_parameters: Optional[list[str]] = None
+    trainable_token_indices: Union[list[int], dict[str, list[int]], None] = None
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     layers_to_transform: Union[int, list[int], None] = None
@@ -100,7 +105,8 @@ class LoraConfig:
             raise ValueError(
                 f"target_parameters is {self.target_parameters!r}, but it must be a list of names or None."
             )
-        if not self.target_modules and not self.target_parameters:
+        self._check_tokens()
+        if not self.target_modules and not self.target_parameters and not self.trainable_token_indices:
             raise ValueError(
                 'target_modules is empty, so there is nothing to adapt: name layers such as ["q_proj", "v_proj"], or '
                 'pass "all-linear".'
@@ -149,6 +155,18 @@ class LoraConfig:
                 ) from error
         elif not isinstance(value, (str, list, type(None))):
             raise ValueError(f"{name} is of type {type(value).__name__}, but it must be a list of names or a string.")
+
+    def _check_tokens(self) -> None:
+        tokens = self.trainable_token_indices
+        lists = list(tokens.values()) if isinstance(tokens, dict) else [] if tokens is None else [tokens]
+        for indices in lists:
+            valid = isinstance(indices, list) and all(type(index) is int and index >= 0 for index in indices)
+            if not valid or not indices or len(set(indices)) < len(indices):
+                raise ValueError(
+                    f"trainable_token_indices is {tokens!r}, but it must be a list of token indices, each an integer "
+                    "of at least 0 and there once, or a dict of such lists by the name of the embedding: correct it, "
+                    "or pass None for none."
+                )
 
     @property
     def takes_from_base(self) -> bool:

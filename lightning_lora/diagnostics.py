@@ -6,7 +6,7 @@ from collections import Counter
 from torch import nn
 
 from lightning_lora.inject import adapted_layers, injections
-from lightning_lora.layers import LoraAdapter
+from lightning_lora.layers import LoraAdapter, TokenAdapter
 from lightning_lora.state import adapter_state_dict
 
 
@@ -21,14 +21,19 @@ def print_summary(model: nn.Module) -> None:
 
     groups: Counter[tuple[str, str, str]] = Counter()
     parameters: Counter[tuple[str, str, str]] = Counter()
+    counted: set[nn.Parameter] = set()  # what is tied counts once
     for root_name, root, injection in injections(model):
         for name, layer in adapted_layers(root, injection):
             adapter = layer.lora[injection.adapter_name]
             pattern = re.sub(r"\.\d+(?=\.)", ".*", f"{root_name}.{name}".strip("."))
             ranks = {part.r for part in adapter.modules() if isinstance(part, LoraAdapter)}
-            group = (pattern, type(layer).__name__, ", ".join(map(str, sorted(ranks))))
+            size = ", ".join(map(str, sorted(ranks)))
+            if isinstance(adapter, TokenAdapter):
+                size = f"{len(adapter.tokens)} rows"
+            group = (pattern, type(layer).__name__, size)
             groups[group] += 1
-            parameters[group] += sum(parameter.numel() for parameter in adapter.parameters())
+            parameters[group] += sum(p.numel() for p in adapter.parameters() if p not in counted)
+            counted.update(adapter.parameters())
     table = Table(title="LoRA", title_justify="left")
     for heading in ("adapted modules", "layer"):
         table.add_column(heading)
@@ -45,7 +50,8 @@ def print_summary(model: nn.Module) -> None:
 def _totals(model: nn.Module) -> list[str]:
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
-    size = sum(tensor.numel() * tensor.element_size() for tensor in adapter_state_dict(model).values())
+    stored = {tensor.data_ptr(): tensor for tensor in adapter_state_dict(model).values()}  # what is tied once
+    size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
     saved = [f"{root}.{name}".strip(".") for root, _, injection in injections(model) for name in injection.saved]
     biases = sum(len(injection.trained) for _, _, injection in injections(model) if injection.config.bias != "none")
     lines = [

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.layers import LoraLayer, Target, adapted_class, base_class, set_parameter
+from lightning_lora.layers import LoraLayer, Target, TokenAdapter, adapted_class, base_class, set_parameter
 from lightning_lora.targets import (
     TargetError,
     clean_name,
@@ -24,6 +24,7 @@ from lightning_lora.targets import (
     is_inside,
     modules_by_name,
 )
+from lightning_lora.token_targets import find_token_targets
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -121,14 +122,17 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     targets = find_targets(model, config)
     saved = find_modules_to_save(model, config)
     modules = {name: target.module for name, target in targets.items()}
-    _require_room(targets, config, adapter_name, present)
-    injection = Injection(config, adapter_name, targets=list(targets), saved=list(saved))
+    tokens = find_token_targets(model, config, targets, saved)
+    every = {**targets, **tokens}
+    _require_room(every, config, adapter_name, present)
+    injection = Injection(config, adapter_name, targets=list(every), saved=list(saved))
     _warn_of_ties(model, targets)
 
     # Built before anything is changed, so that an error leaves the model as it was.
     adapters = {
         name: target.layer_class.new_adapter(target, config, adapter_name).train(target.module.training)
-        for name, target in targets.items()
+        for name, target in every.items()
+        if target.tied_to is None
     }
     trained = _parameters_to_train(model, modules, saved, config.bias)
     rest = {}
@@ -138,10 +142,14 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     injection.frozen = [name for name, parameter in base_parameters(model) if parameter.requires_grad]
     for _, parameter in base_parameters(model):
         parameter.requires_grad_(False)
-    for name, target in targets.items():
+    for name, target in every.items():
         layer = _adapted(target)
-        layer.lora[adapter_name] = adapters[name]
         layer._active.append(adapter_name)
+        if target.tied_to is None:
+            layer.lora[adapter_name] = adapters[name]
+    for target in tokens.values():
+        if target.tied_to is not None:
+            target.module.lora = tokens[target.tied_to].module.lora
     for name, weight in rest.items():
         full_name = f"{name}.weight".lstrip(".")
         injection.whole[full_name], injection.rest[full_name] = set_parameter(modules[name], "weight", weight), weight
@@ -184,6 +192,14 @@ def adapted_layers(root: nn.Module, injection: Injection) -> Iterator[tuple[str,
         yield name, layer
 
 
+def merged_weights(layers: list[LoraLayer]) -> dict[int, dict[str, nn.Parameter]]:
+    """The merged parameters of some layers, by the identity of their adapters.
+
+    Layers that share their adapters share their weights, so they get the same merged ones and stay tied.
+    """
+    return {key: layer.merged_weights() for key, layer in {id(layer.lora): layer for layer in layers}.items()}
+
+
 @dataclasses.dataclass
 class _Folded:
     """Injections that were taken out with their adapters folded in: all it takes to put them back."""
@@ -217,14 +233,14 @@ def eject(model: ModuleT, merge: bool = False) -> ModuleT:
     found = list(injections(model))
     if not found:
         raise ValueError(f"There is no adapter in this {type(model).__name__}: inject one first, or leave out eject.")
-    layers = {id(layer): layer for _, root, injection in found for _, layer in adapted_layers(root, injection)}
-    merged = {key: layer.merged_weights() for key, layer in layers.items() if merge and not layer.merged}
+    layers = [layer for _, root, injection in found for _, layer in adapted_layers(root, injection)]
+    merged = merged_weights([layer for layer in layers if merge and not layer.merged])
     for root in {id(root): root for _, root, _ in found}.values():
         folded = _Folded(injections_of(root))
         named = {name: layer for injection in folded.injections for name, layer in adapted_layers(root, injection)}
         for name, layer in named.items():
-            if id(layer) in merged:
-                layer.merge(merged[id(layer)])
+            if id(layer.lora) in merged:
+                layer.merge(merged[id(layer.lora)])
             elif not merge:
                 layer.unmerge()
             folded.classes[name], folded.adapters[name] = type(layer), layer.lora
@@ -254,7 +270,8 @@ def _take_off(layer: LoraLayer) -> dict[str, Any]:
 def take_out(root: nn.Module, injection: Injection) -> None:
     """Take one adapter out, and leave the others."""
     for _, layer in adapted_layers(root, injection):
-        del layer.lora[injection.adapter_name]
+        if injection.adapter_name in layer.lora:  # else it is tied to one before, whose adapters it shares
+            del layer.lora[injection.adapter_name]
         if injection.adapter_name in layer._active:
             layer._active.remove(injection.adapter_name)
         if not layer.lora:
@@ -394,6 +411,14 @@ def _require_room(targets: dict[str, Target], config: LoraConfig, adapter_name: 
             + f", and a second one named {adapter_name!r} cannot be put over it: eject the first, use the same "
             "settings, or give each adapter a name or layers of its own. Nothing was changed."
         )
+    tokens = [
+        name for name, target in targets.items() if name in layers and (target.tokens or _has_tokens(layers[name]))
+    ]
+    if tokens:
+        raise TargetError(
+            f"Rows of {tokens[0]} are trained as a part of its weight (trainable_token_indices), and several adapters "
+            "cannot share such a layer: give each adapter layers of its own. Nothing was changed."
+        )
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise TargetError(
@@ -412,6 +437,10 @@ def _require_room(targets: dict[str, Target], config: LoraConfig, adapter_name: 
             f"(init_lora_weights), so it cannot share {next(iter(layers))} with another, whose base would be changed: "
             "give each adapter layers of its own. Nothing was changed."
         )
+
+
+def _has_tokens(layer: LoraLayer) -> bool:
+    return any(isinstance(adapter, TokenAdapter) for adapter in layer.lora.values())
 
 
 def _active_in(layers: dict[str, LoraLayer]) -> set[str]:

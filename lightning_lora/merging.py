@@ -6,7 +6,7 @@ from typing import TypeVar, Union
 
 from torch import nn
 
-from lightning_lora.inject import adapted_layers, eject, injections, is_folded, restore_folded
+from lightning_lora.inject import adapted_layers, eject, injections, is_folded, merged_weights, restore_folded
 from lightning_lora.switching import set_adapter
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -37,10 +37,9 @@ def merge(model: ModuleT, adapter_names: Union[str, Sequence[str], None] = None)
     if adapter_names is not None:
         set_adapter(model, adapter_names)
     layers = [layer for _, root, injection in found for _, layer in adapted_layers(root, injection) if not layer.merged]
-    layers = list({id(layer): layer for layer in layers}.values())
-    merged = [layer.merged_weights() for layer in layers]
-    for layer, weights in zip(layers, merged):
-        layer.merge(weights)
+    merged = merged_weights(layers)
+    for layer in {id(layer): layer for layer in layers}.values():
+        layer.merge(merged[id(layer.lora)])
     return model
 
 

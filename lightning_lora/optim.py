@@ -20,18 +20,21 @@ def param_groups(
         model: A model with adapters.
         lr: Learning rate of A and of every other trainable parameter.
         lora_plus_ratio: The learning rate of B over ``lr``.
-        weight_decay: Of matrices; biases and other vectors get none.
+        weight_decay: Of matrices; biases, other vectors and the rows of ``trainable_token_indices`` get none.
 
     Returns:
         At most three groups, for any ``torch.optim`` optimizer; groups without parameters are left out.
     """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     fast = [parameter for name, parameter in trainable if name.endswith("lora_B")]
-    slow = [parameter for name, parameter in trainable if not name.endswith("lora_B")]
+    slow = [(name, parameter) for name, parameter in trainable if not name.endswith("lora_B")]
+    # The rows of tokens are whole weights, not updates: decay would shrink those that a batch has not even looked up.
+    decayed = [p for name, p in slow if p.ndim > 1 and not name.endswith("trainable_tokens")]
+    others = [p for name, p in slow if p.ndim <= 1 or name.endswith("trainable_tokens")]
     groups: list[dict[str, Any]] = [
         {"params": fast, "lr": lr * lora_plus_ratio, "weight_decay": weight_decay},
-        {"params": [p for p in slow if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
-        {"params": [p for p in slow if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+        {"params": decayed, "lr": lr, "weight_decay": weight_decay},
+        {"params": others, "lr": lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

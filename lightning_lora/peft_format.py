@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_lora.checkpoint import KEY, inject_as_saved, read_checkpoint
 from lightning_lora.config import LoraConfig
 from lightning_lora.inject import Injection, adapted_layers, inject, injections
-from lightning_lora.layers import LoraAdapter
+from lightning_lora.layers import Adapter, LoraAdapter, LoraParameters, TokenAdapter
 from lightning_lora.merging import unfolded
 from lightning_lora.state import (
     CheckpointError,
@@ -41,11 +41,13 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _FINGERPRINT = "lightning_lora_base_fingerprint"
 _BASE = "lightning_lora_base"
+_NO_LAYERS = "dummy-target-modules"  # PEFT's value of target_modules for a LoRA config that adapts no layer
 _WRAPPED = re.compile(r"\.(original_module|modules_to_save)\.")
 # Settings that PEFT and this package share name and meaning of.
 _SHARED = (
     "r", "lora_alpha", "lora_dropout", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform",
     "layers_pattern", "bias", "use_rslora", "use_dora",
+    "trainable_token_indices",
 )  # fmt: skip
 
 
@@ -142,6 +144,7 @@ def read_adapter(root: nn.Module, injection: Injection, directory: Path) -> None
 def _load_tensors(root: nn.Module, injection: Injection, directory: Path) -> None:
     tensors, meta = read_tensors(directory)
     _require_same_quantization(injection.config, meta, directory)
+    _require_tokens(root, injection, directory)
     prefix = _peft_root(root, injection)
     base = _fingerprint(root, injection, prefix)
     if meta.get(_FINGERPRINT, base) != base:
@@ -152,7 +155,11 @@ def _load_tensors(root: nn.Module, injection: Injection, directory: Path) -> Non
     expected = _peft_state_dict(root, injection)
     expected = {PREFIX + name[len(prefix) :]: tensor for name, tensor in expected.items()}
     # With an adapted input or output embedding, PEFT writes the base's weight of it too.
-    of_base = {f"{PREFIX}{name[len(prefix) :]}.base_layer.weight" for name in injection.targets}
+    of_base = {
+        f"{PREFIX}{name[len(prefix) :]}{wrapper}.base_layer.weight"
+        for name in injection.targets
+        for wrapper in ("", ".token_adapter")
+    }
     tensors = {name: tensor for name, tensor in tensors.items() if name not in of_base}
     check_tensors(expected, tensors, str(directory))
     own: list[tuple[Tensor, Tensor]] = []
@@ -177,6 +184,18 @@ def _require_same_quantization(config: LoraConfig, meta: dict[str, str], directo
         raise CheckpointError(
             f"{directory} was trained on {bases[0]}, and this model's adapter is on {bases[1]}: use the "
             "init_lora_weights with which it was saved. Nothing was loaded."
+        )
+
+
+def _require_tokens(root: nn.Module, injection: Injection, directory: Path) -> None:
+    """Require that the rows in a directory are those of the tokens whose rows are trained here, in this order."""
+    saved = json.loads((directory / CONFIG_FILE).read_text()).get("trainable_token_indices") or []
+    saved = sorted(saved.values() if isinstance(saved, dict) else [saved] if saved else [])
+    here = sorted(list(a.tokens) for _, a in _adapters(root, injection) if isinstance(a, TokenAdapter))
+    if saved != here:
+        raise CheckpointError(
+            f"{directory} holds rows of the tokens {', '.join(map(str, saved)) or 'none'}, but those trained here are "
+            f"{', '.join(map(str, here)) or 'none'}: use its trainable_token_indices. Nothing was loaded."
         )
 
 
@@ -259,11 +278,14 @@ def _fingerprint(root: nn.Module, injection: Injection, prefix: str) -> str:
     return fingerprint_of({name[len(prefix) :]: tensor for name, tensor in tensors if name.startswith(prefix)})
 
 
-def _adapters(root: nn.Module, injection: Injection) -> Iterator[tuple[str, LoraAdapter]]:
-    """The adapters of one injection, each under the name that its layer has in PEFT."""
+def _adapters(root: nn.Module, injection: Injection) -> Iterator[tuple[str, Adapter]]:
+    """The adapters of one injection, each under the name that its layer has in PEFT, the first if it has several."""
+    seen = set()
     for name, layer in adapted_layers(root, injection):
         for suffix, adapter in layer.peft_adapters(injection.adapter_name).items():
-            yield f"{name}{suffix}", adapter
+            if adapter not in seen:
+                seen.add(adapter)
+                yield f"{name}{suffix}", adapter
 
 
 def _peft_state_dict(root: nn.Module, injection: Injection, plain: bool = False) -> dict[str, Tensor]:
@@ -295,9 +317,13 @@ def _ranks(root: nn.Module, injection: Injection) -> dict[str, Any]:
     """The rank of each adapter in the export, and the alpha that gives its scaling: the most common, and the others."""
     ranks, alphas = {}, {}
     for _, adapter in _adapters(root, injection):
+        if not isinstance(adapter, LoraAdapter):
+            continue
         rank = ranks[adapter.layer_name] = adapter.r * adapter.rank_factor
         divisor = math.sqrt(rank) if injection.config.use_rslora else rank
         alphas[adapter.layer_name] = round(adapter.scaling * divisor, 9)
+    if not ranks:
+        return {}
     r, lora_alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     return {
         "r": r,
@@ -320,6 +346,8 @@ def _peft_config(root: nn.Module, injection: Injection, prefix: str) -> dict[str
     config = injection.config
     base = root.get_submodule(prefix.rstrip("."))
     layers = list(adapted_layers(root, injection))
+    tokens = {name: a.tokens for name, a in _adapters(root, injection) if isinstance(a, TokenAdapter)}
+    names = sorted(name[len(prefix) :] for name, layer in layers if layer.is_module_target)
     base_name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
     return {
         "peft_type": "LORA",
@@ -329,14 +357,15 @@ def _peft_config(root: nn.Module, injection: Injection, prefix: str) -> dict[str
         **{name: getattr(config, name) for name in _SHARED},
         **_ranks(root, injection),
         # The names themselves, so that globs and regular expressions mean the same to PEFT.
-        "target_modules": sorted(name[len(prefix) :] for name, layer in layers if layer.is_module_target) or None,
+        "target_modules": names or ([] if config.target_parameters else _NO_LAYERS),
         "target_parameters": sorted(
             f"{name}.{parameter}"[len(prefix) :]
             for name, layer in layers
-            if not layer.is_module_target
+            if isinstance(layer, LoraParameters) and not layer.is_module_target
             for parameter in layer.adapted_parameters()
         )
         or None,
+        "trainable_token_indices": {name[len(prefix) :]: list(found) for name, found in tokens.items()} or None,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -367,7 +396,7 @@ def _config_from_peft(settings: dict[str, Any], directory: Path) -> LoraConfig:
     shared = {name: settings[name] for name in _SHARED if name in settings}
     return LoraConfig(
         **shared,
-        target_modules=settings["target_modules"] or [],
+        target_modules=[] if settings["target_modules"] == _NO_LAYERS else settings["target_modules"] or [],
         target_parameters=settings.get("target_parameters"),
         modules_to_save=settings.get("modules_to_save"),
         init_lora_weights=start if start.startswith(("pissa", "olora")) else True,

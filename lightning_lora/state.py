@@ -14,7 +14,10 @@ from lightning_lora.targets import clean_name, is_inside
 
 FORMAT_VERSION = 1
 _SAMPLES = 16
-_BINDING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fused_qkv")
+_BINDING = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fused_qkv",
+    "trainable_token_indices",
+)  # fmt: skip
 
 
 class CheckpointError(RuntimeError):

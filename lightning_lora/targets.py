@@ -60,7 +60,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
     names = modules_by_name(model)
     modules = _find_layers(model, names, saved, config)
     parameters = _find_parameters(names, saved, config)
-    if not modules and not parameters:
+    tokens_only = config.trainable_token_indices and not config.target_modules and not config.target_parameters
+    if not modules and not parameters and not tokens_only:
         raise TargetError(_nothing_matched(names, config))
     targets = {}
     for name, module in names.items():
@@ -110,7 +111,7 @@ def _find_layers(
         found = {name: module for name, module in names.items() if _is_linear(module) and module not in heads}
         found = {name: module for name, module in found.items() if not _never_called(name, names)}
     else:
-        found = {name: module for name, module in names.items() if _matches(name, config.target_modules)}
+        found = {name: module for name, module in names.items() if matches(name, config.target_modules)}
     return {name: module for name, module in found.items() if _is_wanted(name, saved, config)}
 
 
@@ -122,14 +123,14 @@ def _find_parameters(
     for name, module in names.items():
         for parameter in module._parameters:
             full_name = f"{name}.{parameter}".lstrip(".")
-            if _matches(full_name, config.target_parameters) and _is_wanted(name, saved, config):
+            if matches(full_name, config.target_parameters) and _is_wanted(name, saved, config):
                 found.setdefault(name, []).append(parameter)
     return found
 
 
 def _is_wanted(name: str, saved: dict[str, nn.Module], config: LoraConfig) -> bool:
     return (
-        not _matches(name, config.exclude_modules)
+        not matches(name, config.exclude_modules)
         and _in_chosen_layers(name, config)
         and not any(is_inside(name, other) for other in saved)
     )
@@ -152,7 +153,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.M
     found = {}
     names = modules_by_name(model)
     for pattern in config.modules_to_save:
-        matching = {name: module for name, module in names.items() if _matches(name, [pattern])}
+        matching = {name: module for name, module in names.items() if matches(name, [pattern])}
         if not matching:
             near = difflib.get_close_matches(pattern, _suffixes(names), n=3)
             raise TargetError(
@@ -226,13 +227,14 @@ def _siblings_of(
 
 def _if_trainable(name: str, module: nn.Module, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
     targeted = config.target_modules != ALL_LINEAR and any(
-        _matches(f"{name}.{inner}".rstrip("."), config.target_modules) for inner, _ in module.named_modules()
+        matches(f"{name}.{inner}".rstrip("."), config.target_modules) for inner, _ in module.named_modules()
     )
     if not targeted and any(parameter.requires_grad for parameter in module.parameters()):
         yield clean_name(name), module
 
 
-def _matches(name: str, patterns: Union[str, list[str], None]) -> bool:
+def matches(name: str, patterns: Union[str, list[str], None]) -> bool:
+    """Whether a name is meant by one regular expression, or by one of a list of names, suffixes and globs."""
     if patterns is None:
         return False
     if isinstance(patterns, str):
@@ -290,7 +292,7 @@ def _warn_of_dead_patterns(modules: dict[str, nn.Module], parameters: dict[str, 
     ):
         if not isinstance(patterns, list):
             continue
-        dead = [pattern for pattern in patterns if not any(_matches(name, [pattern]) for name in names)]
+        dead = [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in names)]
         if dead:
             rank_zero_warn(
                 f"{setting} {', '.join(map(repr, dead))} matched nothing to adapt, while the other patterns matched "

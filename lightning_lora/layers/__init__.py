@@ -5,18 +5,22 @@ from typing import Optional
 from torch import nn
 
 from lightning_lora.layers.attention import LoraMultiheadAttention
-from lightning_lora.layers.base import LoraAdapter, LoraLayer, Target, adapted_class, base_class, set_parameter
+from lightning_lora.layers.base import Adapter, LoraAdapter, LoraLayer, Target, adapted_class, base_class, set_parameter
 from lightning_lora.layers.conv import CONVOLUTIONS, LoraConv
 from lightning_lora.layers.embedding import LoraEmbedding
 from lightning_lora.layers.linear import LoraConv1D, LoraLinear
 from lightning_lora.layers.parameters import LoraParameters
+from lightning_lora.layers.tokens import LoraTokens, TokenAdapter
 
 __all__ = [
     "SUPPORTED",
+    "Adapter",
     "LoraAdapter",
     "LoraLayer",
     "LoraParameters",
+    "LoraTokens",
     "Target",
+    "TokenAdapter",
     "adapted_class",
     "base_class",
     "layer_class_for",

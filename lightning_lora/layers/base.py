@@ -1,6 +1,7 @@
 """What every adapted layer shares: the adapter module, and the class that a base layer takes on while adapted."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar, Optional
 
@@ -22,6 +23,8 @@ class Target:
         holder: The module that it is an attribute of, ``None`` for the root.
         layer_class: The class that it takes on.
         parameters: Names of the parameters that are adapted, relative to the module.
+        tokens: Indices of the rows that are trained in full, where it is not the whole parameter.
+        tied_to: Name of the target whose adapter it shares, as it shares its weight.
     """
 
     name: str
@@ -29,9 +32,43 @@ class Target:
     holder: Optional[nn.Module]
     layer_class: "type[LoraLayer]"
     parameters: tuple[str, ...] = ("weight",)
+    tokens: tuple[int, ...] = ()
+    tied_to: Optional[str] = None
 
 
-class LoraAdapter(nn.Module):
+class Adapter(nn.Module):
+    """The trained tensors of one adapter, and how they go into the base weight and into PEFT's files."""
+
+    peft_names: ClassVar[dict[str, str]]
+
+    layer_name: str
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """The base weight, in float32 or better, with this adapter in it."""
+        raise NotImplementedError
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """The trained tensors as PEFT names and shapes them."""
+        return {peft_name: getattr(self, attribute) for attribute, peft_name in self.peft_names.items()}
+
+    def from_peft(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """By attribute, the trained tensors of what :meth:`peft_tensors` gave, here or in PEFT.
+
+        Raises:
+            ValueError: If this adapter cannot hold what they compute.
+        """
+        return {attribute: tensors[peft_name] for attribute, peft_name in self.peft_names.items()}
+
+    def is_plain_path(self) -> bool:
+        """Whether it adds ``scaling * B A`` of the input to the output and nothing else."""
+        return False
+
+    def plain_tensors(self) -> dict[str, Tensor]:
+        """The same for the base weight as it was before; a plain LoRA has ``rank_factor`` times the rank then."""
+        return self.peft_tensors()
+
+
+class LoraAdapter(Adapter):
     """The trained matrices of one adapter on one parameter, a module of its own.
 
     It is a module, and its forward computes the whole low-rank path, so that strategies which shard or gather by
@@ -85,10 +122,6 @@ class LoraAdapter(nn.Module):
         """Add the path of A and the given B to ``out``."""
         raise NotImplementedError
 
-    def is_plain_path(self) -> bool:
-        """Whether the path is ``scaling * B A`` of the input and nothing else."""
-        return False
-
     def base_product(self, x: Tensor, layer: nn.Module) -> Tensor:
         """The base layer's output for ``x``, without its bias."""
         raise NotImplementedError
@@ -102,7 +135,6 @@ class LoraAdapter(nn.Module):
         raise NotImplementedError
 
     def fold(self, weight: Tensor) -> Tensor:
-        """The base weight, in float32 or better, with this adapter in it."""
         return weight + self.delta_weight()
 
     def reset_parameters(self) -> None:
@@ -114,22 +146,6 @@ class LoraAdapter(nn.Module):
     def initial_kinds(self) -> tuple[str, str]:
         """The distributions that A and B start from; see :func:`~lightning_lora.initialize.fill_`."""
         return "gaussian" if self._init == "gaussian" else "kaiming", "kaiming" if self._init is False else "zeros"
-
-    def peft_tensors(self) -> dict[str, Tensor]:
-        """The trained tensors as PEFT names and shapes them."""
-        return {peft_name: getattr(self, attribute) for attribute, peft_name in self.peft_names.items()}
-
-    def from_peft(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """By attribute, the trained tensors of what :meth:`peft_tensors` gave, here or in PEFT.
-
-        Raises:
-            ValueError: If this adapter cannot hold what they compute.
-        """
-        return {attribute: tensors[peft_name] for attribute, peft_name in self.peft_names.items()}
-
-    def plain_tensors(self) -> dict[str, Tensor]:
-        """The same as a plain LoRA of ``rank_factor`` times the rank on the base weight as it was before."""
-        return self.peft_tensors()
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scaling={self.scaling:g}"
@@ -200,7 +216,7 @@ class LoraLayer(nn.Module):
             out = out.index_copy(0, index, self.lora[name](x[index], out[index], self))
         return out
 
-    def adapters_on(self, parameter: str) -> list[LoraAdapter]:
+    def adapters_on(self, parameter: str) -> Sequence[Adapter]:
         """The adapters at work on one of the parameters."""
         return [self.lora[name] for name in self._active]  # type: ignore[misc]
 
@@ -208,7 +224,7 @@ class LoraLayer(nn.Module):
         """The adapted parameters, as they are now, by name."""
         return {"weight": self.weight}
 
-    def peft_adapters(self, adapter_name: str) -> dict[str, LoraAdapter]:
+    def peft_adapters(self, adapter_name: str) -> Mapping[str, Adapter]:
         """One adapter's parts, by what PEFT adds to the layer's name for each."""
         return {"": self.lora[adapter_name]}  # type: ignore[dict-item]
 

@@ -33,7 +33,7 @@ class EmbeddingAdapter(LoraAdapter):
     def add_path(self, x: Tensor, out: Tensor, layer: nn.Module, lora_B: Tensor) -> Tensor:
         padding_idx: Optional[int] = layer.padding_idx  # type: ignore[assignment]
         low_rank = nn.functional.embedding(x, self.lora_A.t(), padding_idx)
-        lora_B = _embed_scale(layer) * (self.scaling * lora_B)
+        lora_B = embed_scale(layer) * (self.scaling * lora_B)
         # In the adapter's precision, as the rows were looked up; rounded once.
         return (out + low_rank @ lora_B.t()).to(out.dtype)
 
@@ -59,20 +59,22 @@ class LoraEmbedding(LoraLayer):
 
     @classmethod
     def objection(cls, target: Target, config: LoraConfig) -> Optional[str]:
-        module = target.module
-        assert isinstance(module, nn.Embedding)
-        if module.max_norm is not None:
-            return "max_norm changes its weight at every look-up, so it cannot be frozen"
-        if module.sparse or module.scale_grad_by_freq:
-            return (
-                "sparse and scale_grad_by_freq are for the gradient of its own weight, which is frozen; turn them off"
-            )
-        if type(module).forward is not nn.Embedding.forward and torch.as_tensor(_embed_scale(module, ())).numel() != 1:
-            return "its class has a forward of its own, which may not be a look-up in its weight"
-        return super().objection(target, config)
+        assert isinstance(target.module, nn.Embedding)
+        return lookup_objection(target.module) or super().objection(target, config)
 
 
-def _embed_scale(layer: nn.Module, default: Any = 1.0) -> Any:
+def lookup_objection(module: nn.Embedding) -> Optional[str]:
+    """Why this embedding is not a look-up in a frozen weight, ``None`` if it is."""
+    if module.max_norm is not None:
+        return "max_norm changes its weight at every look-up, so it cannot be frozen"
+    if module.sparse or module.scale_grad_by_freq:
+        return "sparse and scale_grad_by_freq are for the gradient of its own weight, which is frozen; turn them off"
+    if type(module).forward is not nn.Embedding.forward and torch.as_tensor(embed_scale(module, ())).numel() != 1:
+        return "its class has a forward of its own, which may not be a look-up in its weight"
+    return None
+
+
+def embed_scale(layer: nn.Module, default: Any = 1.0) -> Any:
     """What the forward of many of transformers' embeddings multiplies the rows by."""
     scale = getattr(layer, "embed_scale", default)
     return scale.to(layer.weight.dtype) if isinstance(scale, Tensor) else scale  # type: ignore[arg-type]
