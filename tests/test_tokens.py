@@ -217,7 +217,8 @@ def test_copies_share_the_rows_too() -> None:
 def test_state_and_groups() -> None:
     model = ours("llama, tied")
     fresh = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
-    changed = run(randomized := copy.deepcopy(model))
+    assert {name.rpartition(".")[2] for name in fresh} == {"lora_A", "lora_B", "trainable_tokens"}
+    randomized = copy.deepcopy(model)
     randomize(randomized)
     changed = run(randomized)
     load_adapter_state_dict(model, adapter_state_dict(randomized))
@@ -287,7 +288,8 @@ def test_the_summary_counts_tied_rows_once(capsys: pytest.CaptureFixture[str]) -
     model = ours("llama, no layers")
     print_summary(model)
     out = capsys.readouterr().out
-    assert "4 rows" in out and "lm_head" in out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "4 rows" in line]
+    assert [(row[0], row[-1]) for row in rows] == [("model.embed_tokens", "128"), ("lm_head", "0")]
     assert f"trainable {4 * 32:,} " in out
 
 
