@@ -145,6 +145,7 @@ def _load_tensors(root: nn.Module, injection: Injection, directory: Path) -> Non
     tensors, meta = read_tensors(directory)
     _require_same_quantization(injection.config, meta, directory)
     _require_tokens(root, injection, directory)
+    _require_scaling(root, injection, directory)
     prefix = _peft_root(root, injection)
     base = _fingerprint(root, injection, prefix)
     if meta.get(_FINGERPRINT, base) != base:
@@ -185,6 +186,20 @@ def _require_same_quantization(config: LoraConfig, meta: dict[str, str], directo
             f"{directory} was trained on {bases[0]}, and this model's adapter is on {bases[1]}: use the "
             "init_lora_weights with which it was saved. Nothing was loaded."
         )
+
+
+def _require_scaling(root: nn.Module, injection: Injection, directory: Path) -> None:
+    """Require that A and B are scaled here as they were there."""
+    config, prefix = _read_config(directory), _peft_root(root, injection)
+    for _, adapter in _adapters(root, injection):
+        if isinstance(adapter, LoraAdapter):
+            theirs = config.scaling(adapter.layer_name[len(prefix) :])
+            if not math.isclose(theirs, adapter.scaling, rel_tol=1e-6):
+                raise CheckpointError(
+                    f"{directory} scales the update of {adapter.layer_name} by {theirs:g}, and this model's adapter by "
+                    f"{adapter.scaling:g}: use the r, lora_alpha and use_rslora with which it was saved. Nothing was "
+                    "loaded."
+                )
 
 
 def _require_tokens(root: nn.Module, injection: Injection, directory: Path) -> None:

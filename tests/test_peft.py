@@ -208,3 +208,13 @@ def test_a_model_without_an_adapter_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has 0: inject or load one first"):
         save_adapter(tiny_llama(), tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("other", [{"lora_alpha": 5}, {"use_rslora": True}])
+def test_another_scaling_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
+    save_adapter(inject(tiny_llama(), LoraConfig(r=4, lora_alpha=6)), tmp_path)
+    model = inject(tiny_llama(), LoraConfig(**{"r": 4, "lora_alpha": 6, **other}))
+    before = toys.snapshot(model)
+    with pytest.raises(CheckpointError, match=r"scales the update of .* by 1\.5, and this model's adapter by"):
+        load_adapter(model, tmp_path)
+    toys.assert_same_tensors(toys.snapshot(model), before)
