@@ -9,12 +9,37 @@ import yaml
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoRA, LoraConfig, TargetError, eject, initialize_eva, inject
+from lightning_lora import LoRA, LoraConfig, eject, initialize_eva, inject
 from lightning_lora.layers import layer_class_for
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
+
+class Attending(nn.MultiheadAttention):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, x, x)[0]
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.qkv(x)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("eoi,bi->bo", self.experts, x)
+
+
+# A layer that is named "0", an input, and how to target it if not by its name.
 LAYERS = {
     "`nn.Linear`": (lambda: nn.Linear(8, 8), torch.randn(2, 8)),
     "transformers' `Conv1D`": (lambda: Conv1D(8, 8), torch.randn(2, 8)),
@@ -22,6 +47,14 @@ LAYERS = {
     "`nn.Conv1d`": (lambda: nn.Conv1d(8, 8, 3), torch.randn(2, 8, 9)),
     "`nn.Conv2d`": (lambda: nn.Conv2d(8, 8, 3), torch.randn(2, 8, 9, 9)),
     "`nn.Conv3d`": (lambda: nn.Conv3d(8, 8, 3), torch.randn(2, 8, 5, 5, 5)),
+    "convolutions with groups": (lambda: nn.Conv2d(8, 8, 3, groups=2), torch.randn(2, 8, 9, 9)),
+    "`nn.MultiheadAttention`": (lambda: Attending(8, 2), torch.randn(4, 2, 8)),
+    "parts of fused q, k, v (`fused_qkv`)": (Fused, torch.randn(2, 8), {"target_modules": ["qkv"], "fused_qkv": ["q"]}),
+    "stacked experts (`target_parameters`)": (
+        Experts,
+        torch.randn(2, 8),
+        {"target_modules": [], "target_parameters": ["experts"]},
+    ),
 }
 VARIANTS = {
     "LoRA": {},
@@ -39,16 +72,18 @@ VARIANTS = {
 
 def works(layer: str, variant: str) -> bool:
     """Inject, run, train a little, merge and compare; ``False`` where the combination is refused."""
-    make, x = LAYERS[layer]
+    make, x, *targets = LAYERS[layer]
     torch.manual_seed(0)
     module = nn.Sequential(make())
     settings = VARIANTS[variant]
     if settings is None:
-        return layer_class_for(module[0]).is_linear  # type: ignore[union-attr]
+        layer_class = layer_class_for(getattr(module[0], "qkv", module[0]))
+        return layer_class is not None and layer_class.is_linear and "target_parameters" not in layer
     before = module(x)
     try:
-        inject(module, LoraConfig(r=2, target_modules=["0"], **settings))
-    except TargetError:
+        inject(module, LoraConfig(**{"r": 2, "target_modules": ["0"], **settings, **dict(*targets)}))
+    except ValueError as error:  # of the config or, as a TargetError, of the model
+        assert re.search("use_dora|init_lora_weights|fused_qkv", str(error))
         return False
     error = 1e-2 if variant == "LoftQ" else 1e-5  # its base is quantized
     if variant == "EVA":
