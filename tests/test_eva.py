@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from test_targets import tiny_llama
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics import MeanMetric
+from torchmetrics import CatMetric, MeanMetric
 
 from lightning_lora import (
     LoRA,
@@ -99,6 +99,32 @@ def test_a_module_starts_at_its_inputs_and_computes_what_it_did(use_dora: bool) 
     assert_same_rows(second.lora_A.detach(), exact(model[:2](rows).detach(), 2))
     assert not first.lora_B.any() and first.lora_A.requires_grad and first.lora_A.grad is None
     assert torch.equal(model.eval()(rows), before)
+
+
+def test_autocast_does_not_make_the_directions_coarser() -> None:
+    rows, starts = data(200), []
+    for enabled in (False, True):
+        model = inject(nn.Sequential(nn.Linear(200, 2)), eva(r=2, target_modules=["0"]))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            initialize_eva(model, rows.split(100), tau=NEVER)
+        starts.append(model[0].lora["default"].lora_A.detach())
+    torch.testing.assert_close(*starts, rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_module_is_looked_at_uncompiled(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    model = toys.Toy(dropout=0.0)
+    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    frames: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        frames.append(torch.is_grad_enabled())
+        return graph
+
+    lora = LoRA(r=2, init_lora_weights="eva", target_modules=["net.0"], summary=False)
+    toys.trainer(tmp_path, [lora], max_epochs=1).fit(torch.compile(model, backend=backend), toys.loader())
+    torch._dynamo.reset()
+    assert frames and all(frames)
 
 
 def batches_of(count: int = 12) -> list[dict[str, Tensor]]:
@@ -184,7 +210,7 @@ class Busy(toys.Toy):
         super().__init__(dropout=0.3)
         self.automatic_optimization = not manual
         self.steps, self.seen = 0, []
-        self.mean = MeanMetric()
+        self.mean, self.losses = MeanMetric(), CatMetric()
         self.register_buffer("average", torch.zeros(()))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
@@ -200,6 +226,7 @@ class Busy(toys.Toy):
         loss = nn.functional.mse_loss(self.net(x + noise), y)
         self.average.mul_(0.9).add_(0.1 * loss.detach())
         self.mean(loss.detach())
+        self.losses.update(loss.detach())
         self.log("mean", self.mean, on_step=True, on_epoch=True)
         self.log_dict({"train_loss": loss})
         if self.automatic_optimization:
@@ -250,6 +277,9 @@ def test_fit_starts_at_the_training_data_and_leaves_no_trace(manual: bool, make_
             def on_train_start(self, trainer: Any, pl_module: Any) -> None:
                 starts.update(toys.snapshot(pl_module))
                 starts["random"] = torch.get_rng_state()
+                starts["counted"] = pl_module.mean.weight.clone()
+                assert not pl_module.losses.value
+                starts["lr"] = torch.tensor(trainer.optimizers[0].param_groups[0]["lr"])
                 assert all(state == {} for o in trainer.optimizers for state in o.state.values())
                 assert trainer.global_step == 0 and not trainer.callback_metrics
                 assert all(module.training for module in pl_module.modules() if isinstance(module, nn.Dropout))
@@ -292,10 +322,14 @@ def test_what_is_trained_or_resumed_is_left_as_it_is(tmp_path: Path, monkeypatch
         return [LoRA(r=2, init_lora_weights="eva", summary=False, **settings), keep]
 
     whole = toys.Toy()
+    whole.on_train_start = lambda: whole.trainer.save_checkpoint(tmp_path / "fresh.ckpt")  # type: ignore[method-assign]
     toys.trainer(tmp_path, lora(export_dir=tmp_path / "export"), max_epochs=2).fit(whole, toys.loader())
     monkeypatch.setattr(PrincipalDirections, "update", lambda *_: pytest.fail("the data were looked at again"))
-    resumed = toys.Toy()
-    toys.trainer(tmp_path / "b", lora(), max_epochs=2).fit(resumed, toys.loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    del whole.on_train_start
+    for saved in ("fresh", "epoch=0"):
+        resumed = toys.Toy()
+        trainer = toys.trainer(tmp_path / saved, lora(), max_epochs=2)
+        trainer.fit(resumed, toys.loader(), ckpt_path=tmp_path / f"{saved}.ckpt")
     toys.assert_same_tensors(resumed.state_dict(), whole.state_dict())
     toys.assert_same_tensors(adapter_state_dict(unmerge(resumed)), adapter_state_dict(unmerge(whole)))
     toys.trainer(tmp_path / "c", lora(), max_epochs=1).fit(whole, toys.loader())

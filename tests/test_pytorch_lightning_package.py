@@ -51,6 +51,15 @@ def trainer(tmp_path: Path, *callbacks: Any, **settings: Any) -> Any:
     )
 
 
+def test_eva_starts_at_the_training_data(tmp_path: Path) -> None:
+    model, order = Toy(), torch.Generator().manual_seed(1)
+    starts: list[Tensor] = []
+    model.on_train_start = lambda: starts.append(model.net[0].lora["default"].lora_A.detach().clone())
+    rows = torch.utils.data.DataLoader(loader().dataset, batch_size=8, shuffle=True, generator=order)
+    trainer(tmp_path, lora(init_lora_weights="eva"), max_epochs=1).fit(model, rows)
+    torch.testing.assert_close(starts[0] @ starts[0].T, torch.eye(4), rtol=0, atol=1e-5)
+
+
 def test_fit_checkpoint_resume_test_and_merge(tmp_path: Path) -> None:
     model = Toy()
     base, base_outputs = snapshot(model), outputs(model)
