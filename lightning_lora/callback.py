@@ -10,6 +10,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora import averaging, gradients
+from lightning_lora.card import facts_of
 from lightning_lora.checkpoint import install, load_best, make_loader_anew, rng_to_restore
 from lightning_lora.config import ALL_LINEAR, AUTO, LoraConfig
 from lightning_lora.diagnostics import print_summary
@@ -221,7 +222,7 @@ class LoRA(Callback):
             load_best(trainer, pl_module)
         exporting = [cb for cb in callbacks if cb.export_dir is not None and trainer.is_global_zero]
         for callback in exporting:
-            callback._export_adapter(pl_module)
+            callback._export_adapter(trainer, pl_module)
         if self.merge is not None:
             eject(pl_module, merge=True)
             for callback in exporting:
@@ -274,10 +275,10 @@ class LoRA(Callback):
         pl_module.__dict__.pop("configure_model", None)
         gradients.disable_through_checkpointing(pl_module)
 
-    def _export_adapter(self, pl_module: "pl.LightningModule") -> None:
+    def _export_adapter(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self.export_dir is not None
         root = self._root(pl_module)
-        write_adapter(root, self._injection(root), self.export_dir / ADAPTER_DIR)
+        write_adapter(root, self._injection(root), self.export_dir / ADAPTER_DIR, facts_of(trainer))
 
     def _export_merged(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self.export_dir is not None

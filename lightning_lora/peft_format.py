@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_lora.card import write_card
 from lightning_lora.checkpoint import KEY, inject_as_saved, read_checkpoint
 from lightning_lora.config import LoraConfig
 from lightning_lora.inject import Injection, adapted_layers, inject, injections
@@ -69,8 +70,17 @@ def save_adapter(model: nn.Module, directory: Union[str, Path], adapter_name: Op
         return write_adapter(*_find_injection(model, adapter_name), Path(directory))
 
 
-def write_adapter(root: nn.Module, injection: Injection, directory: Path) -> Path:
-    """Write the adapter of one injection, made on ``root``; see :func:`save_adapter`."""
+def write_adapter(
+    root: nn.Module, injection: Injection, directory: Path, run: Optional[Mapping[str, Any]] = None
+) -> Path:
+    """Write the adapter of one injection, made on ``root``, and a card; see :func:`save_adapter`.
+
+    Args:
+        root: The module.
+        injection: The injection.
+        directory: Made if it is not there.
+        run: What the card says of the training run: names and values.
+    """
     prefix = _peft_root(root, injection)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -85,6 +95,7 @@ def write_adapter(root: nn.Module, injection: Injection, directory: Path) -> Pat
     save_file(tensors, directory / WEIGHTS_FILE, meta)
     settings = _peft_config(root, injection, prefix)
     (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    write_card(directory, settings, run)
     return directory
 
 

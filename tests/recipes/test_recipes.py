@@ -42,7 +42,7 @@ def test_runs_and_logs(recipe: str, metrics: str, tmp_path: Path, monkeypatch: p
         assert (tmp_path / f"runs/{recipe}/export/adapter/adapter_model.safetensors").exists()
 
 
-@MINILM
+@MINILM[0]
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_classification_learns_and_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
