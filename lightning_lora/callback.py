@@ -86,6 +86,10 @@ class LoRA(Callback):
         use_rslora: bool = False,
         use_dora: bool = False,
         init_lora_weights: Union[bool, str] = True,
+        freeze_A: bool = False,
+        use_vera: bool = False,
+        vera_d_initial: float = 0.1,
+        rank_dropout: float = 0.0,
         seed: int = 0,
         *,
         config: Optional[LoraConfig] = None,
@@ -115,6 +119,10 @@ class LoRA(Callback):
             use_rslora=use_rslora,
             use_dora=use_dora,
             init_lora_weights=init_lora_weights,
+            freeze_A=freeze_A,
+            use_vera=use_vera,
+            vera_d_initial=vera_d_initial,
+            rank_dropout=rank_dropout,
             seed=seed,
         )
         if config is not None and given != LoraConfig():

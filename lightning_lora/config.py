@@ -62,6 +62,14 @@ class LoraConfig:
             callback finds with training batches when ``fit`` starts, and
             :func:`~lightning_lora.initialize_eva` without a Trainer; until then, A is as under ``True``.
             ``"orthogonal"`` draws A and B from orthogonal subspaces (even ranks), and ``False`` draws B too.
+        freeze_A: Train B alone and leave A at its random start (LoRA-FA; Zhang et al., arXiv 2308.03303): half the
+            optimizer state, and a linear layer need not keep its input for the backward pass. In an embedding, where
+            A is what starts at zero, B is frozen instead.
+        use_vera: Share one frozen random A and B among all layers, and train two vectors for each (VeRA; Kopiczko et
+            al., arXiv 2310.11454). Use a far higher ``r``, such as 256; ``lora_alpha`` has no effect.
+        vera_d_initial: What the vector over the ranks starts at, with ``use_vera``.
+        rank_dropout: Probability, in ``[0, 1)``, of dropping a whole rank component of an adapter in a forward pass
+            while training; the others are scaled by ``1 / (1 - rank_dropout)``.
         seed: Seed of the initial weights. Each tensor depends on this seed and on its own name only, so all ranks and
             any order of injection agree.
 
@@ -86,6 +94,10 @@ class LoraConfig:
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: Union[bool, str] = True
+    freeze_A: bool = False
+    use_vera: bool = False
+    vera_d_initial: float = 0.1
+    rank_dropout: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -99,6 +111,8 @@ class LoraConfig:
                 raise ValueError(f"{name} is {alpha!r}, but it must be a positive number: pass, say, twice the rank.")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout is {self.lora_dropout!r}, but it must lie in [0, 1): pass 0.0 for none.")
+        if not 0.0 <= self.rank_dropout < 1.0:
+            raise ValueError(f"rank_dropout is {self.rank_dropout!r}, but it must lie in [0, 1): pass 0.0 for none.")
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             self._check_patterns(name)
         if not isinstance(self.target_parameters, (list, type(None))):
@@ -134,6 +148,23 @@ class LoraConfig:
             raise ValueError(
                 f"use_dora and init_lora_weights={self.init_lora_weights!r} do not go together: DoRA's magnitude is "
                 "that of the whole weight, out of which this start is taken. Use one of them."
+            )
+        beside_vera = (
+            "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "freeze_A", "rank_dropout", "fused_qkv",
+            "target_parameters", "trainable_token_indices",
+        )  # fmt: skip
+        clashing = [name for name in beside_vera if getattr(self, name)]
+        if self.init_lora_weights is not True:
+            clashing.append("init_lora_weights")
+        if self.use_vera and clashing:
+            raise ValueError(
+                f"use_vera and {clashing[0]} do not go together: VeRA's A and B are random, frozen and shared by all "
+                "layers. Use one of them."
+            )
+        if self.freeze_A and (self.takes_from_base or self.init_lora_weights in (False, "orthogonal")):
+            raise ValueError(
+                f"freeze_A and init_lora_weights={self.init_lora_weights!r} do not go together: with A frozen, B must "
+                "start at zero and learn the whole update. Use one of them."
             )
         odd = [rank for rank in (self.r, *self.rank_pattern.values()) if rank % 2]
         if self.init_lora_weights == "orthogonal" and odd:
@@ -194,6 +225,8 @@ class LoraConfig:
     def scaling(self, module_name: str) -> float:
         """The factor in front of ``B A`` for the module with this name."""
         rank = self.rank(module_name)
+        if self.use_vera:
+            return 1.0
         return self.alpha(module_name) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_dict(self) -> dict[str, Any]:

@@ -99,21 +99,21 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, _, lora_A, lora_B, ctx.scaling = inputs
-        low_rank = output[1]
-        ctx.mark_non_differentiable(low_rank)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, low_rank)
+        # Only the gradient of A needs x, so with A frozen (LoRA-FA) x is not kept.
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, lora_A, lora_B, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Optional[Tensor], ...]:
+    def backward(ctx: Any, grad_out: Tensor, grad_low_rank: Tensor) -> tuple[Optional[Tensor], ...]:
         x, weight, lora_A, lora_B, low_rank = ctx.saved_tensors
-        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad_out.reshape(-1, grad_out.shape[-1])
-        if torch.is_grad_enabled():  # for second derivatives, which must see that it comes of x and A
-            low_rank = rows @ lora_A.t()
-        grad_low_rank = ctx.scaling * (grad_rows @ lora_B)
-        grad_x = None
+        grad_rows = grad_out.reshape(-1, grad_out.shape[-1])
+        # The rank-wide product has a gradient of its own in second derivatives alone, and is zero in the first.
+        grad_low_rank = torch.addmm(grad_low_rank, grad_rows, lora_B, alpha=ctx.scaling)
+        grad_x = grad_A = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_rows @ weight).addmm_(grad_low_rank, lora_A).view_as(x)
-        grad_A = grad_low_rank.t() @ rows if ctx.needs_input_grad[3] else None
+            grad_x = (grad_rows @ weight).addmm_(grad_low_rank, lora_A)
+            grad_x = grad_x.view(*grad_out.shape[:-1], weight.shape[1])
+        if ctx.needs_input_grad[3]:
+            grad_A = grad_low_rank.t() @ x.reshape(-1, x.shape[-1])
         # In this order, since a product with few columns is two to three times slower on a CPU than one with few rows.
         grad_B = ctx.scaling * (low_rank.t() @ grad_rows).t() if ctx.needs_input_grad[4] else None
         grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[2] else None

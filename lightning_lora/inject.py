@@ -15,7 +15,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.layers import LoraLayer, Target, TokenAdapter, adapted_class, base_class, set_parameter
+from lightning_lora.layers import (
+    LoraLayer,
+    Target,
+    TokenAdapter,
+    adapted_class,
+    base_class,
+    set_parameter,
+    share_projections,
+)
 from lightning_lora.targets import (
     TargetError,
     clean_name,
@@ -134,6 +142,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
         for name, target in every.items()
         if target.tied_to is None
     }
+    share_projections(adapters.values(), config)
     trained = _parameters_to_train(model, modules, saved, config.bias)
     rest = {}
     if config.takes_from_base:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional, Union
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from lightning_lora.card import write_card
 from lightning_lora.checkpoint import KEY, inject_as_saved, read_checkpoint
 from lightning_lora.config import LoraConfig
 from lightning_lora.inject import Injection, adapted_layers, inject, injections
-from lightning_lora.layers import Adapter, LoraAdapter, LoraParameters, TokenAdapter
+from lightning_lora.layers import Adapter, LoraAdapter, LoraParameters, TokenAdapter, VeraAdapter
 from lightning_lora.merging import unfolded
 from lightning_lora.state import (
     CheckpointError,
@@ -87,13 +88,14 @@ def write_adapter(
         PREFIX + peft_name[len(prefix) :]: tensor.detach().cpu().contiguous()
         for peft_name, tensor in _peft_state_dict(root, injection, plain=True).items()
     }
+    tensors.update(_projections(root, injection))
     # Cloned where they share memory, which safetensors refuses.
     tensors = {key: tensor.clone() for key, tensor in tensors.items()}
     meta = {"format": "pt", _FINGERPRINT: _fingerprint(root, injection, prefix)}
     if injection.config.quantizes_base:
         meta[_BASE] = str(injection.config.init_lora_weights)
     save_file(tensors, directory / WEIGHTS_FILE, meta)
-    settings = _peft_config(root, injection, prefix)
+    settings = (_vera_config if injection.config.use_vera else _peft_config)(root, injection, prefix)
     (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     write_card(directory, settings, run)
     return directory
@@ -173,6 +175,12 @@ def _load_tensors(root: nn.Module, injection: Injection, directory: Path) -> Non
         for wrapper in ("", ".token_adapter")
     }
     tensors = {name: tensor for name, tensor in tensors.items() if name not in of_base}
+    for name, projection in _projections(root, injection).items():
+        if not torch.allclose(tensors.pop(name, projection).to(projection), projection):
+            raise CheckpointError(
+                f"{directory} has another {name} than seed={injection.config.seed} gives here: it was drawn from "
+                "another seed or by another generator. Nothing was loaded."
+            )
     check_tensors(expected, tensors, str(directory))
     own: list[tuple[Tensor, Tensor]] = []
     for name, tensor in _saved_in_full(root, injection).items():
@@ -401,11 +409,45 @@ def _peft_config(root: nn.Module, injection: Injection, prefix: str) -> dict[str
     }
 
 
+def _vera_config(root: nn.Module, injection: Injection, prefix: str) -> dict[str, Any]:
+    """The same for VeRA, which PEFT has a type of its own for."""
+    config, plain = injection.config, _peft_config(root, injection, prefix)
+    kept = ("base_model_name_or_path", "task_type", "inference_mode", "target_modules", "modules_to_save")
+    return {
+        "peft_type": "VERA",
+        **{name: plain[name] for name in (*kept, "fan_in_fan_out")},
+        "r": config.r,
+        "d_initial": config.vera_d_initial,
+        "projection_prng_key": config.seed,
+        "save_projection": True,
+        "vera_dropout": config.lora_dropout,
+        "bias": config.bias.replace("lora_only", "vera_only"),
+        "init_weights": True,
+    }
+
+
+def _projections(root: nn.Module, injection: Injection) -> dict[str, Tensor]:
+    """The pair that the layers of a VeRA share, under PEFT's names."""
+    shared = [adapter.projections for _, adapter in _adapters(root, injection) if isinstance(adapter, VeraAdapter)]
+    return {f"base_model.{name}": tensor.cpu() for name, tensor in shared[0].named_buffers()} if shared else {}
+
+
 def _config_from_peft(settings: dict[str, Any], directory: Path) -> LoraConfig:
+    if settings.get("peft_type") == "VERA":
+        return LoraConfig(
+            r=settings["r"],
+            lora_dropout=settings.get("vera_dropout", 0.0),
+            target_modules=settings["target_modules"],
+            modules_to_save=settings.get("modules_to_save"),
+            bias=settings.get("bias", "none").replace("vera_only", "lora_only"),
+            seed=settings.get("projection_prng_key", 0),
+            use_vera=True,
+            vera_d_initial=settings.get("d_initial", 0.1),
+        )
     if settings.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"{directory / CONFIG_FILE} describes an adapter of type {settings.get('peft_type')!r}, and only 'LORA' is "
-            "supported. Nothing was loaded."
+            f"{directory / CONFIG_FILE} describes an adapter of type {settings.get('peft_type')!r}, and only 'LORA' "
+            "and 'VERA' are supported. Nothing was loaded."
         )
     unsupported = [name for name in ("lora_bias", "use_qalora") if settings.get(name)]
     if unsupported:

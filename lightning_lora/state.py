@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 _SAMPLES = 16
 _BINDING = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fused_qkv",
-    "trainable_token_indices",
+    "trainable_token_indices", "use_vera",
 )  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def _is_saved(name: str, injection: Injection) -> bool:
 
 def _binding(config: LoraConfig) -> dict[str, Any]:
     """The settings that change what given tensors compute."""
-    start = (config.init_lora_weights, config.seed) if config.takes_from_base else (True, 0)
+    start = (config.init_lora_weights, config.seed) if config.takes_from_base or config.use_vera else (True, 0)
     return {name: getattr(config, name) for name in _BINDING} | dict(zip(("init_lora_weights", "seed"), start))
 
 

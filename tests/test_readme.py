@@ -66,6 +66,8 @@ VARIANTS = {
     "OLoRA": {"init_lora_weights": "olora"},
     "LoftQ": {"init_lora_weights": "loftq_8"},
     "EVA": {"init_lora_weights": "eva"},
+    "LoRA-FA": {"freeze_A": True},
+    "VeRA": {"use_vera": True},
     '"all-linear"': None,
 }
 
@@ -83,7 +85,7 @@ def works(layer: str, variant: str) -> bool:
     try:
         inject(module, LoraConfig(**{"r": 2, "target_modules": ["0"], **settings, **dict(*targets)}))
     except ValueError as error:  # of the config or, as a TargetError, of the model
-        assert re.search("use_dora|init_lora_weights|fused_qkv", str(error))
+        assert re.search("use_dora|use_vera|init_lora_weights|fused_qkv", str(error))
         return False
     error = 1e-2 if variant == "LoftQ" else 1e-5  # its base is quantized
     if variant == "EVA":

@@ -11,6 +11,7 @@ from lightning_lora.layers.embedding import LoraEmbedding
 from lightning_lora.layers.linear import LoraConv1D, LoraLinear
 from lightning_lora.layers.parameters import LoraParameters
 from lightning_lora.layers.tokens import LoraTokens, TokenAdapter
+from lightning_lora.layers.vera import VeraAdapter, share_projections
 
 __all__ = [
     "SUPPORTED",
@@ -21,10 +22,12 @@ __all__ = [
     "LoraTokens",
     "Target",
     "TokenAdapter",
+    "VeraAdapter",
     "adapted_class",
     "base_class",
     "layer_class_for",
     "set_parameter",
+    "share_projections",
 ]
 
 SUPPORTED = (

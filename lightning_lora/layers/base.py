@@ -88,6 +88,8 @@ class LoraAdapter(Adapter):
     # Whether A and B are factors of one matrix, which some starts need.
     is_matrix: ClassVar[bool] = False
     out_dim: ClassVar[int] = 0  # the dimension of the base weight that counts outputs
+    rank_dim: ClassVar[int] = 1  # the dimension of B that counts rank components
+    drawn: ClassVar[str] = "lora_A"  # the factor that starts at random, while the other starts at zero
     rank_factor: int = 1  # the rank of the exported adapter over this one's
 
     lora_A: nn.Parameter
@@ -100,15 +102,23 @@ class LoraAdapter(Adapter):
         self.r = config.rank(layer_name)
         self.scaling = config.scaling(layer_name)
         self.dropout = nn.Dropout(config.lora_dropout)
+        self.rank_dropout = config.rank_dropout
+        self.d_initial = config.vera_d_initial
         self._init = config.init_lora_weights
         self._seed = config.seed
         self.layer_name = layer_name
         self._qualified_name = f"{layer_name}.{adapter_name}"
+        self.make_parameters(weight)
+        if config.freeze_A:
+            self.get_parameter(self.drawn).requires_grad_(False)
+        self.reset_parameters()
+
+    def make_parameters(self, weight: Tensor) -> None:
+        """Make the trained tensors, without values."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         shape_A, shape_B = self.shapes(weight)
         self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=dtype, device=weight.device))
         self.lora_B = nn.Parameter(torch.empty(shape_B, dtype=dtype, device=weight.device))
-        self.reset_parameters()
 
     def shapes(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and B for this parameter."""
@@ -116,7 +126,21 @@ class LoraAdapter(Adapter):
 
     def forward(self, x: Tensor, out: Tensor, layer: nn.Module) -> Tensor:
         """Add the low-rank path of the layer's input ``x`` to the base layer's output ``out``."""
-        return self.add_path(self.dropout(x), out, layer, self.lora_B)
+        return self.add_path(self.dropout(x), out, layer, self.drop_ranks(self.lora_B, self.rank_dim))
+
+    def drop_ranks(self, factor: Tensor, dim: int) -> Tensor:
+        """While training with ``rank_dropout``, zero whole rank components and scale up the others.
+
+        Args:
+            factor: A tensor that the update is linear in; one is enough, and B costs nothing of the input's size.
+            dim: Its dimension that counts the components.
+        """
+        if not (self.training and self.rank_dropout):
+            return factor
+        keep = nn.functional.dropout(factor.new_ones(factor.shape[dim]), self.rank_dropout)
+        shape = [1] * factor.dim()
+        shape[dim] = len(keep)
+        return factor * keep.view(shape)
 
     def add_path(self, x: Tensor, out: Tensor, layer: nn.Module, lora_B: Tensor) -> Tensor:
         """Add the path of A and the given B to ``out``."""
@@ -160,6 +184,7 @@ class LoraLayer(nn.Module):
 
     adapter_class: ClassVar[type[LoraAdapter]]
     dora_class: ClassVar[type[LoraAdapter]]
+    vera_class: ClassVar[Optional[type[LoraAdapter]]] = None
     is_linear: ClassVar[bool] = True  # one that "all-linear" means
     is_module_target: ClassVar[bool] = True  # one that target_modules means, not target_parameters
 
@@ -183,6 +208,8 @@ class LoraLayer(nn.Module):
     @classmethod
     def adapter_class_for(cls, config: LoraConfig) -> type[LoraAdapter]:
         """The class of adapter that a config asks for."""
+        if config.use_vera and cls.vera_class is not None:
+            return cls.vera_class
         return cls.dora_class if config.use_dora else cls.adapter_class
 
     @classmethod
@@ -190,6 +217,8 @@ class LoraLayer(nn.Module):
         """Why this very module cannot be adapted as the config asks, ``None`` if it can."""
         if "weight" not in target.module._parameters:
             return "its weight is computed of others (a parametrization), so nothing can be folded into it"
+        if config.use_vera and cls.vera_class is None:
+            return "use_vera is for linear layers alone"
         if not cls.adapter_class.is_matrix and config.needs_matrix:
             return f"init_lora_weights={config.init_lora_weights!r} is not for this kind of layer"
         return None

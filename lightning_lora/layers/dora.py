@@ -38,7 +38,9 @@ class DoraAdapter(LoraAdapter):
             base = out if bias is None else out - self._along_channels(bias)
         scale = self.lora_magnitude_vector.flatten() / self._norm(layer.weight)  # type: ignore[arg-type]
         out = torch.addcmul(out, base.to(out.dtype), self._along_channels(scale - 1).to(out.dtype))
-        return self.add_path(x, out, layer, scale.view(-1, *(1 for _ in self.lora_B.shape[1:])) * self.lora_B)
+        # The norm is that of all ranks, so that the mean over rank dropout is the function without it.
+        lora_B = self.drop_ranks(self.lora_B, self.rank_dim)
+        return self.add_path(x, out, layer, scale.view(-1, *(1 for _ in lora_B.shape[1:])) * lora_B)
 
     def fold(self, weight: Tensor) -> Tensor:
         folded = weight + self.delta_weight()

@@ -15,12 +15,13 @@ class EmbeddingAdapter(LoraAdapter):
     """``out + scaling * (B A)^T[x]`` with A of shape ``(r, num_embeddings)`` and B of shape ``(embedding_dim, r)``.
 
     A starts at zero and B is drawn from the normal distribution, as PEFT has it: the other way round than in a linear
-    layer. The input holds indices, so there is nothing to drop out. The row of the ``padding_idx`` gets no gradient,
-    and so stays the base's.
+    layer, so ``freeze_A`` freezes B here. The input holds indices, so there is nothing to drop out. The row of the
+    ``padding_idx`` gets no gradient, and so stays the base's.
     """
 
     peft_names = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
     out_dim = 1
+    drawn = "lora_B"
 
     def __init__(self, weight: Tensor, config: LoraConfig, layer_name: str, adapter_name: str, **layout: Any) -> None:
         super().__init__(weight, config, layer_name, adapter_name, **layout)

@@ -9,6 +9,7 @@ from lightning_lora.functional import add_low_rank, low_rank_linear, low_rank_pr
 from lightning_lora.initialize import from_weight, orthogonal, require_part
 from lightning_lora.layers.base import LoraAdapter, LoraLayer, base_class
 from lightning_lora.layers.dora import DoraAdapter
+from lightning_lora.layers.vera import VeraAdapter, VeraConv1DAdapter
 from lightning_lora.quantize import LOFTQ, loftq
 
 
@@ -25,7 +26,9 @@ class LinearAdapter(LoraAdapter):
         return add_low_rank(out, x, self.lora_A, lora_B, self.scaling)
 
     def is_plain_path(self) -> bool:
-        return type(self) in (LinearAdapter, Conv1DAdapter) and not (self.training and self.dropout.p)
+        return type(self) in (LinearAdapter, Conv1DAdapter) and not (
+            self.training and (self.dropout.p or self.rank_dropout)
+        )
 
     def base_product(self, x: Tensor, layer: nn.Module) -> Tensor:
         return nn.functional.linear(x, self.rows(layer.weight))  # type: ignore[arg-type]
@@ -104,13 +107,15 @@ class LoraLinear(LoraLayer):
 
     adapter_class = LinearAdapter
     dora_class = DoraLinearAdapter
+    vera_class = VeraAdapter
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not self._is_plain(x):
             return super().forward(x, *args, **kwargs)
         adapter = self.lora[self._active[0]]
         bias: Optional[Tensor] = self.bias  # type: ignore[assignment]
-        return low_rank_linear(x, self.weight, bias, adapter.lora_A, adapter.lora_B, adapter.scaling)  # type: ignore
+        lora_B = adapter.drop_ranks(adapter.lora_B, adapter.rank_dim)  # type: ignore
+        return low_rank_linear(x, self.weight, bias, adapter.lora_A, lora_B, adapter.scaling)  # type: ignore
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether base and adapter can run as one: a single LoRA in one dtype on the forward of ``nn.Linear``."""
@@ -132,3 +137,4 @@ class LoraConv1D(LoraLayer):
 
     adapter_class = Conv1DAdapter
     dora_class = DoraConv1DAdapter
+    vera_class = VeraConv1DAdapter

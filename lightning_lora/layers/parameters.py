@@ -24,6 +24,8 @@ class ParameterAdapter(LoraAdapter):
     expert its own update. Where the module says ``is_transposed``, the tensor has shape ``(experts, in, out)``.
     """
 
+    rank_dim = -1
+
     parameter: str  # its name in the module
     is_transposed: bool  # whether its last dimension counts outputs
 
@@ -33,7 +35,7 @@ class ParameterAdapter(LoraAdapter):
 
     def effective(self, weight: Tensor) -> Tensor:
         """The parameter with the update, in its own dtype."""
-        factors = self.lora_B.to(weight.dtype), self.lora_A.to(weight.dtype)
+        factors = self.drop_ranks(self.lora_B, self.rank_dim).to(weight.dtype), self.lora_A.to(weight.dtype)
         if self.is_transposed:
             factors = factors[1].mT, factors[0].mT
         add = torch.addmm if weight.dim() == 2 else torch.baddbmm
@@ -95,7 +97,7 @@ class LoraParameters(LoraLayer):
 
     @classmethod
     def objection(cls, target: Target, config: LoraConfig) -> Optional[str]:
-        for name in ("lora_dropout", "use_dora"):
+        for name in ("lora_dropout", "use_dora", "use_vera"):
             if getattr(config, name):
                 return f"{name} is not for parameters that a module reads itself"
         if config.needs_matrix:
