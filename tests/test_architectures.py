@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from toys import randomize
 
-from lightning_lora import LoRA, LoraConfig, adapter_state_dict, eject, inject, merge, save_adapter, unmerge
+from lightning_lora import (
+    LoRA,
+    LoraConfig,
+    adapter_state_dict,
+    eject,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+    unmerge,
+)
 from lightning_lora.layers import LoraLayer
 
 Inputs = dict[str, Tensor]
@@ -313,6 +323,9 @@ def test_peft_computes_the_same(name: str, tmp_path: Path) -> None:
             assert (own is None) == layer_name.endswith(row.unreached)
             torch.testing.assert_close(own, gradient, rtol=1e-3, atol=1e-6)
     assert not gradients
+    other.save_pretrained(tmp_path / "theirs")
+    opened = load_adapter(row.build().eval(), tmp_path / "theirs")
+    torch.testing.assert_close(output(opened, row.inputs()), adapted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -218,3 +218,13 @@ def test_another_scaling_is_refused(other: dict[str, Any], tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"scales the update of .* by 1\.5, and this model's adapter by"):
         load_adapter(model, tmp_path)
     toys.assert_same_tensors(toys.snapshot(model), before)
+
+
+def test_transformers_opens_what_we_save(tmp_path: Path) -> None:
+    """By its own ``load_adapter``, without a PeftModel around it."""
+    model = ours("llama").eval()
+    toys.randomize(model)
+    save_adapter(model, tmp_path)
+    opened = tiny_llama().eval()
+    opened.load_adapter(str(tmp_path))
+    torch.testing.assert_close(opened(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)

@@ -3,6 +3,7 @@
 from lightning_lora.tasks.causal_lm import CausalLM
 from lightning_lora.tasks.dpo import DPO
 from lightning_lora.tasks.image_classification import ImageClassification
+from lightning_lora.tasks.prefix import PrefixCausalLM
 from lightning_lora.tasks.seq2seq import Seq2Seq
 from lightning_lora.tasks.sequence_classification import SequenceClassification
 from lightning_lora.tasks.token_classification import TokenClassification
@@ -11,6 +12,7 @@ __all__ = [
     "DPO",
     "CausalLM",
     "ImageClassification",
+    "PrefixCausalLM",
     "Seq2Seq",
     "SequenceClassification",
     "TokenClassification",
