@@ -90,9 +90,8 @@ class PrefixCausalLM(CausalLM):
                 "so turn packing off in the data."
             )
         cache = self.prefix.cache(len(batch["input_ids"]), self.model.dtype)
-        return self.model(
-            **{**batch, "attention_mask": self._behind_prefix(batch["attention_mask"])}, past_key_values=cache
-        )
+        batch = {**batch, "attention_mask": self._behind_prefix(batch["attention_mask"])}
+        return self.model(**batch, past_key_values=cache)
 
     def _behind_prefix(self, rows: Tensor) -> Tensor:
         """Rows of a mask, or of token ids, with ones in the place of the prefix."""
