@@ -5,6 +5,7 @@ from lightning_lora.checkpoint import load_from_checkpoint
 from lightning_lora.combine import combine_adapters
 from lightning_lora.config import LoraConfig
 from lightning_lora.eva import initialize_eva
+from lightning_lora.foreign import load_foreign_adapter
 from lightning_lora.inject import eject, inject
 from lightning_lora.merging import merge, unmerge
 from lightning_lora.optim import param_groups
@@ -43,6 +44,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "load_adapter_state_dict",
+    "load_foreign_adapter",
     "load_from_checkpoint",
     "merge",
     "param_groups",

@@ -87,7 +87,7 @@ class AdapterCheckpoints(ABC):  # as strategies are: an object can only take on 
         super().save_checkpoint(checkpoint, filepath, *args, **kwargs)  # type: ignore[misc]
 
     def load_checkpoint(self, checkpoint_path: Union[str, Path], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        with _readable(checkpoint_path):
+        with readable(checkpoint_path):
             checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[misc]
         checkpoint["state_dict"] = check_checkpoint(self.lightning_module, checkpoint, str(checkpoint_path))
         for holder, key in _copies_of(self.lightning_module, checkpoint):
@@ -139,7 +139,7 @@ def read_checkpoint(path: Union[str, Path]) -> dict[str, Any]:
     Raises:
         CheckpointError: If it cannot be read so, or holds no adapter.
     """
-    with _readable(path), get_filesystem(path).open(str(path), "rb") as file:
+    with readable(path), get_filesystem(path).open(str(path), "rb") as file:
         checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     require_known_format(_metadata_of(checkpoint, str(path)), str(path))
     return checkpoint
@@ -215,7 +215,8 @@ def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 @contextmanager
-def _readable(path: Union[str, Path]) -> Iterator[None]:
+def readable(path: Union[str, Path]) -> Iterator[None]:
+    """Turn what a damaged file, or one that holds more than tensors and plain types, raises into a CheckpointError."""
     try:
         yield
     except (FileNotFoundError, PermissionError):

@@ -166,6 +166,28 @@ def _load_tensors(root: nn.Module, injection: Injection, directory: Path) -> Non
             f"{directory} was trained on another base model: its fingerprint is {meta[_FINGERPRINT]}, this model's is "
             f"{base}. Load it onto the pretrained weights that it was trained on. Nothing was loaded."
         )
+    _put_tensors(root, injection, tensors, str(directory))
+
+
+def load_tensors(
+    root: nn.Module, config: LoraConfig, tensors: dict[str, Tensor], source: str, adapter_name: str
+) -> nn.Module:
+    """Put an adapter into a model, with tensors under PEFT's names for layers of this model.
+
+    Raises:
+        CheckpointError: If the tensors do not fit. Nothing is changed then.
+    """
+    before = list(adapters(root))
+    inject(root, config, adapter_name)
+    with _taken_out_again(root, before):
+        found, injection = _find_injection(root, adapter_name)
+        _put_tensors(found, injection, {PREFIX + name: tensor for name, tensor in tensors.items()}, source)
+    return root
+
+
+def _put_tensors(root: nn.Module, injection: Injection, tensors: dict[str, Tensor], source: str) -> None:
+    """Require that tensors under PEFT's names are those of the adapter, then take them over."""
+    prefix = _peft_root(root, injection)
     expected = _peft_state_dict(root, injection)
     expected = {PREFIX + name[len(prefix) :]: tensor for name, tensor in expected.items()}
     # With an adapted input or output embedding, PEFT writes the base's weight of it too.
@@ -178,10 +200,10 @@ def _load_tensors(root: nn.Module, injection: Injection, directory: Path) -> Non
     for name, projection in _projections(root, injection).items():
         if not torch.allclose(tensors.pop(name, projection).to(projection), projection):
             raise CheckpointError(
-                f"{directory} has another {name} than seed={injection.config.seed} gives here: it was drawn from "
+                f"{source} has another {name} than seed={injection.config.seed} gives here: it was drawn from "
                 "another seed or by another generator. Nothing was loaded."
             )
-    check_tensors(expected, tensors, str(directory))
+    check_tensors(expected, tensors, source)
     own: list[tuple[Tensor, Tensor]] = []
     for name, tensor in _saved_in_full(root, injection).items():
         own.append((tensor, tensors[PREFIX + name[len(prefix) :]]))
@@ -191,7 +213,7 @@ def _load_tensors(root: nn.Module, injection: Injection, directory: Path) -> Non
         try:
             own += [(getattr(adapter, attribute), tensor) for attribute, tensor in adapter.from_peft(theirs).items()]
         except ValueError as error:
-            raise CheckpointError(f"{directory} does not fit the adapters of this model: {error}.") from error
+            raise CheckpointError(f"{source} does not fit the adapters of this model: {error}.") from error
     for destination, tensor in own:
         destination.detach().copy_(tensor)
 
