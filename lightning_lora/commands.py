@@ -5,11 +5,13 @@ Each ends with 0, with 1 after an error or, for ``diff``, a difference, and with
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from lightning_lora.export import save_merged
@@ -100,10 +102,10 @@ def _inspect(given: argparse.Namespace) -> int:
 def _export(given: argparse.Namespace) -> int:
     """Write a checkpoint's adapter as a directory that PEFT opens: adapter_config.json, adapter_model.safetensors."""
     saved = read(given.adapter)
-    with _steps() as console:
-        console("loading the base")
+    with _steps(2) as begin:
+        begin("loading the base")
         model = open_on_base(saved, given.base, given.gguf_file)
-        console("writing the adapter")
+        begin("writing the adapter")
         save_adapter(model, given.target)
     print(f"Wrote {given.target}")
     return 0
@@ -112,12 +114,12 @@ def _export(given: argparse.Namespace) -> int:
 def _merge(given: argparse.Namespace) -> int:
     """Write base and adapter as one model directory, for from_pretrained, with the tokenizer if there is one."""
     saved = read(given.adapter)
-    with _steps() as console:
-        console("loading the base")
+    with _steps(3) as begin:
+        begin("loading the base")
         model = open_on_base(saved, given.base, given.gguf_file, _DTYPES[given.dtype])  # type: ignore[arg-type]
-        console("folding the adapter in")
+        begin("folding the adapter in")
         eject(model, merge=True)
-        console("writing the model")
+        begin("writing the model")
         save_merged(model, given.target, tokenizer_of(saved, given.base), given.max_shard_size)
     print(f"Wrote {given.target}")
     return 0
@@ -174,13 +176,13 @@ def _distance(one: Factors, other: Factors) -> float:
     return float(torch.linalg.norm(products[0] - products[1])) / size if size else 0.0
 
 
-class _steps:  # noqa: N801
-    """A line that says what is going on, on a terminal."""
+@contextmanager
+def _steps(count: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar on a terminal; what is given is called with what comes next."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=count)
 
-    def __enter__(self) -> Any:
-        self.status = Console(stderr=True).status("")
-        self.status.start()
-        return self.status.update
+        def begin(description: str) -> None:
+            progress.update(task, description=description, advance=1)
 
-    def __exit__(self, *_: Any) -> None:
-        self.status.stop()
+        yield begin
