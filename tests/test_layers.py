@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoraConfig, eject, inject, merge, unmerge
+from lightning_lora import (
+    LoraConfig,
+    adapter_state_dict,
+    eject,
+    inject,
+    load_adapter_state_dict,
+    merge,
+    unmerge,
+)
 from lightning_lora.functional import add_low_rank, low_rank_linear
 
 KINDS = ("linear", "linear without bias", "conv1d")
@@ -73,6 +81,33 @@ def test_forward_and_gradients_equal_the_reference(
     for found, wanted in ((adapter.lora_A, A), (adapter.lora_B, B), (x, x64)):
         torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-3, atol=1e-3)
     assert layer.weight.grad is None  # type: ignore[union-attr]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    r=st.integers(1, 9),
+    dropout=st.sampled_from([0.0, 0.3]),
+    use_dora=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_state_dict_round_trip_merge_and_unmerge(
+    kind: str, dtype: torch.dtype, r: int, dropout: float, use_dora: bool, seed: int
+) -> None:
+    """The adapter's tensors alone make another base layer the same, and merging leaves no trace after unmerging."""
+    torch.manual_seed(seed)
+    base = make(kind, 6, 5, dtype)
+    twin, x = copy.deepcopy(base), torch.randn(3, 6, dtype=dtype)
+    layer = adapted(base, r, lora_dropout=dropout, use_dora=use_dora).eval()
+    other = inject(twin, LoraConfig(r=r, lora_alpha=3, lora_dropout=dropout, use_dora=use_dora, seed=1)).eval()
+    load_adapter_state_dict(other, copy.deepcopy(adapter_state_dict(layer)))
+    expected, bits = layer(x), layer.weight.detach().clone()  # type: ignore[union-attr,operator]
+    assert torch.equal(other(x), expected)
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(merge(other)(x), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(unmerge(other)(x), expected)
+    assert torch.equal(other.weight, bits)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", KINDS)
