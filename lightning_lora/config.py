@@ -113,6 +113,11 @@ class LoraConfig:
             raise ValueError(f"lora_dropout is {self.lora_dropout!r}, but it must lie in [0, 1): pass 0.0 for none.")
         if not 0.0 <= self.rank_dropout < 1.0:
             raise ValueError(f"rank_dropout is {self.rank_dropout!r}, but it must lie in [0, 1): pass 0.0 for none.")
+        if not math.isfinite(self.vera_d_initial) or self.vera_d_initial == 0:
+            raise ValueError(
+                f"vera_d_initial is {self.vera_d_initial!r}, but it must be a number other than zero, at which nothing "
+                "would get a gradient: pass 0.1, as in the paper."
+            )
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             self._check_patterns(name)
         if not isinstance(self.target_parameters, (list, type(None))):

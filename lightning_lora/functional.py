@@ -26,7 +26,21 @@ def add_low_rank(out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling
     Returns:
         The sum, with the shape and dtype of ``out``.
     """
-    low_rank = x.reshape(-1, x.shape[-1]) @ lora_A.to(x.dtype).t()
+    return add_from_rank(out, x.reshape(-1, x.shape[-1]) @ lora_A.to(x.dtype).t(), lora_B, scaling)
+
+
+def add_from_rank(out: Tensor, low_rank: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The second half of :func:`add_low_rank`: ``out + scaling * low_rank B^T``.
+
+    Args:
+        out: The base layer's output, shape ``(*, out_features)``.
+        low_rank: The input times ``A^T``, shape ``(rows, r)``.
+        lora_B: Shape ``(out_features, r)``.
+        scaling: The factor in front of ``B A``.
+
+    Returns:
+        The sum, with the shape and dtype of ``out``.
+    """
     lora_B = lora_B.to(low_rank.dtype).t()
     if out.dtype != low_rank.dtype:
         return out + (scaling * (low_rank @ lora_B)).to(out.dtype).view_as(out)

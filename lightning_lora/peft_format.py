@@ -158,6 +158,7 @@ def _load_tensors(root: nn.Module, injection: Injection, directory: Path) -> Non
     tensors, meta = read_tensors(directory)
     _require_same_quantization(injection.config, meta, directory)
     _require_tokens(root, injection, directory)
+    _require_same_kind(injection.config, directory)
     _require_scaling(root, injection, directory)
     prefix = _peft_root(root, injection)
     base = _fingerprint(root, injection, prefix)
@@ -198,10 +199,11 @@ def _put_tensors(root: nn.Module, injection: Injection, tensors: dict[str, Tenso
     }
     tensors = {name: tensor for name, tensor in tensors.items() if name not in of_base}
     for name, projection in _projections(root, injection).items():
-        if not torch.allclose(tensors.pop(name, projection).to(projection), projection):
+        if not _same_but_for_rounding(tensors.pop(name, projection), projection):
             raise CheckpointError(
-                f"{source} has another {name} than seed={injection.config.seed} gives here: it was drawn from "
-                "another seed or by another generator. Nothing was loaded."
+                f"{source} has another {name} than seed={injection.config.seed} and r={injection.config.r} give here, "
+                "and only that can be drawn again when a checkpoint resumes: it was made from another seed, for "
+                "another rank or other layers, or by another generator. Nothing was loaded."
             )
     check_tensors(expected, tensors, source)
     own: list[tuple[Tensor, Tensor]] = []
@@ -227,6 +229,23 @@ def _require_same_quantization(config: LoraConfig, meta: dict[str, str], directo
             f"{directory} was trained on {bases[0]}, and this model's adapter is on {bases[1]}: use the "
             "init_lora_weights with which it was saved. Nothing was loaded."
         )
+
+
+def _require_same_kind(here: LoraConfig, directory: Path) -> None:
+    """Require that both are VeRA, and then of one seed, or neither."""
+    there = _read_config(directory)
+    kinds = [f"a VeRA of seed={c.seed}" if c.use_vera else "a LoRA" for c in (there, here)]
+    if kinds[0] != kinds[1]:
+        raise CheckpointError(
+            f"{directory} holds {kinds[0]}, and this model's adapter is {kinds[1]}: use the use_vera and seed "
+            "(projection_prng_key) with which it was saved. Nothing was loaded."
+        )
+
+
+def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal up to the precision of the coarser dtype."""
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (one, other))
+    return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=eps, atol=1e-6)
 
 
 def _require_scaling(root: nn.Module, injection: Injection, directory: Path) -> None:
@@ -451,7 +470,7 @@ def _vera_config(root: nn.Module, injection: Injection, prefix: str) -> dict[str
 def _projections(root: nn.Module, injection: Injection) -> dict[str, Tensor]:
     """The pair that the layers of a VeRA share, under PEFT's names."""
     shared = [adapter.projections for _, adapter in _adapters(root, injection) if isinstance(adapter, VeraAdapter)]
-    return {f"base_model.{name}": tensor.cpu() for name, tensor in shared[0].named_buffers()} if shared else {}
+    return {f"base_model.{name}": tensor.cpu() for name, tensor in shared[0].tensors().items()} if shared else {}
 
 
 def _config_from_peft(settings: dict[str, Any], directory: Path) -> LoraConfig:
@@ -460,6 +479,8 @@ def _config_from_peft(settings: dict[str, Any], directory: Path) -> LoraConfig:
             r=settings["r"],
             lora_dropout=settings.get("vera_dropout", 0.0),
             target_modules=settings["target_modules"],
+            layers_to_transform=settings.get("layers_to_transform"),
+            layers_pattern=settings.get("layers_pattern"),
             modules_to_save=settings.get("modules_to_save"),
             bias=settings.get("bias", "none").replace("vera_only", "lora_only"),
             seed=settings.get("projection_prng_key", 0),

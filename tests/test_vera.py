@@ -87,13 +87,81 @@ def test_projections_are_one_and_stay_one() -> None:
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * (3 * 12 + 32 + 16 + 32)
 
 
+def test_the_input_is_not_kept() -> None:
+    """Nor anything of the output's size: vectors, rank-wide products and what has a weight's size at most."""
+    layer = inject(nn.Linear(64, 48), LoraConfig(r=4, use_vera=True))
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):  # type: ignore[func-returns-value]
+        layer(torch.randn(100, 64, requires_grad=True))
+    assert max(kept) <= 64 * 48
+    assert not {100 * 64, 100 * 48} & set(kept)
+
+
+def test_no_buffer_is_sent_to_other_processes() -> None:
+    """DDP broadcasts all buffers in every forward pass, and the pair never changes."""
+    buffers = {name for name, _ in tiny_llama().named_buffers()}
+    assert {name for name, _ in ours(*MODELS[0]).named_buffers()} == buffers
+
+
+def test_a_model_on_the_meta_device_gets_the_pair_when_it_is_materialized() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 9))
+    inject(model, LoraConfig(r=4, use_vera=True, target_modules=["0", "1"], seed=5)).to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    whole = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 9))
+    inject(whole, LoraConfig(r=4, use_vera=True, target_modules=["0", "1"], seed=5))
+    expected = whole[0].lora["default"].projections.tensors()
+    assert expected["vera_A"].abs().min() > 0
+    for layer in model:
+        toys.assert_same_tensors(layer.lora["default"].projections.tensors(), expected)
+
+
 def test_another_projection_is_refused(tmp_path: Path) -> None:
     save_adapter(ours(*MODELS[0]), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, "base_model.vera_A": tensors["base_model.vera_A"] + 1}, path, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"another base_model\.vera_A than seed=3 gives here"):
+    with pytest.raises(CheckpointError, match=r"another base_model\.vera_A than seed=3 and r=12 give here"):
         load_adapter(tiny_llama(), tmp_path)
+
+
+def test_adapters_of_other_settings_are_refused(tmp_path: Path) -> None:
+    make, targets = MODELS[0]
+    config = peft.VeraConfig(r=12, target_modules=targets, projection_prng_key=3, save_projection=False)
+    peft.get_peft_model(make(), config).save_pretrained(tmp_path / "seed-3")
+    save_adapter(ours(make, targets), tmp_path / "r-12")
+    for model, directory, match in (
+        (ours(make, targets, seed=4), "seed-3", "holds a VeRA of seed=3, and this model's adapter is a VeRA of seed=4"),
+        (ours(make, targets, use_vera=False), "seed-3", "holds a VeRA of seed=3, and this model's adapter is a LoRA"),
+        (ours(make, targets, r=10), "r-12", "than seed=3 and r=10 give here"),
+    ):
+        toys.randomize(model)
+        before = toys.snapshot(model)
+        with pytest.raises(CheckpointError, match=match):
+            load_adapter(model, tmp_path / directory)
+        toys.assert_same_tensors(toys.snapshot(model), before)
+    load_adapter(ours(make, targets), tmp_path / "seed-3")
+
+
+@pytest.mark.parametrize("settings", [{}, {"layers_to_transform": [1], "layers_pattern": "layers"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_we_open_what_peft_saves_of_some_blocks_and_in_any_precision(
+    settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config = peft.VeraConfig(r=12, target_modules=["q_proj", "up_proj"], projection_prng_key=3, **settings)
+    model = peft.get_peft_model(tiny_llama(), config).eval()
+    toys.randomize(model)
+    for name, parameter in model.named_parameters():
+        if "vera_lambda" in name:
+            parameter.data = parameter.data.to(dtype).float()  # what the file can hold
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    opened = load_adapter(tiny_llama(), tmp_path).eval()
+    torch.testing.assert_close(opened(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(tiny_llama().eval()(IDS).logits, model(IDS).logits, atol=1e-3)
 
 
 def test_a_run_resumes_from_a_small_checkpoint(tmp_path: Path) -> None:
@@ -128,3 +196,9 @@ def test_settings_that_do_not_go_together(other: dict[str, Any]) -> None:
 def test_other_kinds_of_layers_are_refused() -> None:
     with pytest.raises(TargetError, match="use_vera is for linear layers alone"):
         ours(tiny_llama, ["embed_tokens"])
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_start_without_a_gradient_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="vera_d_initial is"):
+        LoraConfig(use_vera=True, vera_d_initial=value)

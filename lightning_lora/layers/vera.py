@@ -5,13 +5,13 @@ Source: Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", arXiv 23
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.functional import add_low_rank, low_rank_product
+from lightning_lora.functional import add_from_rank, low_rank_product
 from lightning_lora.layers.base import LoraAdapter
 
 
@@ -19,16 +19,33 @@ class Projections(nn.Module):
     """The pair that all layers share, as wide as the widest: each layer uses the first columns of A and rows of B.
 
     It is a module of its own, so that it stays one when the model moves or is copied. It is in no checkpoint, since the
-    seed gives it again; drawn as PEFT draws it from its ``projection_prng_key``.
+    seed gives it again; drawn as PEFT draws it from its ``projection_prng_key``. The two are no buffers, which DDP
+    would send to all processes in every forward pass.
     """
 
     def __init__(self, r: int, in_features: int, out_features: int, seed: int, device: torch.device) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        for name, shape in (("vera_A", (r, in_features)), ("vera_B", (out_features, r))):
-            bound = math.sqrt(6 / shape[1])  # Kaiming-uniform for ReLU
-            values = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-            self.register_buffer(name, values.to(device), persistent=False)
+        self._seed = seed
+        self.vera_A = torch.empty(r, in_features, device=device)
+        self.vera_B = torch.empty(out_features, r, device=device)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw both, the same values each time; on the meta device this is left for later."""
+        generator = torch.Generator().manual_seed(self._seed)
+        for tensor in (self.vera_A, self.vera_B):
+            bound = math.sqrt(6 / tensor.shape[1])  # Kaiming-uniform for ReLU
+            tensor.copy_(torch.empty(tensor.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The pair under PEFT's names."""
+        return {"vera_A": self.vera_A, "vera_B": self.vera_B}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Projections":
+        # Each layer passes its move or cast on to the pair that all have, and all but the first find it done.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.vera_A, self.vera_B = fn(self.vera_A), fn(self.vera_B)
+        return self
 
 
 class VeraAdapter(LoraAdapter):
@@ -52,16 +69,23 @@ class VeraAdapter(LoraAdapter):
         self.vera_lambda_d.fill_(self.d_initial)
 
     def forward(self, x: Tensor, out: Tensor, layer: nn.Module) -> Tensor:
-        return add_low_rank(out, self.dropout(x), *self.factors(), 1.0)
+        x, (vera_A, vera_B) = self.dropout(x), self.sliced()
+        # d goes into the rank-wide product, so that x is not kept for its gradient; b goes into B, so that no tensor
+        # of the output's size is.
+        low_rank = x.reshape(-1, x.shape[-1]) @ vera_A.to(x.dtype).t()
+        low_rank = low_rank * self.vera_lambda_d.to(low_rank.dtype)
+        return add_from_rank(out, low_rank, self.vera_lambda_b.unsqueeze(1) * vera_B, 1.0)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B of this layer with the vectors in them, which a plain LoRA would have."""
-        vera_A: Tensor = self.projections.vera_A[:, : self.in_features]  # type: ignore[index,assignment]
-        vera_B: Tensor = self.projections.vera_B[: self.out_features]  # type: ignore[index,assignment]
-        return self.vera_lambda_d.unsqueeze(1) * vera_A, self.vera_lambda_b.unsqueeze(1) * vera_B
+    def sliced(self) -> tuple[Tensor, Tensor]:
+        """The parts of A and B that this layer uses, on its own device."""
+        device = self.vera_lambda_b.device  # layers may be on several, and the pair is on one
+        shared = self.projections
+        return shared.vera_A[:, : self.in_features].to(device), shared.vera_B[: self.out_features].to(device)
 
     def delta_weight(self) -> Tensor:
-        return low_rank_product(*self.factors(), 1.0).movedim(0, self.out_dim)
+        vera_A, vera_B = self.sliced()
+        lora_A, lora_B = self.vera_lambda_d.unsqueeze(1) * vera_A, self.vera_lambda_b.unsqueeze(1) * vera_B
+        return low_rank_product(lora_A, lora_B, 1.0).movedim(0, self.out_dim)
 
 
 class VeraConv1DAdapter(VeraAdapter):
