@@ -365,6 +365,8 @@ def _train_in_full(model: nn.Module, trained: dict[str, nn.Parameter], injection
 
 
 def _put_parameters(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    if not parameters:
+        return
     modules = {clean_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     for name, parameter in parameters.items():
         module_name, _, attribute = name.rpartition(".")

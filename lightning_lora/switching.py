@@ -167,9 +167,22 @@ def _at_work(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
 
 def _parts(model: nn.Module) -> tuple[list[LoraLayer], list[tuple[nn.Module, Injection]]]:
     """The adapted layers of a model, and its injections with the modules that they were made on."""
-    modules = list(model.modules())
-    layers = [module for module in modules if isinstance(module, LoraLayer)]
-    return layers, [(module, injection) for module in modules for injection in injections_of(module)]
+    layers: list[LoraLayer] = []
+    found: list[tuple[nn.Module, Injection]] = []
+    seen: set[nn.Module] = set()
+    waiting = [model]
+    while waiting:  # as model.modules() does, but not into the adapters, which are most of the modules
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found += [(module, injection) for injection in injections_of(module)]
+        children = {name: child for name, child in module._modules.items() if child is not None}
+        if isinstance(module, LoraLayer):
+            layers.append(module)
+            del children["lora"]
+        waiting.extend(reversed(children.values()))
+    return layers, found
 
 
 def _checked(adapter_names: Union[str, Sequence[str], None], found: list[tuple[nn.Module, Injection]]) -> list[str]:
