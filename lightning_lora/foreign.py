@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_lora.checkpoint import readable
 from lightning_lora.config import LoraConfig
-from lightning_lora.layers.fused import qkv_rows
+from lightning_lora.layers.fused import in_blocks, qkv_rows
 from lightning_lora.peft_format import load_tensors
 from lightning_lora.state import CheckpointError
 from lightning_lora.targets import modules_by_name, pretrained_models
@@ -144,20 +144,9 @@ def _from_loralib(tensors: dict[str, Tensor], root: nn.Module, path: Path) -> Fa
                 f"{path} has an A of shape {tuple(lora_A.shape)} and a B of shape {tuple(lora_B.shape)} for {name!r}: "
                 "of MergedLinear, only enable_lora=[True, False, True] can be read, and of convolutions none."
             )
-        factors[name] = _side_by_side(lora_A, lora_B, [rows["q"], rows["v"]], sum(map(len, rows.values())))
+        # The scaling of the whole is that of a part over the number of parts, for which B makes up.
+        factors[name] = (lora_A, 2 * in_blocks(lora_B, [rows["q"], rows["v"]], sum(map(len, rows.values()))))
     return factors
-
-
-def _side_by_side(lora_A: Tensor, lora_B: Tensor, parts: list[Tensor], out_features: int) -> tuple[Tensor, Tensor]:
-    """Parts with a rank each, as one A and a B that is zero outside of its blocks.
-
-    The scaling of the whole is that of a part over the number of parts, for which B makes up.
-    """
-    r = lora_B.shape[1]
-    whole = lora_B.new_zeros(out_features, len(lora_A))
-    for i, (part, block) in enumerate(zip(parts, torch.split(lora_B, [len(part) for part in parts]))):
-        whole[part, i * r : (i + 1) * r] = len(parts) * block
-    return lora_A, whole
 
 
 def _from_litgpt(tensors: dict[str, Tensor], root: nn.Module, path: Path) -> tuple[Factors, Optional[float]]:

@@ -37,7 +37,7 @@ class FusedAdapter(LinearAdapter):
 
     def add_path(self, x: Tensor, out: Tensor, layer: nn.Module, lora_B: Tensor) -> Tensor:
         low_rank = torch.split(x @ self.lora_A.to(x.dtype).t(), self.r, dim=-1)
-        blocks = self._blocks((self.scaling * lora_B).to(x.dtype))
+        blocks = torch.split((self.scaling * lora_B).to(x.dtype), [len(part) for part in self.parts])
         paths = torch.cat([part @ block.t() for part, block in zip(low_rank, blocks)], dim=-1)
         return out.index_add(-1, torch.cat(self.parts).to(out.device), paths.to(out.dtype))
 
@@ -55,14 +55,25 @@ class FusedAdapter(LinearAdapter):
         return {"lora_A": tensors["lora_A.weight"], "lora_B": torch.cat(blocks)}
 
     def _whole(self) -> Tensor:
-        whole = self.lora_B.new_zeros(self.out_features, len(self.parts) * self.r)
-        for i, (part, block) in enumerate(zip(self.parts, self._blocks(self.lora_B))):
-            whole[part, i * self.r : (i + 1) * self.r] = block
-        return whole
+        return in_blocks(self.lora_B, self.parts, self.out_features)
 
-    def _blocks(self, lora_B: Tensor) -> tuple[Tensor, ...]:
-        """The rows of each part."""
-        return torch.split(lora_B, [len(part) for part in self.parts])
+
+def in_blocks(lora_B: Tensor, parts: list[Tensor], out_features: int) -> Tensor:
+    """B for all outputs and the ranks of all parts side by side, zero outside of the block of each part.
+
+    Args:
+        lora_B: The rows of all parts, those of the first first, shape ``(rows, r)``.
+        parts: Of each part, the outputs that it has.
+        out_features: The number of all outputs.
+
+    Returns:
+        Shape ``(out_features, parts * r)``.
+    """
+    r = lora_B.shape[1]
+    whole = lora_B.new_zeros(out_features, len(parts) * r)
+    for i, (part, block) in enumerate(zip(parts, torch.split(lora_B, [len(part) for part in parts]))):
+        whole[part, i * r : (i + 1) * r] = block
+    return whole
 
 
 class FusedConv1DAdapter(FusedAdapter, Conv1DAdapter):
