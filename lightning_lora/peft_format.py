@@ -131,7 +131,7 @@ def load_adapter(model: nn.Module, path: Union[str, Path], adapter_name: Optiona
             add_adapter(_find_injection(model, before[0])[0], config, name)
     with _taken_out_again(model, before):
         if path.is_dir():
-            _load_tensors(*_find_injection(model, name), path)
+            _load_tensors(*_find_injection(model, name), path, config)
         else:
             _load_checkpoint(model, path, fresh=not before)
     return model
@@ -150,16 +150,15 @@ def _taken_out_again(model: nn.Module, before: list[str]) -> Iterator[None]:
 
 def read_adapter(root: nn.Module, injection: Injection, directory: Path) -> None:
     """Load a directory's tensors into the adapter of one injection, made on ``root``; see :func:`load_adapter`."""
-    _read_config(directory)  # refuses what is not supported
-    _load_tensors(root, injection, directory)
+    _load_tensors(root, injection, directory, _read_config(directory))
 
 
-def _load_tensors(root: nn.Module, injection: Injection, directory: Path) -> None:
+def _load_tensors(root: nn.Module, injection: Injection, directory: Path, saved: LoraConfig) -> None:
     tensors, meta = read_tensors(directory)
     _require_same_quantization(injection.config, meta, directory)
-    _require_tokens(root, injection, directory)
-    _require_same_kind(injection.config, directory)
-    _require_scaling(root, injection, directory)
+    _require_tokens(root, injection, directory, saved)
+    _require_same_kind(injection.config, directory, saved)
+    _require_scaling(root, injection, directory, saved)
     prefix = _peft_root(root, injection)
     base = _fingerprint(root, injection, prefix)
     if meta.get(_FINGERPRINT, base) != base:
@@ -231,10 +230,9 @@ def _require_same_quantization(config: LoraConfig, meta: dict[str, str], directo
         )
 
 
-def _require_same_kind(here: LoraConfig, directory: Path) -> None:
+def _require_same_kind(here: LoraConfig, directory: Path, saved: LoraConfig) -> None:
     """Require that both are VeRA, and then of one seed, or neither."""
-    there = _read_config(directory)
-    kinds = [f"a VeRA of seed={c.seed}" if c.use_vera else "a LoRA" for c in (there, here)]
+    kinds = [f"a VeRA of seed={c.seed}" if c.use_vera else "a LoRA" for c in (saved, here)]
     if kinds[0] != kinds[1]:
         raise CheckpointError(
             f"{directory} holds {kinds[0]}, and this model's adapter is {kinds[1]}: use the use_vera and seed "
@@ -248,12 +246,12 @@ def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=eps, atol=1e-6)
 
 
-def _require_scaling(root: nn.Module, injection: Injection, directory: Path) -> None:
+def _require_scaling(root: nn.Module, injection: Injection, directory: Path, saved: LoraConfig) -> None:
     """Require that A and B are scaled here as they were there."""
-    config, prefix = _read_config(directory), _peft_root(root, injection)
+    prefix = _peft_root(root, injection)
     for _, adapter in _adapters(root, injection):
         if isinstance(adapter, LoraAdapter):
-            theirs = config.scaling(adapter.layer_name[len(prefix) :])
+            theirs = saved.scaling(adapter.layer_name[len(prefix) :])
             if not math.isclose(theirs, adapter.scaling, rel_tol=1e-6):
                 raise CheckpointError(
                     f"{directory} scales the update of {adapter.layer_name} by {theirs:g}, and this model's adapter by "
@@ -262,14 +260,14 @@ def _require_scaling(root: nn.Module, injection: Injection, directory: Path) -> 
                 )
 
 
-def _require_tokens(root: nn.Module, injection: Injection, directory: Path) -> None:
+def _require_tokens(root: nn.Module, injection: Injection, directory: Path, saved: LoraConfig) -> None:
     """Require that the rows in a directory are those of the tokens whose rows are trained here, in this order."""
-    saved = json.loads((directory / CONFIG_FILE).read_text()).get("trainable_token_indices") or []
-    saved = sorted(saved.values() if isinstance(saved, dict) else [saved] if saved else [])
+    chosen = saved.trainable_token_indices or []
+    there = sorted(chosen.values() if isinstance(chosen, dict) else [chosen] if chosen else [])
     here = sorted(list(a.tokens) for _, a in _adapters(root, injection) if isinstance(a, TokenAdapter))
-    if saved != here:
+    if there != here:
         raise CheckpointError(
-            f"{directory} holds rows of the tokens {', '.join(map(str, saved)) or 'none'}, but those trained here are "
+            f"{directory} holds rows of the tokens {', '.join(map(str, there)) or 'none'}, but those trained here are "
             f"{', '.join(map(str, here)) or 'none'}: use its trainable_token_indices. Nothing was loaded."
         )
 
