@@ -34,12 +34,13 @@ class Classification(FineTuning):
         self,
         pretrained: str,
         labels: list[str],
-        class_weights: ClassWeights,
-        lr: float,
-        weight_decay: float,
-        warmup_steps: int,
+        class_weights: ClassWeights = None,
+        lr: float = 5e-4,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
     ) -> None:
         super().__init__(pretrained, lr, weight_decay, warmup_steps)
+        self.save_hyperparameters()
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise ValueError(f"Found labels={labels}, expected two names or more, each once.")
         if isinstance(class_weights, list) and len(class_weights) != len(labels):

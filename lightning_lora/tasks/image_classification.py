@@ -36,7 +36,6 @@ class ImageClassification(Classification):
         warmup_steps: int = 0,
     ) -> None:
         super().__init__(pretrained, labels, class_weights, lr, weight_decay, warmup_steps)
-        self.save_hyperparameters()
 
     def build(self, dtype: torch.dtype) -> Any:
         """Load the model."""
