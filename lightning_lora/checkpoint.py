@@ -12,7 +12,6 @@ import warnings
 from abc import ABC
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, Optional, TypeVar, Union
 
@@ -21,9 +20,11 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import nn
 
+from lightning_lora import atomic
 from lightning_lora.config import LoraConfig
 from lightning_lora.inject import inject
 from lightning_lora.merging import unfolded
+from lightning_lora.mixing import take_on
 from lightning_lora.rng import rng_state
 from lightning_lora.state import (
     CheckpointError,
@@ -50,23 +51,16 @@ def install(strategy: Any) -> None:
     Raises:
         RuntimeError: If this version of Lightning has changed the seam.
     """
-    if isinstance(strategy, AdapterCheckpoints):
-        return
     absent = [name for name in _SEAM if not callable(getattr(strategy, name, None))]
     if absent:
         raise RuntimeError(
             f"{type(strategy).__name__} has no {', '.join(absent)}, through which lightning-lora keeps checkpoints "
             "small: it was made for Lightning 2.6, so install that version."
         )
-    strategy.__class__ = _with_adapter_checkpoints(type(strategy))  # type: ignore[arg-type]
+    take_on(strategy, AdapterCheckpoints)
 
 
-@cache
-def _with_adapter_checkpoints(strategy_class: type) -> type:
-    return type(strategy_class.__name__, (AdapterCheckpoints, strategy_class), {"__module__": __name__})
-
-
-class AdapterCheckpoints(ABC):  # as strategies are: an object can only take on a class of the same layout
+class AdapterCheckpoints(ABC):
     """What a strategy does differently once its Trainer has a ``LoRA`` callback."""
 
     lightning_module: Any
@@ -84,7 +78,8 @@ class AdapterCheckpoints(ABC):  # as strategies are: an object can only take on 
             checkpoint[KEY] = metadata(self.lightning_module)
         if "optimizer_states" in checkpoint:
             checkpoint[KEY][RNG_KEY] = _rng_state(self.lightning_module.trainer)
-        super().save_checkpoint(checkpoint, filepath, *args, **kwargs)  # type: ignore[misc]
+        with atomic.writing(self, filepath) as path:
+            super().save_checkpoint(checkpoint, path, *args, **kwargs)  # type: ignore[misc]
 
     def load_checkpoint(self, checkpoint_path: Union[str, Path], *args: Any, **kwargs: Any) -> dict[str, Any]:
         with readable(checkpoint_path):

@@ -1,6 +1,8 @@
 """What the tests here run in several processes, see ``processes.py``: each function takes and returns plain JSON."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -34,4 +36,16 @@ def hang_with_a_child(directory: str) -> dict[str, Any]:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     Path(directory, f"{rank()}.pids").write_text(f"{os.getpid()} {child.pid}")
     time.sleep(600)
+    return {}
+
+
+def killed_while_saving(directory: str) -> dict[str, Any]:
+    import test_atomic
+
+    class Kill(test_atomic.HalfMove):
+        def end(self) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shutil.move = Kill(times=2)
+    test_atomic.fit(Path(directory))
     return {}
