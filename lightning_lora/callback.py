@@ -187,7 +187,7 @@ class LoRA(Callback):
         if trainer.state.fn == "fit":
             self._rng_to_restore = rng_to_restore(checkpoint, trainer)
             if self._rng_to_restore is not None:
-                set_rng_state(self._rng_to_restore["states"])
+                set_rng_state(self._rng_to_restore["state"])
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -198,7 +198,7 @@ class LoRA(Callback):
         self._running = True
         if self._rng_to_restore is not None:
             make_loader_anew(trainer)
-            set_rng_state(self._rng_to_restore["states"])
+            set_rng_state(self._rng_to_restore["state"])
         gradients.enable_through_checkpointing(pl_module)
         averaging.keep_base_exact(trainer)
         if self.summary and self is _lora_callbacks(trainer)[0]:
@@ -210,7 +210,7 @@ class LoRA(Callback):
     ) -> None:
         # Making the data loader's iterator has drawn numbers, which a run that goes on in the middle has not.
         if self._rng_to_restore is not None and self._rng_to_restore["mid_epoch"]:
-            set_rng_state(self._rng_to_restore["states"])
+            set_rng_state(self._rng_to_restore["state"])
         self._rng_to_restore = None
 
     @override

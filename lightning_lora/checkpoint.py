@@ -246,14 +246,26 @@ def _as_file(checkpoint: dict[str, Any]) -> io.BytesIO:
 def _rng_state(trainer: pl.Trainer) -> dict[str, Any]:
     batch_idx = trainer.fit_loop.batch_idx
     return {
-        "world_size": trainer.world_size,
         "mid_epoch": batch_idx >= 0 and not trainer.is_last_batch,
-        "states": rng_state(),
+        "states": _rng_states_of_all_ranks(trainer),
     }
 
 
+def _rng_states_of_all_ranks(trainer: pl.Trainer) -> list[dict[str, Any]]:
+    """One a rank, since dropout differs between them; none where the other ranks cannot be asked."""
+    if trainer.world_size == 1:
+        return [rng_state()]
+    if trainer.interrupted or not torch.distributed.is_initialized():
+        return []  # after an exception, this may be the only rank that saves
+    states: list[Any] = [None] * trainer.world_size
+    # Lightning's own `strategy.all_gather` takes tensors alone.
+    torch.distributed.all_gather_object(states, rng_state())
+    return states
+
+
 def rng_to_restore(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> Optional[dict[str, Any]]:
-    """The random state in a checkpoint, if it is that of a run like this one."""
+    """The random state of this rank in a checkpoint, if that is of a run with as many processes."""
     saved: Optional[dict[str, Any]] = checkpoint.get(KEY, {}).get(RNG_KEY)
-    # Each rank has a state of its own, and the file holds that of the first.
-    return saved if saved is not None and saved["world_size"] == trainer.world_size == 1 else None
+    if saved is None or len(saved["states"]) != trainer.world_size:
+        return None
+    return {"mid_epoch": saved["mid_epoch"], "state": saved["states"][trainer.global_rank]}

@@ -36,7 +36,8 @@ class ResumableDataLoader(DataLoader[Any]):
     """``DataLoader`` with the ``state_dict`` interface through which Lightning resumes in the middle of an epoch.
 
     The state is the epoch and the number of batches that were taken of it. That is enough with an order that depends on
-    the epoch alone, such as :class:`EpochSampler` or ``DistributedSampler`` give it.
+    the epoch alone, such as :class:`EpochSampler` or ``DistributedSampler`` give it. Where the loader has another
+    number of batches now, since there are more or fewer processes, it goes on after the same share of them.
     """
 
     _taken = 0
@@ -55,13 +56,14 @@ class ResumableDataLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and the number of batches taken of it."""
+        """The epoch, the number of batches taken of it, and that of all."""
         epoch = getattr(self.sampler, "epoch", 0)
         # Lightning begins a new epoch after the last batch, and would find this one empty.
-        return {"epoch": epoch + 1, "taken": 0} if self._taken >= len(self) else {"epoch": epoch, "taken": self._taken}
+        epoch, taken = (epoch + 1, 0) if self._taken >= len(self) else (epoch, self._taken)
+        return {"epoch": epoch, "taken": taken, "batches": len(self)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Start after the batches that were taken."""
-        self._skip = state_dict["taken"]
+        self._skip = state_dict["taken"] * len(self) // state_dict["batches"]
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(state_dict["epoch"])

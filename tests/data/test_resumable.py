@@ -42,6 +42,16 @@ def test_goes_on_where_it_stopped(taken: int, num_workers: int) -> None:
     assert order(resumed) == whole  # once only
 
 
+def test_goes_on_after_the_same_share_of_fewer_batches() -> None:
+    loader = make()
+    batches = iter(loader)
+    for _ in range(6):  # of 8
+        next(batches)
+    half = ResumableDataLoader(range(16), batch_size=4)  # what each of two processes gets
+    half.load_state_dict(loader.state_dict())
+    assert [batch.tolist() for batch in half] == [[12, 13, 14, 15]]
+
+
 def test_at_the_end_of_an_epoch_the_next_one_begins() -> None:
     loader = make()
     order(loader)

@@ -1,19 +1,32 @@
 """What the tests here run in several processes, see ``processes.py``: each function takes and returns plain JSON."""
 
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
+import numpy as np
+import torch
 import torch.distributed as dist
+import toys
+from lightning.pytorch.callbacks import ModelCheckpoint
+from toys import Toy
+
+from lightning_lora import LoRA, adapter_state_dict
+from lightning_lora.data.resumable import ResumableDataLoader
 
 
 def rank() -> int:
-    return int(os.environ["RANK"])
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def add_ranks(offset: int) -> dict[str, Any]:
@@ -49,3 +62,53 @@ def killed_while_saving(directory: str) -> dict[str, Any]:
     shutil.move = Kill(times=2)
     test_atomic.fit(Path(directory))
     return {}
+
+
+class Dying(Toy):
+    """A toy of which one process kills itself, or raises, in the middle of a step."""
+
+    def __init__(self, rank: int, step: int, how: str) -> None:
+        super().__init__()
+        self.dying = (rank, step, how)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        doomed, step, how = self.dying
+        if rank() == doomed and self.global_step == step:
+            if how == "raise":
+                raise ArithmeticError("on purpose")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, batch_idx)
+
+
+def train(
+    directory: str, ckpt_path: Optional[str] = None, seed: int = 1, dying: Optional[list[Any]] = None
+) -> dict[str, Any]:
+    """Train in as many processes as there are, with dropout in the model and in the adapter, saving every three steps.
+
+    Each rank draws other numbers, as the rank is in its seed.
+    """
+    random.seed(seed + rank())
+    np.random.seed(seed + rank())
+    torch.manual_seed(seed + rank())
+    model = Dying(*dying) if dying else Toy()
+    keep = ModelCheckpoint(directory, filename="{step}", save_top_k=-1, every_n_train_steps=3, save_last=True)
+    trainer = toys.trainer(
+        directory,
+        [LoRA(r=2, lora_dropout=0.2, summary=False, merge=None), keep],
+        devices=world_size(),
+        strategy="ddp" if world_size() > 1 else "auto",
+        max_epochs=4,
+    )
+    trainer.fit(model, ResumableDataLoader(toys.dataset(), batch_size=4, shuffle=True), ckpt_path=ckpt_path)
+    moments = [tensor for state in trainer.optimizers[0].state.values() for tensor in state.values()]
+    return {
+        "step": trainer.global_step,
+        "adapter": {name: tensor.tolist() for name, tensor in adapter_state_dict(model).items()},
+        "moments": [tensor.tolist() for tensor in moments],
+        "next numbers": [torch.rand(()).item(), random.random(), np.random.rand()],
+    }
+
+
+def train_each(*settings: dict[str, Any]) -> dict[str, Any]:
+    """One run after the other in the same processes, which take longer to start than to train."""
+    return {"runs": [train(**setting) for setting in settings]}
