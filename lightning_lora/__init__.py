@@ -23,6 +23,7 @@ from lightning_lora.switching import (
 )
 from lightning_lora.targets import TargetError
 from lightning_lora.version import __version__
+from lightning_lora.wrapping import lora_auto_wrap_policy
 
 __all__ = [
     "BaseAsReference",
@@ -46,6 +47,7 @@ __all__ = [
     "load_adapter_state_dict",
     "load_foreign_adapter",
     "load_from_checkpoint",
+    "lora_auto_wrap_policy",
     "merge",
     "param_groups",
     "save_adapter",

@@ -32,7 +32,7 @@ def writing(strategy: Any, filepath: Union[str, Path]) -> Iterator[Union[str, Pa
     Yields:
         The path to give to the strategy's ``save_checkpoint``.
     """
-    if _writes_directories(strategy):
+    if writes_directories(strategy):
         target = Path(strategy.broadcast(filepath))
         partial = partial_path(target)
         if strategy.is_global_zero:
@@ -96,7 +96,8 @@ def publish(partial: Path, target: Path) -> None:
     _flush(target.parent)
 
 
-def _writes_directories(strategy: Any) -> bool:
+def writes_directories(strategy: Any) -> bool:
+    """Whether a strategy writes checkpoints as directories to which every process contributes."""
     # FSDPStrategy and ModelParallelStrategy of Lightning 2.6 tell by these private attributes alone.
     sharded = getattr(strategy, "_state_dict_type", None) == "sharded"
     return sharded or bool(getattr(strategy, "_save_distributed_checkpoint", False))

@@ -14,7 +14,7 @@ from lightning_lora.card import facts_of
 from lightning_lora.checkpoint import install, load_best, make_loader_anew, rng_to_restore
 from lightning_lora.config import ALL_LINEAR, AUTO, LoraConfig
 from lightning_lora.diagnostics import print_summary
-from lightning_lora.distributed import require_supported
+from lightning_lora.distributed import checkpoints_of
 from lightning_lora.export import ADAPTER_DIR, MERGED_DIR, save_merged
 from lightning_lora.inject import Injection, eject, inject, injections_of, is_folded
 from lightning_lora.merging import unmerge
@@ -23,6 +23,7 @@ from lightning_lora.packages import original_class, rebuild, serve_both_packages
 from lightning_lora.peft_format import load_adapter, read_adapter, write_adapter
 from lightning_lora.rehearsal import start_from_data
 from lightning_lora.rng import set_rng_state
+from lightning_lora.sharding import is_sharded
 from lightning_lora.state import fingerprint
 
 _MERGE_MODES = ("last", "best", None)
@@ -153,12 +154,12 @@ class LoRA(Callback):
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Install the checkpoint seam, and have the adapters injected as soon as the model is built."""
-        require_supported(trainer.strategy)
+        checkpoints = checkpoints_of(trainer.strategy)
         self._require_room(trainer)
         if stage == "fit":
             self._require_ends(trainer)
         self._injected_now = self._was_folded = self._running = self._gradients_seen = False
-        install(trainer.strategy)
+        install(trainer.strategy, checkpoints)
         _after_configure_model(pl_module, self)
         if averaging.must_be_injected_early(trainer, pl_module, self):
             self.attach(pl_module)
@@ -187,6 +188,8 @@ class LoRA(Callback):
         if trainer.state.fn == "fit":
             self._rng_to_restore = rng_to_restore(checkpoint, trainer)
             if self._rng_to_restore is not None:
+                if self._running:  # strategies that shard the model restore it after this start
+                    make_loader_anew(trainer)
                 set_rng_state(self._rng_to_restore["state"])
 
     @override
@@ -228,7 +231,9 @@ class LoRA(Callback):
             return  # the last one acts for all, since checkpoints must be read before any adapter is folded in
         if self.merge == "best":
             load_best(trainer, pl_module)
-        exporting = [cb for cb in callbacks if cb.export_dir is not None and trainer.is_global_zero]
+        # Where processes share the model, all of them take part in gathering it.
+        takes_part = trainer.is_global_zero or is_sharded(pl_module)
+        exporting = [cb for cb in callbacks if cb.export_dir is not None and takes_part]
         for callback in exporting:
             callback._export_adapter(trainer, pl_module)
         if self.merge is not None:

@@ -22,21 +22,24 @@ from torch import nn
 
 from lightning_lora import atomic
 from lightning_lora.config import LoraConfig
+from lightning_lora.directories import is_directory, read_directory, split_optimizer
 from lightning_lora.inject import inject
 from lightning_lora.merging import unfolded
 from lightning_lora.mixing import take_on
+from lightning_lora.names import clean_name
 from lightning_lora.rng import rng_state
 from lightning_lora.state import (
     CheckpointError,
     adapter_state_dict,
+    adapter_tensors,
     check_metadata,
     check_tensors,
     drop_base,
+    kept_tensors,
     load_adapter_state_dict,
     metadata,
     require_known_format,
 )
-from lightning_lora.targets import clean_name
 
 KEY = "lightning_lora"
 RNG_KEY = "rng"
@@ -45,8 +48,12 @@ _SEAM = ("lightning_module_state_dict", "save_checkpoint", "load_checkpoint", "l
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
 
 
-def install(strategy: Any) -> None:
+def install(strategy: Any, mixin: "type[AdapterCheckpoints]") -> None:
     """Make a Trainer's strategy save, check and load adapters alone, from now on.
+
+    Args:
+        strategy: The strategy.
+        mixin: What it is to do differently.
 
     Raises:
         RuntimeError: If this version of Lightning has changed the seam.
@@ -57,7 +64,7 @@ def install(strategy: Any) -> None:
             f"{type(strategy).__name__} has no {', '.join(absent)}, through which lightning-lora keeps checkpoints "
             "small: it was made for Lightning 2.6, so install that version."
         )
-    take_on(strategy, AdapterCheckpoints)
+    take_on(strategy, mixin)
 
 
 class AdapterCheckpoints(ABC):
@@ -73,37 +80,48 @@ class AdapterCheckpoints(ABC):
         self, checkpoint: dict[str, Any], filepath: Union[str, Path], *args: Any, **kwargs: Any
     ) -> None:
         with unfolded(self.lightning_module):
-            for holder, key in _copies_of(self.lightning_module, checkpoint):
+            for holder, key in self.copies_in(checkpoint):
                 holder[key] = drop_base(self.lightning_module, holder[key])
             checkpoint[KEY] = metadata(self.lightning_module)
         if "optimizer_states" in checkpoint:
             checkpoint[KEY][RNG_KEY] = _rng_state(self.lightning_module.trainer)
+        if atomic.writes_directories(self) and "optimizer_states" in checkpoint:
+            split = [split_optimizer(state_dict) for state_dict in checkpoint["optimizer_states"]]
+            checkpoint["optimizer_states"] = [tensors for tensors, _ in split]
+            checkpoint[KEY]["optimizers"] = [rest for _, rest in split]
         with atomic.writing(self, filepath) as path:
             super().save_checkpoint(checkpoint, path, *args, **kwargs)  # type: ignore[misc]
 
     def load_checkpoint(self, checkpoint_path: Union[str, Path], *args: Any, **kwargs: Any) -> dict[str, Any]:
         with readable(checkpoint_path):
-            checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[misc]
+            checkpoint = (
+                read_directory(checkpoint_path)
+                if is_directory(checkpoint_path)
+                else self.read_file(checkpoint_path, *args, **kwargs)
+            )
         checkpoint["state_dict"] = check_checkpoint(self.lightning_module, checkpoint, str(checkpoint_path))
-        for holder, key in _copies_of(self.lightning_module, checkpoint):
+        for holder, key in self.copies_in(checkpoint):
             holder[key] = {**self.lightning_module.state_dict(), **holder[key]}  # callbacks load theirs strictly
         return checkpoint
+
+    def read_file(self, path: Union[str, Path], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What a checkpoint of a single file holds."""
+        return super().load_checkpoint(path, *args, **kwargs)  # type: ignore[misc,no-any-return]
+
+    def copies_in(self, checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+        """Where a checkpoint holds weights of the module: a dict and a key in it.
+
+        Beside ``state_dict``, Lightning's averaging callbacks keep a second set, at the top or in their own state.
+        """
+        names = adapter_state_dict(self.lightning_module).keys()
+        for holder in (checkpoint, *checkpoint.get("callbacks", {}).values()):
+            if isinstance(holder, dict):
+                yield from ((holder, key) for key, value in list(holder.items()) if _holds(value, names))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         state_dict = drop_base(self.lightning_module, checkpoint["state_dict"])
         # Not strict, since the base is absent on purpose; `load_checkpoint` has required all the rest.
         super().load_model_state_dict({**checkpoint, "state_dict": state_dict}, strict=False)  # type: ignore[misc]
-
-
-def _copies_of(module: pl.LightningModule, checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where a checkpoint holds weights of the module: a dict and a key in it.
-
-    Beside ``state_dict``, Lightning's averaging callbacks keep a second set, at the top or in their own state.
-    """
-    names = adapter_state_dict(module).keys()
-    for holder in (checkpoint, *checkpoint.get("callbacks", {}).values()):
-        if isinstance(holder, dict):
-            yield from ((holder, key) for key, value in list(holder.items()) if _holds(value, names))
 
 
 def _holds(value: Any, names: Collection[str]) -> bool:
@@ -121,10 +139,10 @@ def check_checkpoint(module: pl.LightningModule, checkpoint: Mapping[str, Any], 
     """
     meta = _metadata_of(checkpoint, source)
     check_metadata(module, meta, source)
-    own_state = module.state_dict()
-    own_names = {clean_name(name): name for name in own_state}
+    expected = kept_tensors(module)
+    own_names = {clean_name(name): name for name in expected}
     state_dict = {own_names.get(clean_name(name), name): value for name, value in checkpoint["state_dict"].items()}
-    check_tensors(drop_base(module, own_state), state_dict, source)
+    check_tensors(expected, state_dict, source)
     return state_dict
 
 
@@ -134,9 +152,15 @@ def read_checkpoint(path: Union[str, Path]) -> dict[str, Any]:
     Raises:
         CheckpointError: If it cannot be read so, or holds no adapter.
     """
-    with readable(path), get_filesystem(path).open(str(path), "rb") as file:
-        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    with readable(path):
+        checkpoint = read_directory(path) if is_directory(path) else _read_file(path)
     require_known_format(_metadata_of(checkpoint, str(path)), str(path))
+    return checkpoint
+
+
+def _read_file(path: Union[str, Path]) -> dict[str, Any]:
+    with get_filesystem(path).open(str(path), "rb") as file:
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return checkpoint
 
 
@@ -206,7 +230,7 @@ def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         )
     checkpoint = read_checkpoint(path)
     state_dict = check_checkpoint(module, checkpoint, path)
-    load_adapter_state_dict(module, {name: state_dict[name] for name in adapter_state_dict(module)})
+    load_adapter_state_dict(module, {name: state_dict[name] for name in adapter_tensors(module)})
 
 
 @contextmanager

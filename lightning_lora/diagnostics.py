@@ -7,7 +7,9 @@ from torch import nn
 
 from lightning_lora.inject import adapted_layers, injections
 from lightning_lora.layers import LoraAdapter, TokenAdapter
-from lightning_lora.state import adapter_state_dict
+from lightning_lora.names import clean_name
+from lightning_lora.sharding import shape_of, tensors_of
+from lightning_lora.state import adapter_tensors
 
 
 def print_summary(model: nn.Module) -> None:
@@ -19,12 +21,13 @@ def print_summary(model: nn.Module) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    sizes = _sizes(model)
     groups: Counter[tuple[str, str, str]] = Counter()
     parameters: Counter[tuple[str, str, str]] = Counter()
     counted: set[nn.Parameter] = set()  # what is tied counts once
     for root_name, root, injection in injections(model):
         for name, layer in adapted_layers(root, injection):
-            adapter = layer.lora[injection.adapter_name]
+            adapter = layer.adapter(injection.adapter_name)
             pattern = re.sub(r"\.\d+(?=\.)", ".*", f"{root_name}.{name}".strip("."))
             ranks = {part.r for part in adapter.modules() if isinstance(part, LoraAdapter)}
             size = ", ".join(map(str, sorted(ranks)))
@@ -32,7 +35,7 @@ def print_summary(model: nn.Module) -> None:
                 size = f"{len(adapter.tokens)} rows"
             group = (pattern, type(layer).__name__, size)
             groups[group] += 1
-            parameters[group] += sum(p.numel() for p in adapter.parameters() if p not in counted)
+            parameters[group] += sum(sizes[id(p)] for p in adapter.parameters() if p not in counted)
             counted.update(adapter.parameters())
     table = Table(title="LoRA", title_justify="left")
     for heading in ("adapted modules", "layer"):
@@ -47,11 +50,18 @@ def print_summary(model: nn.Module) -> None:
         console.print(line)
 
 
+def _sizes(model: nn.Module) -> dict[int, int]:
+    """How many numbers each parameter and buffer has, also where this process holds a part; by identity, so once."""
+    return {id(getattr(module, name)): shape_of(module, name).numel() for _, module, name in tensors_of(model)}
+
+
 def _totals(model: nn.Module) -> list[str]:
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    stored = {tensor.data_ptr(): tensor for tensor in adapter_state_dict(model).values()}  # what is tied once
-    size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    sizes = _sizes(model)
+    trainable = sum(sizes[id(parameter)] for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(sizes[id(parameter)] for parameter in model.parameters())
+    names = set(map(clean_name, adapter_tensors(model)))
+    stored = {id(t): t for name, module, inner in tensors_of(model) if name in names for t in [getattr(module, inner)]}
+    size = sum(sizes[key] * tensor.element_size() for key, tensor in stored.items())
     saved = [f"{root}.{name}".strip(".") for root, _, injection in injections(model) for name in injection.saved]
     biases = sum(len(injection.trained) for _, _, injection in injections(model) if injection.config.bias != "none")
     lines = [

@@ -1,20 +1,90 @@
-"""Which strategies are supported."""
+"""Strategies that shard the model over processes: adapters alone are gathered, in every path that saves and loads."""
 
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Union
 
-_SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy")
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
+
+from lightning_lora.checkpoint import AdapterCheckpoints
+from lightning_lora.merging import unfolded
+from lightning_lora.optimizer_state import cut_optimizer, gathered_optimizer
+from lightning_lora.sharding import note, tensors_of
+from lightning_lora.state import gathered, kept_names, scatter
+from lightning_lora.wrapping import AdaptersApart
+
+_SHARDING = ("FSDPStrategy", "ModelParallelStrategy")
+_UNSUPPORTED = ("DeepSpeedStrategy", "XLAFSDPStrategy")
 
 
-def require_supported(strategy: Any) -> None:
-    """Require a strategy under which every process holds the whole model.
+def checkpoints_of(strategy: Any) -> type[AdapterCheckpoints]:
+    """What a strategy must do differently, by whether every process holds the whole model under it.
 
     Raises:
-        ValueError: If it shards the model.
+        ValueError: If it is one that is not supported.
     """
     # By name, so that the strategies of the package pytorch_lightning count too.
-    sharding = [cls.__name__ for cls in type(strategy).__mro__ if cls.__name__ in _SHARDING]
-    if sharding:
+    names = {cls.__name__ for cls in type(strategy).__mro__}
+    unsupported = [name for name in _UNSUPPORTED if name in names]
+    if unsupported:
         raise ValueError(
-            f"LoRA does not support {sharding[0]} yet, which shards the model over processes: use one device or "
-            'strategy="ddp". With adapters, optimizer state is small, so the model often fits without sharding.'
+            f"LoRA does not support {unsupported[0]}, which keeps parameters and optimizer state in a format of its "
+            'own: use one device, or strategy="ddp", FSDPStrategy or ModelParallelStrategy. With adapters, optimizer '
+            "state is small, so the model often fits without sharding."
         )
+    return ShardedCheckpoints if names.intersection(_SHARDING) else AdapterCheckpoints
+
+
+class ShardedCheckpoints(AdapterCheckpoints):
+    """What a strategy does differently where processes share the parameters.
+
+    Files hold whole tensors, so that they can be read under any strategy and number of processes.
+    """
+
+    model: nn.Module
+    optimizers: list[Any]
+    kwargs: dict[str, Any]
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True  # by load_optimizer_state_dict, once the model is loaded
+
+    def setup(self, trainer: Any) -> None:
+        if hasattr(self, "sharding_strategy") and not any(isinstance(m, FSDP) for m in self.model.modules()):
+            policy = self.kwargs.get("auto_wrap_policy")
+            if not isinstance(policy, AdaptersApart) and (policy is None or callable(policy)):
+                self.kwargs["auto_wrap_policy"] = AdaptersApart(policy)
+        super().setup(trainer)  # type: ignore[misc]
+        note(self.model)
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        note(self.model)  # sharded by now, and configure_optimizers may ask for shapes
+        super().setup_optimizers(trainer)  # type: ignore[misc]
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        module = self.lightning_module
+        with unfolded(module):
+            names = set(kept_names(module, [name for name, _, _ in tensors_of(module)]))
+            return {name: tensor.cpu() for name, tensor in gathered(module, names).items()}
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        names = kept_names(self.lightning_module, checkpoint["state_dict"])
+        scatter(self.lightning_module, {name: checkpoint["state_dict"][name] for name in names})
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        return gathered_optimizer(self.model, optimizer)
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        for optimizer, state_dict in zip(self.optimizers, checkpoint["optimizer_states"]):
+            optimizer.load_state_dict(cut_optimizer(self.model, optimizer, state_dict))
+
+    def read_file(self, path: Union[str, Path], weights_only: Any = None) -> dict[str, Any]:
+        # Lightning's own would load it into the model at once, base and all.
+        return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)  # type: ignore[attr-defined,no-any-return]
+
+    def copies_in(self, checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+        return iter(())  # the state dict was made of adapters alone

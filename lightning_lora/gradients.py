@@ -1,9 +1,11 @@
 """Gradients must reach the adapters, also through activation checkpointing over a frozen embedding."""
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_lora.inject import adapted_layers, injections
+from lightning_lora.sharding import is_sharded
 from lightning_lora.targets import pretrained_models
 
 _ENABLED_HERE = "_lora_inputs_require_grad"
@@ -37,6 +39,13 @@ def disable_through_checkpointing(model: nn.Module) -> None:
             hf_model._require_grads_hook = None  # type: ignore[assignment]
 
 
+def _anywhere(here: list[bool], device: torch.device) -> list[bool]:
+    """Whether it is so in any process: one that holds nothing of an adapter has no gradient of it."""
+    flags = torch.tensor(here, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
+
+
 def require_some(model: nn.Module) -> None:
     """Require that a backward pass has reached at least one adapter, and warn of those that it has not reached.
 
@@ -48,7 +57,10 @@ def require_some(model: nn.Module) -> None:
         for root_name, root, injection in injections(model)
         for name, layer in adapted_layers(root, injection)
     }
-    missed = [name for name, layer in layers.items() if all(p.grad is None for p in layer.lora.parameters())]
+    reached = [any(p.grad is not None for p in layer.lora.parameters()) for layer in layers.values()]
+    if is_sharded(model):
+        reached = _anywhere(reached, next(model.parameters()).device)
+    missed = [name for name, has_gradient in zip(layers, reached) if not has_gradient]
     if layers and len(missed) == len(layers):
         raise RuntimeError(
             f"The first backward pass gave none of the {len(layers)} adapted layers a gradient, so nothing would be "

@@ -6,6 +6,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.sharding import copy_
+
 
 def generator_for(seed: int, name: str) -> torch.Generator:
     """A CPU generator that depends on the seed and the tensor's qualified name alone.
@@ -43,7 +45,7 @@ def fill_(tensor: Tensor, kind: str, seed: int, name: str, r: int = 1) -> None:
         values.normal_(generator=generator)
     else:
         raise ValueError(f"Unknown kind of initialization: {kind!r}.")
-    tensor.copy_(values)
+    copy_(tensor, values)
 
 
 @torch.no_grad()

@@ -15,21 +15,21 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_lora.config import LoraConfig
+from lightning_lora.joining import join, require_joinable
 from lightning_lora.layers import (
     LoraLayer,
     Target,
     TokenAdapter,
     adapted_class,
-    base_class,
-    set_parameter,
+    class_without_adapter,
     share_projections,
 )
+from lightning_lora.names import clean_name, is_inside
+from lightning_lora.sharding import exchange, is_part, is_sharded, put, settle
 from lightning_lora.targets import (
     TargetError,
-    clean_name,
     find_modules_to_save,
     find_targets,
-    is_inside,
     modules_by_name,
 )
 from lightning_lora.token_targets import find_token_targets
@@ -133,6 +133,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     tokens = find_token_targets(model, config, targets, saved)
     every = {**targets, **tokens}
     _require_room(every, config, adapter_name, present)
+    require_joinable(model, config, every.values())
     injection = Injection(config, adapter_name, targets=list(every), saved=list(saved))
     _warn_of_ties(model, targets)
 
@@ -156,12 +157,13 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
         layer._active.append(adapter_name)
         if target.tied_to is None:
             layer.lora[adapter_name] = adapters[name]
+    join(model, [target.module for target in targets.values()], adapter_name)  # type: ignore[misc]
     for target in tokens.values():
         if target.tied_to is not None:
             target.module.lora = tokens[target.tied_to].module.lora
     for name, weight in rest.items():
         full_name = f"{name}.weight".lstrip(".")
-        injection.whole[full_name], injection.rest[full_name] = set_parameter(modules[name], "weight", weight), weight
+        injection.whole[full_name], injection.rest[full_name] = exchange(modules[name], "weight", weight), weight
     _train_in_full(model, trained, injection)
     _freeze_norms(model, injection)
     _leave_fused_path(model, injection)
@@ -201,12 +203,31 @@ def adapted_layers(root: nn.Module, injection: Injection) -> Iterator[tuple[str,
         yield name, layer
 
 
-def merged_weights(layers: list[LoraLayer]) -> dict[int, dict[str, nn.Parameter]]:
-    """The merged parameters of some layers, by the identity of their adapters.
+def merged_weights(model: nn.Module, layers: list[LoraLayer]) -> dict[int, dict[str, nn.Parameter]]:
+    """The merged parameters of some layers of a model, by the identity of their adapters.
 
     Layers that share their adapters share their weights, so they get the same merged ones and stay tied.
+
+    Raises:
+        ValueError: If a merged parameter holds a NaN or an infinity, or would change another layer with this one.
     """
+    if is_sharded(model):
+        _require_untied(model, layers)
     return {key: layer.merged_weights() for key, layer in {id(layer.lora): layer for layer in layers}.items()}
+
+
+def _require_untied(model: nn.Module, layers: list[LoraLayer]) -> None:
+    """Require that no other module shows the adapted parameters, which are merged in place where they are sharded."""
+    adapted = {id(parameter): layer for layer in layers for parameter in layer.adapted_parameters().values()}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            layer = adapted.get(id(parameter))
+            if layer is not None and all(module is not inner for inner in layer.modules()):
+                raise ValueError(
+                    f"{clean_name(name)!r} is tied to an adapted weight, and where processes share the parameters, "
+                    "merging would change it too. Use merge=None, and merge the adapter on one device: load_adapter, "
+                    "then eject(model, merge=True). Nothing was changed."
+                )
 
 
 @dataclasses.dataclass
@@ -242,8 +263,9 @@ def eject(model: ModuleT, merge: bool = False) -> ModuleT:
     found = list(injections(model))
     if not found:
         raise ValueError(f"There is no adapter in this {type(model).__name__}: inject one first, or leave out eject.")
+    settle(model)
     layers = [layer for _, root, injection in found for _, layer in adapted_layers(root, injection)]
-    merged = merged_weights([layer for layer in layers if merge and not layer.merged])
+    merged = merged_weights(model, [layer for layer in layers if merge and not layer.merged])
     for root in {id(root): root for _, root, _ in found}.values():
         folded = _Folded(injections_of(root))
         named = {name: layer for injection in folded.injections for name, layer in adapted_layers(root, injection)}
@@ -272,7 +294,7 @@ def _take_off(layer: LoraLayer) -> dict[str, Any]:
     """
     attributes = {name: layer.__dict__.pop(name) for name in ("_base_weights", "_active", "_rows")}
     del layer.lora
-    layer.__class__ = base_class(layer)  # type: ignore[assignment]
+    layer.__class__ = class_without_adapter(layer)  # type: ignore[assignment]
     return attributes
 
 
@@ -313,6 +335,7 @@ def is_folded(model: nn.Module) -> bool:
 
 def restore_folded(model: nn.Module) -> None:
     """Undo ``eject(model, merge=True)``: the base weights back bit for bit, the adapters in their layers."""
+    settle(model)
     for root in [module for module in model.modules() if module in _folded]:
         modules, folded = modules_by_name(root), _folded.pop(root)
         for name, layer_class in folded.classes.items():
@@ -321,7 +344,8 @@ def restore_folded(model: nn.Module) -> None:
             assert isinstance(layer, LoraLayer)
             layer.__dict__.update(folded.attributes[name])
             layer.lora = folded.adapters[name]
-            layer.lora.to(next(iter(layer.adapted_parameters().values())).device)
+            if not is_sharded(layer.lora):
+                layer.lora.to(next(iter(layer.adapted_parameters().values())).device)
             layer.unmerge()
         root.__dict__[_ATTRIBUTE] = folded.injections
         for injection in folded.injections:
@@ -361,7 +385,11 @@ def _train_in_full(model: nn.Module, trained: dict[str, nn.Parameter], injection
     copies = {id(parameter): nn.Parameter(parameter.detach().clone()) for parameter in trained.values()}
     injection.originals = trained
     injection.trained = {name: copies[id(parameter)] for name, parameter in trained.items()}
+    if is_sharded(model):  # the strategy keeps the very objects, so the copies are what stays as it is
+        injection.originals, injection.trained = injection.trained, injection.originals
     _put_parameters(model, injection.trained)
+    for parameter in injection.trained.values():
+        parameter.requires_grad_(True)
 
 
 def _put_parameters(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
@@ -371,8 +399,11 @@ def _put_parameters(model: nn.Module, parameters: dict[str, nn.Parameter]) -> No
     for name, parameter in parameters.items():
         module_name, _, attribute = name.rpartition(".")
         owner = modules[module_name]
-        parameter.data = parameter.data.to(getattr(owner, attribute).device)
-        setattr(owner, attribute, parameter)
+        if is_part(owner, attribute):
+            put(owner, attribute, parameter)
+        else:
+            parameter.data = parameter.data.to(getattr(owner, attribute).device)
+            setattr(owner, attribute, parameter)
 
 
 def _freeze_norms(model: nn.Module, injection: Injection) -> None:

@@ -7,6 +7,7 @@ from typing import TypeVar, Union
 from torch import nn
 
 from lightning_lora.inject import adapted_layers, eject, injections, is_folded, merged_weights, restore_folded
+from lightning_lora.sharding import settle
 from lightning_lora.switching import set_adapter
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -37,7 +38,8 @@ def merge(model: ModuleT, adapter_names: Union[str, Sequence[str], None] = None)
     if adapter_names is not None:
         set_adapter(model, adapter_names)
     layers = [layer for _, root, injection in found for _, layer in adapted_layers(root, injection) if not layer.merged]
-    merged = merged_weights(layers)
+    settle(model)
+    merged = merged_weights(model, layers)
     for layer in {id(layer): layer for layer in layers}.values():
         layer.merge(merged[id(layer.lora)])
     return model
@@ -53,6 +55,7 @@ def unmerge(model: ModuleT) -> ModuleT:
         The same model.
     """
     restore_folded(model)
+    settle(model)
     for _, root, injection in injections(model):
         for _, layer in adapted_layers(root, injection):
             if layer.merged:

@@ -8,9 +8,9 @@ from torch import nn
 
 from lightning_lora.checkpoint import read_checkpoint
 from lightning_lora.files import SavedAdapter
+from lightning_lora.names import clean_name
 from lightning_lora.peft_format import load_adapter
 from lightning_lora.state import CheckpointError
-from lightning_lora.targets import clean_name
 
 
 class _Holder(nn.Module):

@@ -7,6 +7,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_lora.sharding import shape_of, tensors_of
+
 
 def param_groups(
     model: nn.Module, lr: float, lora_plus_ratio: float = 1.0, weight_decay: float = 0.0
@@ -26,11 +28,13 @@ def param_groups(
         At most three groups, for any ``torch.optim`` optimizer; groups without parameters are left out.
     """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    # A vector and a matrix are told apart by the whole of them, where this process holds a part.
+    dims = {id(getattr(module, name)): len(shape_of(module, name)) for _, module, name in tensors_of(model)}
     fast = [parameter for name, parameter in trainable if name.endswith("lora_B")]
     slow = [(name, parameter) for name, parameter in trainable if not name.endswith("lora_B")]
     # The rows of tokens are whole weights, not updates: decay would shrink those that a batch has not even looked up.
-    decayed = [p for name, p in slow if p.ndim > 1 and not name.endswith("trainable_tokens")]
-    others = [p for name, p in slow if p.ndim <= 1 or name.endswith("trainable_tokens")]
+    decayed = [p for name, p in slow if dims[id(p)] > 1 and not name.endswith("trainable_tokens")]
+    others = [p for name, p in slow if dims[id(p)] <= 1 or name.endswith("trainable_tokens")]
     groups: list[dict[str, Any]] = [
         {"params": fast, "lr": lr * lora_plus_ratio, "weight_decay": weight_decay},
         {"params": decayed, "lr": lr, "weight_decay": weight_decay},

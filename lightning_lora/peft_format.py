@@ -25,9 +25,11 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.inject import Injection, adapted_layers, inject, injections
 from lightning_lora.layers import Adapter, LoraAdapter, LoraParameters, TokenAdapter, VeraAdapter
 from lightning_lora.merging import unfolded
+from lightning_lora.names import clean_name
+from lightning_lora.sharding import is_writer, made_whole, put, settle, tensors_of, whole
 from lightning_lora.state import (
     CheckpointError,
-    adapter_state_dict,
+    adapter_tensors,
     base_tensors,
     check_metadata,
     check_tensors,
@@ -36,7 +38,7 @@ from lightning_lora.state import (
     saved_buffers,
 )
 from lightning_lora.switching import adapters, add_adapter, delete_adapter
-from lightning_lora.targets import clean_name, pretrained_models
+from lightning_lora.targets import pretrained_models
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -83,17 +85,19 @@ def write_adapter(
         run: What the card says of the training run: names and values.
     """
     prefix = _peft_root(root, injection)
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        PREFIX + peft_name[len(prefix) :]: tensor.detach().cpu().contiguous()
-        for peft_name, tensor in _peft_state_dict(root, injection, plain=True).items()
-    }
-    tensors.update(_projections(root, injection))
-    # Cloned where they share memory, which safetensors refuses.
-    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    with _whole_adapters(root, injection):
+        tensors = {
+            # Cloned where they share memory, which safetensors refuses.
+            PREFIX + peft_name[len(prefix) :]: tensor.detach().cpu().contiguous().clone()
+            for peft_name, tensor in _peft_state_dict(root, injection, plain=True).items()
+        }
+    tensors.update({name: tensor.clone() for name, tensor in _projections(root, injection).items()})
     meta = {"format": "pt", _FINGERPRINT: _fingerprint(root, injection, prefix)}
     if injection.config.quantizes_base:
         meta[_BASE] = str(injection.config.init_lora_weights)
+    if not is_writer(root):
+        return directory
+    directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / WEIGHTS_FILE, meta)
     settings = (_vera_config if injection.config.use_vera else _peft_config)(root, injection, prefix)
     (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
@@ -188,7 +192,8 @@ def load_tensors(
 def _put_tensors(root: nn.Module, injection: Injection, tensors: dict[str, Tensor], source: str) -> None:
     """Require that tensors under PEFT's names are those of the adapter, then take them over."""
     prefix = _peft_root(root, injection)
-    expected = _peft_state_dict(root, injection)
+    with _whole_adapters(root, injection):
+        expected = _peft_state_dict(root, injection)
     expected = {PREFIX + name[len(prefix) :]: tensor for name, tensor in expected.items()}
     # With an adapted input or output embedding, PEFT writes the base's weight of it too.
     of_base = {
@@ -205,18 +210,25 @@ def _put_tensors(root: nn.Module, injection: Injection, tensors: dict[str, Tenso
                 "another rank or other layers, or by another generator. Nothing was loaded."
             )
     check_tensors(expected, tensors, source)
-    own: list[tuple[Tensor, Tensor]] = []
-    for name, tensor in _saved_in_full(root, injection).items():
-        own.append((tensor, tensors[PREFIX + name[len(prefix) :]]))
+    own: list[tuple[nn.Module, str, Tensor, Optional[Tensor]]] = []
+    for name, (module, attribute, part) in _saved_in_full(root, injection).items():
+        own.append((module, attribute, tensors[PREFIX + name[len(prefix) :]], part))
     for name, adapter in _adapters(root, injection):
         full_names = {inner: f"{name}.{inner}".lstrip(".")[len(prefix) :] for inner in adapter.peft_tensors()}
         theirs = {inner: tensors[PREFIX + full_name] for inner, full_name in full_names.items()}
         try:
-            own += [(getattr(adapter, attribute), tensor) for attribute, tensor in adapter.from_peft(theirs).items()]
+            own += [(adapter, attribute, tensor, None) for attribute, tensor in adapter.from_peft(theirs).items()]
         except ValueError as error:
             raise CheckpointError(f"{source} does not fit the adapters of this model: {error}.") from error
-    for destination, tensor in own:
-        destination.detach().copy_(tensor)
+    for module, attribute, tensor, destination in own:
+        put(module, attribute, tensor, destination)
+
+
+@contextmanager
+def _whole_adapters(root: nn.Module, injection: Injection) -> Iterator[None]:
+    settle(root)
+    with made_whole(module for _, layer in adapted_layers(root, injection) for module in layer.lora.modules()):
+        yield
 
 
 def _require_same_quantization(config: LoraConfig, meta: dict[str, str], directory: Path) -> None:
@@ -277,7 +289,7 @@ def _load_checkpoint(model: nn.Module, path: Path, fresh: bool) -> None:
     if fresh:
         inject_as_saved(model, checkpoint)
     check_metadata(model, checkpoint[KEY], str(path))
-    expected = adapter_state_dict(model)
+    expected = adapter_tensors(model)
     load_adapter_state_dict(model, {k: v for k, v in checkpoint["state_dict"].items() if k in expected})
 
 
@@ -348,7 +360,7 @@ def _find_injection(model: nn.Module, adapter_name: Optional[str]) -> tuple[nn.M
 def _fingerprint(root: nn.Module, injection: Injection, prefix: str) -> str:
     """The base's fingerprint under the names that it has in the model that PEFT would wrap."""
     tensors = base_tensors(root, injection)
-    return fingerprint_of({name[len(prefix) :]: tensor for name, tensor in tensors if name.startswith(prefix)})
+    return fingerprint_of((name[len(prefix) :], tensor) for name, tensor in tensors if name.startswith(prefix))
 
 
 def _adapters(root: nn.Module, injection: Injection) -> Iterator[tuple[str, Adapter]]:
@@ -367,23 +379,25 @@ def _peft_state_dict(root: nn.Module, injection: Injection, plain: bool = False)
     for name, adapter in _adapters(root, injection):
         for peft_name, tensor in (adapter.plain_tensors() if plain else adapter.peft_tensors()).items():
             tensors[f"{name}.{peft_name}".lstrip(".")] = tensor
-    return {**tensors, **_saved_in_full(root, injection)}
+    saved = _saved_in_full(root, injection)
+    return {**tensors, **{name: whole(*found) for name, found in saved.items()}}
 
 
-def _saved_in_full(root: nn.Module, injection: Injection) -> dict[str, Tensor]:
-    """What is trained in full, under PEFT's names."""
-    tensors: dict[str, Tensor] = {}
+def _saved_in_full(root: nn.Module, injection: Injection) -> dict[str, tuple[nn.Module, str, Tensor]]:
+    """What is trained in full, under PEFT's names: its module, its name there, and what this process holds of it."""
+    found: dict[str, tuple[nn.Module, str, Tensor]] = {}
     # PEFT wraps an adapted layer, whose own bias then is one level down.
     wrapped = {
         f"{name}{inner}": f"{name}{peft_inner}"
         for name, layer in adapted_layers(root, injection)
         for inner, peft_inner in layer.peft_wrapped().items()
     }
-    buffers = {clean_name(name): buffer for name, buffer in saved_buffers(root, injection)}
-    for name, tensor in {**injection.trained, **buffers}.items():
-        owner, _, attribute = name.rpartition(".")
-        tensors[f"{wrapped.get(owner, owner)}.{attribute}".lstrip(".")] = tensor
-    return tensors
+    parts = {**injection.trained, **{clean_name(name): buffer for name, buffer in saved_buffers(root, injection)}}
+    for name, module, inner in tensors_of(root):
+        if name in parts:
+            owner, _, attribute = name.rpartition(".")
+            found[f"{wrapped.get(owner, owner)}.{attribute}".lstrip(".")] = module, inner, parts[name]
+    return found
 
 
 def _ranks(root: nn.Module, injection: Injection) -> dict[str, Any]:

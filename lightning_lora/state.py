@@ -1,16 +1,18 @@
 """The state of adapters: collect it, say what it belongs to, check it, load it."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from typing import Any, Union
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.inject import Injection, adapted_layers, injections, injections_of
 from lightning_lora.layers import LoraLayer
-from lightning_lora.targets import clean_name, is_inside
+from lightning_lora.names import clean_name, is_inside
+from lightning_lora.sharding import is_sharded, put, settle, shape_of, tensors_of, whole
 
 FORMAT_VERSION = 1
 _SAMPLES = 16
@@ -31,9 +33,12 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         model: A model with adapters.
 
     Returns:
-        The tensors under the names that ``model.state_dict()`` has for them; no copies.
+        The tensors under the names that ``model.state_dict()`` has for them; no copies, unless processes share the
+        model. Then all must call this together, and each gets the whole tensors.
     """
     names = set(_adapter_names(model))
+    if is_sharded(model):
+        return gathered(model, names)
     return {name: tensor for name, tensor in model.state_dict().items() if clean_name(name) in names}
 
 
@@ -43,19 +48,55 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
     Raises:
         CheckpointError: If a tensor is missing, left over or of another shape. Nothing is loaded then.
     """
-    check_tensors(adapter_state_dict(model), state_dict, "the state dict")
-    model.load_state_dict(dict(state_dict), strict=False)
+    check_tensors(adapter_tensors(model), state_dict, "the state dict")
+    if is_sharded(model):
+        scatter(model, state_dict)
+    else:
+        model.load_state_dict(dict(state_dict), strict=False)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The names of :func:`adapter_state_dict`, and tensors of these shapes, without gathering anything."""
+    names = set(_adapter_names(model))
+    return {name: tensor for name, tensor in _tensors(model).items() if clean_name(name) in names}
+
+
+def kept_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The names of what a checkpoint of a model holds, and tensors of these shapes."""
+    return drop_base(model, _tensors(model))
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    if not is_sharded(model):
+        return model.state_dict()
+    return {name: torch.empty(shape_of(module, inner), device="meta") for name, module, inner in tensors_of(model)}
+
+
+def gathered(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """Whole tensors of a model that processes share, one after the other, so that only these are ever whole."""
+    settle(model)
+    return {name: whole(module, inner) for name, module, inner in tensors_of(model) if name in names}
+
+
+def scatter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load whole tensors, by their clean names, into a model that processes share."""
+    settle(model)
+    for name, module, inner in tensors_of(model):
+        if name in state_dict:
+            put(module, inner, state_dict[name])
 
 
 def drop_base(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out of a full state dict of ``model`` what the adapters' injections hold frozen."""
+    kept = set(kept_names(model, map(clean_name, state_dict)))
+    return {name: value for name, value in state_dict.items() if clean_name(name) in kept}
+
+
+def kept_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Which of the clean names of a model's tensors are those of adapters, or outside of where they were injected."""
     adapter = set(_adapter_names(model))
     roots = [f"{name}." if name else "" for name, _, _ in injections(model)]
-    return {
-        name: value
-        for name, value in state_dict.items()
-        if clean_name(name) in adapter or not any(clean_name(name).startswith(root) for root in roots)
-    }
+    return [name for name in names if name in adapter or not any(name.startswith(root) for root in roots)]
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Any], source: str) -> None:
@@ -161,28 +202,39 @@ def fingerprint(root: nn.Module, injection: Injection) -> str:
     Trainer casts it to bfloat16.
     """
     if injection.fingerprint is None:
-        injection.fingerprint = fingerprint_of(dict(base_tensors(root, injection)))
+        settle(root)
+        if any(tensor.is_meta for tensor in root.parameters()):
+            return "unknown until the model is materialized"
+        injection.fingerprint = fingerprint_of(base_tensors(root, injection))
     return injection.fingerprint
 
 
-def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
-    """The fingerprint of named tensors; see :func:`fingerprint`."""
+def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The fingerprint of named tensors, of which only one is held at a time; see :func:`fingerprint`."""
     digest = hashlib.sha256()
     samples = []
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().flatten()
-        if flat.numel() and not flat.is_meta:
-            where = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64)
-            samples.append(flat[where.long().to(flat.device)].to(torch.bfloat16))
-    if samples:
-        digest.update(torch.cat(samples).view(torch.int16).cpu().numpy().tobytes())
+    for name, shape, values in sorted((name, tuple(t.shape), _samples(t)) for name, t in tensors):
+        digest.update(f"{name}{shape}".encode())
+        samples.append(values)
+    for values in samples:
+        digest.update(values)
     return digest.hexdigest()[:16]
 
 
+def _samples(tensor: Tensor) -> bytes:
+    flat = tensor.detach().flatten()
+    if flat.is_meta or not flat.numel():
+        return b""
+    where = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64)
+    return flat[where.long().to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
+
+
 def base_tensors(root: nn.Module, injection: Injection) -> Iterator[tuple[str, Tensor]]:
-    """The frozen parameters and persistent buffers under an injection, as they are when nothing is merged."""
-    unmerged = {
+    """The frozen parameters and persistent buffers under an injection, as they are when nothing is merged.
+
+    Where processes share them, each is made whole as it comes.
+    """
+    unmerged: dict[str, Tensor] = {
         f"{name}.{parameter}".lstrip("."): base_weight
         for name, layer in adapted_layers(root, injection)
         for parameter, base_weight in layer._base_weights.items()
@@ -191,20 +243,25 @@ def base_tensors(root: nn.Module, injection: Injection) -> Iterator[tuple[str, T
         unmerged.update(each.whole)
         unmerged.update({} if each is injection else each.originals)  # what it trains is base to this one
     adapters = {id(p) for m in root.modules() if isinstance(m, LoraLayer) for p in m.lora.parameters()}
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        clean = clean_name(name)
-        if id(parameter) not in adapters and clean not in injection.trained:
-            yield clean, unmerged.get(clean, parameter)
-    state = root.state_dict()
-    for name, buffer in root.named_buffers():
-        if name in state and not _is_saved(name, injection):
-            yield clean_name(name), buffer
+    for name, module, inner in tensors_of(root):
+        if inner in module._parameters:
+            if id(getattr(module, inner)) not in adapters and name not in injection.trained:
+                yield name, _whole(module, inner, unmerged.get(name))
+        elif not _is_saved(name, injection):
+            yield name, whole(module, inner)
+
+
+def _whole(module: nn.Module, name: str, tensor: Optional[Tensor]) -> Tensor:
+    """A whole tensor, given what this process holds of it or, as before it was sharded, all."""
+    if tensor is not None and tensor.shape == shape_of(module, name) and not isinstance(tensor, DTensor):
+        return tensor
+    return whole(module, name, tensor)
 
 
 def _adapter_names(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            yield from (clean_name(f"{name}.lora.{inner}".lstrip(".")) for inner in module.lora.state_dict())
+            yield from (clean_name(f"{name}.lora.{inner}".lstrip(".")) for inner, _, _ in tensors_of(module.lora))
     for root_name, root, injection in injections(model):
         buffers = [clean_name(name) for name, _ in saved_buffers(root, injection)]
         trained = injection.trained if injection.in_place else {}

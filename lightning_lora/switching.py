@@ -11,6 +11,7 @@ from torch import nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.inject import Injection, inject, injections, injections_of, is_folded, put_trained, take_out
 from lightning_lora.layers import LoraLayer
+from lightning_lora.sharding import is_sharded
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -124,8 +125,8 @@ def adapters_for(model: ModuleT, adapter_names: Sequence[Optional[str]]) -> Iter
             all those of the first sample first.
 
     Raises:
-        ValueError: If a name is unknown, the adapters are merged, or one has modules trained in full, which cannot
-            differ by sample.
+        ValueError: If a name is unknown, the adapters are merged, one has modules trained in full, which cannot
+            differ by sample, or processes share the model.
     """
     layers, found = _parts(model)
     names = _checked(sorted({name for name in adapter_names if name is not None}), found)
@@ -136,6 +137,11 @@ def adapters_for(model: ModuleT, adapter_names: Sequence[Optional[str]]) -> Iter
                 f"The adapter {injection.adapter_name!r} has parameters trained in full (modules_to_save, bias), and "
                 "a batch cannot have several of these: run its samples by themselves, with set_adapter."
             )
+    if is_sharded(model):
+        raise ValueError(
+            "adapters_for needs the whole model in every process, since each may have other samples: use set_adapter, "
+            "or run it on one device."
+        )
     rows: dict[Optional[str], list[int]] = {}
     for sample, name in enumerate(adapter_names):
         rows.setdefault(name, []).append(sample)

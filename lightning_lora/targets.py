@@ -19,6 +19,7 @@ from lightning_lora.layers import (
     layer_class_for,
 )
 from lightning_lora.layers.fused import NAMES, LoraFusedLinear, fused_class_for
+from lightning_lora.names import clean_name, is_inside
 
 # Transformers' modules that read the weights of these layers of theirs and never call them.
 _READ_BY = {
@@ -35,19 +36,9 @@ class TargetError(ValueError):
     """The config does not fit the model: nothing matched, or what matched cannot be adapted."""
 
 
-def clean_name(name: str) -> str:
-    """A module's name without the part that ``torch.compile`` puts in."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
-
-
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """All modules of a model under their clean names, in the model's order."""
     return {clean_name(name): module for name, module in model.named_modules()}
-
-
-def is_inside(name: str, other: str) -> bool:
-    """Whether a dotted name is that of ``other`` or of something in it; all is in the root, whose name is empty."""
-    return name == other or other == "" or name.startswith(f"{other}.")
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:

@@ -8,7 +8,8 @@ from torch import nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers import LoraLayer, LoraTokens, Target
-from lightning_lora.targets import TargetError, clean_name, is_inside, matches, modules_by_name, pretrained_models
+from lightning_lora.names import clean_name, is_inside
+from lightning_lora.targets import TargetError, matches, modules_by_name, pretrained_models
 
 
 def find_token_targets(

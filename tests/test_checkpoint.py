@@ -20,7 +20,7 @@ from lightning_lora import (
     load_from_checkpoint,
     unmerge,
 )
-from lightning_lora.checkpoint import install
+from lightning_lora.checkpoint import AdapterCheckpoints, install
 
 
 def fit(tmp_path: Path, *callbacks: Any, model: Any = None, lora: Any = None, **kw: Any) -> tuple[Toy, Any]:
@@ -266,7 +266,7 @@ def test_a_strategy_without_the_seam_fails_loudly() -> None:
         def save_checkpoint(self) -> None: ...
 
     with pytest.raises(RuntimeError, match="Changed has no lightning_module_state_dict, load_checkpoint"):
-        install(Changed())
+        install(Changed(), AdapterCheckpoints)
 
 
 def test_strategies_that_shard_are_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Optional
 from torch import nn
 
 from lightning_lora.layers.attention import LoraMultiheadAttention
-from lightning_lora.layers.base import Adapter, LoraAdapter, LoraLayer, Target, adapted_class, base_class, set_parameter
+from lightning_lora.layers.base import Adapter, LoraAdapter, LoraLayer, Target, adapted_class, class_without_adapter
 from lightning_lora.layers.conv import CONVOLUTIONS, LoraConv
 from lightning_lora.layers.embedding import LoraEmbedding
 from lightning_lora.layers.linear import LoraConv1D, LoraLinear
@@ -24,9 +24,8 @@ __all__ = [
     "TokenAdapter",
     "VeraAdapter",
     "adapted_class",
-    "base_class",
+    "class_without_adapter",
     "layer_class_for",
-    "set_parameter",
     "share_projections",
 ]
 

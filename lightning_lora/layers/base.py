@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.functional import add_low_rank_by_sample
 from lightning_lora.initialize import fill_
+from lightning_lora.sharding import cut, exchange, made_whole, unwrapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +188,7 @@ class LoraLayer(nn.Module):
     vera_class: ClassVar[Optional[type[LoraAdapter]]] = None
     is_linear: ClassVar[bool] = True  # one that "all-linear" means
     is_module_target: ClassVar[bool] = True  # one that target_modules means, not target_parameters
+    calls_adapters: ClassVar[bool] = True  # rather than read their tensors
 
     lora: nn.ModuleDict
     weight: nn.Parameter
@@ -247,7 +249,11 @@ class LoraLayer(nn.Module):
 
     def adapters_on(self, parameter: str) -> Sequence[Adapter]:
         """The adapters at work on one of the parameters."""
-        return [self.lora[name] for name in self._active]  # type: ignore[misc]
+        return [self.adapter(name) for name in self._active]  # type: ignore[misc]
+
+    def adapter(self, name: str) -> nn.Module:
+        """One of its adapters, to be looked at: what a strategy has put around it works only where it is called."""
+        return unwrapped(self.lora[name])
 
     def adapted_parameters(self) -> dict[str, nn.Parameter]:
         """The adapted parameters, as they are now, by name."""
@@ -255,7 +261,7 @@ class LoraLayer(nn.Module):
 
     def peft_adapters(self, adapter_name: str) -> Mapping[str, Adapter]:
         """One adapter's parts, by what PEFT adds to the layer's name for each."""
-        return {"": self.lora[adapter_name]}  # type: ignore[dict-item]
+        return {"": self.adapter(adapter_name)}  # type: ignore[dict-item]
 
     def peft_wrapped(self) -> dict[str, str]:
         """What PEFT adds to the names of the modules that it wraps here, beside what they are called by now."""
@@ -270,33 +276,36 @@ class LoraLayer(nn.Module):
     def merged_weights(self) -> dict[str, nn.Parameter]:
         """By name, the parameters with all adapters folded in, each rounded once to the parameter's dtype.
 
+        Of a parameter that processes share, each gets what it holds of it.
+
         Raises:
             ValueError: If one holds a NaN or an infinity.
         """
         merged = {}
-        for name, parameter in self.adapted_parameters().items():
-            total = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
-            for adapter in self.adapters_on(name):
-                total = adapter.fold(total)
-            merged[name] = nn.Parameter(total.to(parameter.dtype), requires_grad=False)
-            if not torch.isfinite(merged[name]).all():
-                raise ValueError(
-                    f"Folding the adapter into a {type(self).__name__} of {parameter.dtype} gives a NaN or an "
-                    "infinity: the adapter has diverged, or the weight's dtype is too narrow. Nothing was changed. "
-                    "Take an earlier checkpoint, or merge in float32."
-                )
-        return merged
+        with made_whole(self.modules()):
+            for name, parameter in self.adapted_parameters().items():
+                total = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+                for adapter in self.adapters_on(name):
+                    total = adapter.fold(total)
+                merged[name] = total.to(parameter.dtype)
+                if not torch.isfinite(merged[name]).all():
+                    raise ValueError(
+                        f"Folding the adapter into a {type(self).__name__} of {parameter.dtype} gives a NaN or an "
+                        "infinity: the adapter has diverged, or the weight's dtype is too narrow. Nothing was "
+                        "changed. Take an earlier checkpoint, or merge in float32."
+                    )
+        return {name: nn.Parameter(cut(self, name, tensor), requires_grad=False) for name, tensor in merged.items()}
 
     def merge(self, merged_weights: dict[str, nn.Parameter]) -> None:
         """Put merged parameters in the place of the base's, which are kept as they are for :meth:`unmerge`."""
         # New parameters, not changes of the old ones: a layer tied to this one keeps the base weight.
         for name, merged in merged_weights.items():
-            self._base_weights[name] = set_parameter(self, name, merged)
+            self._base_weights[name] = exchange(self, name, merged)
 
     def unmerge(self) -> None:
         """Put the base's parameters back, bit for bit."""
         for name, base_weight in self._base_weights.items():
-            merged = set_parameter(self, name, base_weight)
+            merged = exchange(self, name, base_weight)
             # It was out of sight if the model moved to another device meanwhile.
             base_weight.data = base_weight.data.to(merged.device)
         self._base_weights.clear()
@@ -304,7 +313,7 @@ class LoraLayer(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle and deepcopy must find it by the base class.
         _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]
-        return (_new_adapted, (type(self).__mro__[1], base_class(self)), *state)
+        return (_new_adapted, _adapted(self).__bases__, *state)
 
 
 def _rows_of(samples: Tensor, count: int, rows: int) -> Tensor:
@@ -318,28 +327,29 @@ def _rows_of(samples: Tensor, count: int, rows: int) -> Tensor:
     return (samples.unsqueeze(1) * each + torch.arange(each, device=samples.device)).flatten()
 
 
-def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-    """Put a parameter in the place of another, whose name may be dotted.
-
-    Returns:
-        The one that was there.
-    """
-    owner_name, _, attribute = name.rpartition(".")
-    owner = module.get_submodule(owner_name)
-    before: nn.Parameter = getattr(owner, attribute)
-    setattr(owner, attribute, parameter)
-    return before
-
-
 @cache
 def adapted_class(layer_class: type[LoraLayer], base: type[nn.Module]) -> type[LoraLayer]:
     """The class of a ``base`` module that is adapted as a ``layer_class``."""
-    return type(f"Lora{base.__name__}", (layer_class, base), {"__module__": layer_class.__module__})
+    names = {"__module__": layer_class.__module__, "_is_adapted": True}
+    return type(f"Lora{base.__name__}", (layer_class, base), names)
 
 
 def base_class(layer: LoraLayer) -> type[nn.Module]:
     """The class that an adapted layer had before."""
-    return type(layer).__bases__[1]
+    return _adapted(layer).__bases__[1]
+
+
+def class_without_adapter(layer: LoraLayer) -> type[nn.Module]:
+    """The class for a layer to go back to: the one before, with what was made of it since by sharding the layer."""
+    own, adapted = type(layer), _adapted(layer)
+    if own is adapted:
+        return base_class(layer)
+    bases = tuple(base_class(layer) if base is adapted else base for base in own.__bases__)
+    return type(own.__name__.replace(adapted.__name__, bases[-1].__name__), bases, {"__module__": own.__module__})
+
+
+def _adapted(layer: LoraLayer) -> type[nn.Module]:
+    return next(cls for cls in type(layer).__mro__ if "_is_adapted" in vars(cls))
 
 
 def _new_adapted(layer_class: type[LoraLayer], base: type[nn.Module]) -> LoraLayer:

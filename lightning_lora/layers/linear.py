@@ -11,6 +11,9 @@ from lightning_lora.layers.base import LoraAdapter, LoraLayer, base_class
 from lightning_lora.layers.dora import DoraAdapter
 from lightning_lora.layers.vera import VeraAdapter, VeraConv1DAdapter
 from lightning_lora.quantize import LOFTQ, loftq
+from lightning_lora.sharding import copy_
+
+_PLAIN = (Tensor, nn.Parameter)  # not a DTensor, which the processes of tensor parallelism share
 
 
 class LinearAdapter(LoraAdapter):
@@ -84,8 +87,8 @@ class LinearAdapter(LoraAdapter):
 
     @torch.no_grad()
     def _start_at(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        self.lora_A.copy_(lora_A)
-        self.lora_B.copy_(lora_B)
+        copy_(self.lora_A, lora_A)
+        copy_(self.lora_B, lora_B)
 
 
 class Conv1DAdapter(LinearAdapter):
@@ -119,7 +122,7 @@ class LoraLinear(LoraLayer):
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether base and adapter can run as one: a single LoRA in one dtype on the forward of ``nn.Linear``."""
-        if self.merged or len(self._active) != 1 or self._rows is not None:
+        if self.merged or len(self._active) != 1 or self._rows is not None or type(self.weight) not in _PLAIN:
             return False
         adapter = self.lora[self._active[0]]
         return (

@@ -78,6 +78,7 @@ class LoraParameters(LoraLayer):
     adapter_class = dora_class = ParameterAdapter
     is_linear = False
     is_module_target = False
+    calls_adapters = False
 
     @classmethod
     def new_adapter(cls, target: Target, config: LoraConfig, adapter_name: str) -> nn.Module:

@@ -1,5 +1,6 @@
 """Jobs in several real processes with gloo, started as torchrun would, with a time limit, and none left behind."""
 
+import importlib
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ def run_processes(job: str, *args: Any, world_size: int = 2, limit: float = 120)
     """Run a function of ``jobs.py`` in ``world_size`` processes and return what each rank returned.
 
     Args:
-        job: Name of the function. It takes ``args`` and returns a dict; all of it passes through JSON. The environment
+        job: Name of the function, with that of its module before it if it is in another. It takes ``args`` and returns a dict; all of it passes through JSON. The environment
             is that of torchrun, so that a Trainer with ``devices=world_size`` starts no processes of its own.
         args: Its arguments.
         world_size: How many processes.
@@ -125,10 +126,13 @@ def _end_with_parent() -> None:
 
 def _main(job: str, args: str, result: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    import jobs
+    import torch
 
-    returned = getattr(jobs, job)(*json.loads(args))
+    module, _, function = job.rpartition(".")
+    returned = getattr(importlib.import_module(module or "jobs"), function)(*json.loads(args))
     Path(result).write_text(json.dumps(returned))
+    if torch.distributed.is_initialized():  # else its threads may be torn down while they work
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

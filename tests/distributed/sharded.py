@@ -1,0 +1,56 @@
+"""Jobs on the small Llama, for ``processes.py``."""
+
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from llama import Llama, loader, trainer
+from torch import Tensor
+
+from lightning_lora import LoRA, adapter_state_dict
+from lightning_lora.inject import injections
+
+
+def fit(
+    directory: str,
+    strategy: str,
+    ckpt_path: Optional[str] = None,
+    lora: Optional[dict[str, Any]] = None,
+    model: Optional[dict[str, Any]] = None,
+    max_steps: int = 4,
+    merge: Optional[str] = None,
+    export: bool = False,
+    early: bool = False,
+) -> dict[str, Any]:
+    """Train, and save what came of it in the directory: ``<step>.ckpt`` of every second step and ``adapter.pt``."""
+    path = Path(directory)
+    settings = {"r": 2, **(lora or {})}
+    module = Llama(**(model or {}), early=settings if early else None)
+    start: dict[str, Any] = {}
+    callback = _Lora(start, **settings, merge=merge, export_dir=path / "export" if export else None, summary=False)
+    checkpoint = ModelCheckpoint(path, "{step}", save_top_k=-1, every_n_train_steps=2, save_last=True)
+    run = trainer(path, strategy, [callback, checkpoint], max_steps=max_steps, max_epochs=-1)
+    run.fit(module, loader(strategy), ckpt_path=ckpt_path)
+    if merge is None:
+        state = {name: tensor.cpu() for name, tensor in adapter_state_dict(module).items()}
+        if run.is_global_zero:
+            torch.save(state, path / "adapter.pt")
+    return {"losses": module.losses, "step": run.global_step, **start}
+
+
+class _Lora(LoRA):
+    """Tells of the start."""
+
+    def __init__(self, start: dict[str, Any], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._start = start
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._start["initial"] = _digest(adapter_state_dict(pl_module))
+        self._start["fingerprints"] = [injection.fingerprint for _, _, injection in injections(pl_module)]
+
+
+def _digest(tensors: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float(tensor.double().abs().sum()) for name, tensor in tensors.items()}
