@@ -149,7 +149,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     if config.takes_from_base:
         rest = {name: nn.Parameter(adapters[name].take_from(m.weight), False) for name, m in modules.items()}  # type: ignore
 
-    injection.frozen = [name for name, parameter in base_parameters(model) if parameter.requires_grad]
+    injection.frozen = [clean_name(name) for name, parameter in base_parameters(model) if parameter.requires_grad]
     for _, parameter in base_parameters(model):
         parameter.requires_grad_(False)
     for name, target in every.items():
@@ -426,7 +426,7 @@ def _leave_fused_path(model: nn.Module, injection: Injection) -> None:
 
 
 def _thaw(model: nn.Module, injection: Injection) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {clean_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name in injection.frozen:
         parameters[name].requires_grad_(True)
     modules = modules_by_name(model)

@@ -4,6 +4,7 @@ An adapter must be shared among the processes as its layer is: under ``fully_sha
 processes, under tensor parallelism with A or B cut up along the dimension that the weight is cut up along.
 """
 
+import warnings
 from collections.abc import Iterable
 
 from torch import nn
@@ -68,6 +69,8 @@ def join(model: nn.Module, layers: Iterable[LoraLayer], adapter_name: str) -> No
             assert isinstance(adapter, LinearAdapter)
             _distribute(adapter, *_along(weight, dims))
         if sharded:
+            # It does, and nothing is done to that in place.
+            warnings.filterwarnings("ignore", f".*{type(adapter).__name__}.* returned a view tensor")
             fully_shard(adapter, mesh=_sharding_mesh(weight.device_mesh, dims))
 
 

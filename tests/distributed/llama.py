@@ -112,9 +112,12 @@ class CpuFSDP(FSDPStrategy):
         )
 
 
-def _hybrid_groups() -> tuple[Any, Any]:
-    """One node of two processes."""
-    return dist.new_subgroups(2)[0], dist.new_subgroups(1)[0]
+class CpuHybrid(CpuFSDP):
+    """Shards over two processes, as if they were one of several nodes."""
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self.kwargs["process_group"] = dist.new_subgroups(2)[0], dist.new_subgroups(1)[0]
 
 
 STRATEGIES: dict[str, Any] = {
@@ -124,8 +127,8 @@ STRATEGIES: dict[str, Any] = {
     "fsdp sharded": lambda: CpuFSDP(auto_wrap_policy={LlamaDecoderLayer}, state_dict_type="sharded"),
     "fsdp SHARD_GRAD_OP": lambda: CpuFSDP(auto_wrap_policy={LlamaDecoderLayer}, sharding_strategy="SHARD_GRAD_OP"),
     "fsdp NO_SHARD": lambda: CpuFSDP(auto_wrap_policy={LlamaDecoderLayer}, sharding_strategy="NO_SHARD"),
-    "fsdp HYBRID_SHARD": lambda: CpuFSDP(
-        auto_wrap_policy={LlamaDecoderLayer}, sharding_strategy="HYBRID_SHARD", process_group=_hybrid_groups()
+    "fsdp HYBRID_SHARD": lambda: CpuHybrid(
+        auto_wrap_policy={LlamaDecoderLayer}, sharding_strategy="HYBRID_SHARD", process_group=()
     ),
     "fsdp2": lambda: ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),
     "fsdp2 distributed": lambda: ModelParallelStrategy(2, 1, save_distributed_checkpoint=True),

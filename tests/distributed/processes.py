@@ -131,8 +131,11 @@ def _main(job: str, args: str, result: str) -> None:
     module, _, function = job.rpartition(".")
     returned = getattr(importlib.import_module(module or "jobs"), function)(*json.loads(args))
     Path(result).write_text(json.dumps(returned))
-    if torch.distributed.is_initialized():  # else its threads may be torn down while they work
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # the threads of gloo may still be at work, and would be torn down with the interpreter
 
 
 if __name__ == "__main__":
