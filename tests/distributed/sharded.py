@@ -18,18 +18,18 @@ def fit(
     ckpt_path: Optional[str] = None,
     lora: Optional[dict[str, Any]] = None,
     model: Optional[dict[str, Any]] = None,
-    max_steps: int = 4,
+    max_steps: int = 8,
     merge: Optional[str] = None,
     export: bool = False,
     early: bool = False,
 ) -> dict[str, Any]:
-    """Train, and save what came of it in the directory: ``<step>.ckpt`` of every second step and ``adapter.pt``."""
+    """Train, and save what came of it in the directory: ``<step>.ckpt`` of the end of each epoch and ``adapter.pt``."""
     path = Path(directory)
     settings = {"r": 2, **(lora or {})}
     module = Llama(**(model or {}), early=settings if early else None)
     start: dict[str, Any] = {}
     callback = _Lora(start, **settings, merge=merge, export_dir=path / "export" if export else None, summary=False)
-    checkpoint = ModelCheckpoint(path, "{step}", save_top_k=-1, every_n_train_steps=2, save_last=True)
+    checkpoint = ModelCheckpoint(path, "{step}", save_top_k=-1, every_n_train_steps=4, save_last=True)
     run = trainer(path, strategy, [callback, checkpoint], max_steps=max_steps, max_epochs=-1)
     run.fit(module, loader(strategy), ckpt_path=ckpt_path)
     if merge is None:
@@ -54,3 +54,14 @@ class _Lora(LoRA):
 
 def _digest(tensors: dict[str, Tensor]) -> dict[str, float]:
     return {name: float(tensor.double().abs().sum()) for name, tensor in tensors.items()}
+
+
+def several(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Results of :func:`fit`, or what it raised, for each of some settings."""
+    results: list[Any] = []
+    for settings in runs:
+        try:
+            results.append(fit(**settings))
+        except (ValueError, RuntimeError) as error:  # what users are told
+            results.append({"error": f"{type(error).__name__}: {error}"})
+    return {"runs": results}
