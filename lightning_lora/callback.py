@@ -16,7 +16,7 @@ from lightning_lora.config import ALL_LINEAR, AUTO, LoraConfig
 from lightning_lora.diagnostics import print_summary
 from lightning_lora.distributed import checkpoints_of
 from lightning_lora.export import ADAPTER_DIR, MERGED_DIR, save_merged
-from lightning_lora.inject import Injection, eject, inject, injections_of, is_folded
+from lightning_lora.inject import Injection, eject, inject, injections, injections_of, is_folded
 from lightning_lora.merging import unmerge
 from lightning_lora.optim import drop_frozen
 from lightning_lora.packages import original_class, rebuild, serve_both_packages
@@ -24,6 +24,7 @@ from lightning_lora.peft_format import load_adapter, read_adapter, write_adapter
 from lightning_lora.rehearsal import start_from_data
 from lightning_lora.rng import set_rng_state
 from lightning_lora.sharding import is_sharded
+from lightning_lora.spawning import no_way_back, spawns
 from lightning_lora.state import fingerprint
 
 _MERGE_MODES = ("last", "best", None)
@@ -157,6 +158,8 @@ class LoRA(Callback):
         checkpoints = checkpoints_of(trainer.strategy)
         self._require_room(trainer)
         if stage == "fit":
+            if spawns(trainer.strategy) and not (self._is_in(pl_module) and self.merge is None):
+                raise no_way_back()
             self._require_ends(trainer)
         self._injected_now = self._was_folded = self._running = self._gradients_seen = False
         install(trainer.strategy, checkpoints)
@@ -300,8 +303,13 @@ class LoRA(Callback):
         rank_zero_info(f"Exported the adapter and the merged model to {self.export_dir}")
 
     def _injection(self, root: nn.Module) -> Injection:
-        mine = (self.config, self.adapter_name)
-        return next(found for found in injections_of(root) if (found.config, found.adapter_name) == mine)
+        return next(found for found in injections_of(root) if self._is_mine(found))
+
+    def _is_in(self, pl_module: "pl.LightningModule") -> bool:
+        return any(self._is_mine(found) for _, _, found in injections(pl_module))
+
+    def _is_mine(self, found: Injection) -> bool:
+        return (found.config, found.adapter_name) == (self.config, self.adapter_name)
 
     def _root(self, pl_module: "pl.LightningModule") -> nn.Module:
         if not self.module:

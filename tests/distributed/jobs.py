@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 import toys
 from lightning.pytorch.callbacks import ModelCheckpoint
-from toys import Toy
+from toys import Toy, outputs, snapshot
 
-from lightning_lora import LoRA, adapter_state_dict
+from lightning_lora import LoRA, adapter_state_dict, inject, merge, unmerge
 from lightning_lora.data.resumable import ResumableDataLoader
+
+_OF_TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 def rank() -> int:
@@ -112,3 +114,28 @@ def train(
 def train_each(*settings: dict[str, Any]) -> dict[str, Any]:
     """One run after the other in the same processes, which take longer to start than to train."""
     return {"runs": [train(**setting) for setting in settings]}
+
+
+def spawned(directory: str, strategy: str, settings: dict[str, Any], injected: bool) -> dict[str, Any]:
+    """Train over a strategy that starts processes itself; look at the model that this process has then."""
+    for name in [name for name in os.environ if name in _OF_TORCHRUN or name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
+    model, base = Toy(dropout=0.0), snapshot(Toy())
+    lora = LoRA(r=2, summary=False, **settings)
+    if injected:
+        inject(model, lora.config)
+    keep = ModelCheckpoint(directory, save_last=True)
+    trainer = toys.trainer(directory, [lora, keep], devices=2, strategy=strategy)
+    trainer.fit(model, toys.loader(batch_size=4))
+    saved = torch.load(Path(directory, "last.ckpt"), weights_only=True)["state_dict"]
+    tested = trainer.test(model, toys.loader(), ckpt_path="best", verbose=False)
+    adapted = outputs(model)
+    merged = outputs(merge(model))
+    state = unmerge(model).state_dict()
+    return {
+        "trained": any(tensor.any().item() for name, tensor in saved.items() if name.endswith("lora_B")),
+        "adapter came back": all(torch.equal(state[name], tensor) for name, tensor in saved.items()),
+        "base as before": all(torch.equal(state[name], tensor) for name, tensor in base.items()),
+        "merged as adapted": torch.allclose(merged, adapted, rtol=1e-5, atol=1e-6),
+        "losses": [tested[0]["test_loss"], trainer.test(model, toys.loader(), verbose=False)[0]["test_loss"]],
+    }

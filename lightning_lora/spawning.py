@@ -1,0 +1,27 @@
+"""Strategies that train in processes which the main one spawns or forks: ``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``.
+
+Callbacks run in those processes alone. When they end, Lightning 2.6 loads their weights into the main process's model
+by name, over the base's, and ignores every name that this model does not have.
+"""
+
+from typing import Any
+
+
+def spawns(strategy: Any) -> bool:
+    """Whether a strategy trains in processes that it spawns or forks."""
+    # By name, since the class is private; that of XLA is derived from it.
+    return any(cls.__name__ == "_MultiProcessingLauncher" for cls in type(strategy.launcher).__mro__)
+
+
+def no_way_back() -> ValueError:
+    """What to raise where the trained adapter would be lost, or the main process's base overwritten."""
+    return ValueError(
+        "This strategy trains copies of the model in processes that it spawns or forks, and of what they learn, only "
+        "that comes back for which the main process's model has a place. Put the adapter in before, and fold it in "
+        "afterwards:\n"
+        "    lora = LoRA(..., merge=None)\n"
+        "    inject(model, lora.config)\n"
+        "    trainer.fit(model)\n"
+        "    merge(model)\n"
+        'Or use strategy="ddp", which needs none of that.'
+    )

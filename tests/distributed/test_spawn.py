@@ -1,0 +1,31 @@
+"""Strategies that start their processes from the main one, which has a model of its own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toys
+from processes import run_processes
+from toys import Toy
+
+from lightning_lora import LoRA, inject
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp_spawn", marks=pytest.mark.slow), "ddp_fork"])
+def test_the_main_process_gets_the_trained_adapter_on_its_base(tmp_path: Path, strategy: str) -> None:
+    (found,) = run_processes("spawned", str(tmp_path), strategy, {"merge": None}, True, world_size=1)
+    of_checkpoint, of_model = found.pop("losses")
+    assert of_checkpoint == pytest.approx(of_model)
+    assert set(found.values()) == {True}, found
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+@pytest.mark.parametrize(("merge", "injected"), [(None, False), ("last", True)])
+def test_what_would_be_lost_is_refused(tmp_path: Path, strategy: str, merge: Any, injected: bool) -> None:
+    model, lora = Toy(), LoRA(r=2, merge=merge)
+    if injected:
+        inject(model, lora.config)
+    trainer = toys.trainer(tmp_path, [lora], devices=2, strategy=strategy)
+    with pytest.raises(ValueError, match=r"lora = LoRA\(..., merge=None\)\n +inject\(model, lora.config\)"):
+        lora.setup(trainer, model, "fit")
+    lora.setup(trainer, model, "test")  # which brings nothing back
