@@ -39,20 +39,21 @@ def require_joinable(model: nn.Module, config: LoraConfig, targets: Iterable[Tar
     owners = _owners(model)
     for target in targets:
         weight = target.module._parameters.get("weight")
-        problem = None
+        problem = remedy = None
         if isinstance(weight, DTensor) and _tensor_parallel_dims(weight, target.module in owners):
             if target.layer_class is not LoraLinear or config.use_dora or config.use_vera:
                 problem = "is cut up by tensor parallelism, where only a plain LoRA on nn.Linear can follow"
+                remedy = "Leave it out by exclude_modules, or use FSDP2 without tensor parallelism."
         elif not target.layer_class.calls_adapters:
             problem = "reads its adapters without calling them, which fully_shard does not see"
         if problem is None and (target.tokens or config.use_dora or config.takes_from_base):
             problem = "is sharded already, and its adapter starts at values of the whole weight"
         if problem is not None:
-            raise TargetError(
-                f"{target.name} {problem}. Call lightning_lora.inject(self, config) in configure_model before "
-                "fully_shard or parallelize_module, and give the LoRA callback the same config; or exclude it. "
-                "Nothing was changed."
+            remedy = remedy or (
+                "Call lightning_lora.inject(self, config) in configure_model before fully_shard, and give the LoRA "
+                "callback the same config."
             )
+            raise TargetError(f"{target.name} {problem}. {remedy} Nothing was changed.")
 
 
 def join(model: nn.Module, layers: Iterable[LoraLayer], adapter_name: str) -> None:

@@ -51,14 +51,9 @@ def cut_optimizer(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, 
         module, name = owners[id(parameters[index])]
         shape = shape_of(module, name)
         state[index] = {
-            key: cut(module, name, value) if _is_of_shape(value, shape) else value
-            for key, value in entries.items()
+            key: cut(module, name, value) if _is_of_shape(value, shape) else value for key, value in entries.items()
         }
     return {**state_dict, "state": state}
-
-
-def _is_of_shape(value: Any, shape: torch.Size) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == shape
 
 
 def _is_of_shape(value: Any, shape: torch.Size) -> bool:

@@ -310,6 +310,14 @@ class LoraLayer(nn.Module):
             base_weight.data = base_weight.data.to(merged.device)
         self._base_weights.clear()
 
+    def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
+        if name.startswith("lora."):
+            raise RuntimeError(
+                f"An adapted layer cannot be cut up by parallelize_module, which takes {name!r} for a parameter of its "
+                "own: call parallelize_module first, then inject, then fully_shard."
+            )
+        super().register_parameter(name, param)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle and deepcopy must find it by the base class.
         _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]

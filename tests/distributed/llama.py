@@ -1,14 +1,15 @@
 """A small Llama on a fixed set of rows, and the strategies under which it is trained."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import lightning as L
 import torch
+import torch.distributed as dist
 import toys
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lightning_lora import LoraConfig, inject
+from lightning_lora.sharding import put
 
 ROWS, LENGTH, GLOBAL_BATCH = 32, 8, 8
 PLAN = {
@@ -39,6 +41,22 @@ def build(tied: bool = False) -> LlamaForCausalLM:
                 num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=tied,
             )
         )  # fmt: skip
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """Without its weights, which ``reset_parameters`` of each module brings back, as reading them from a file would."""
+
+    def read(module: nn.Module, weights: dict[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            put(module, name, weight)
+
+    for module in model.modules():
+        weights = {name: tensor.detach().clone() for name, tensor in module.named_parameters(recurse=False)}
+        for name, weight in weights.items():
+            setattr(module, name, nn.Parameter(weight.to("meta")))
+        buffers = {name: tensor.clone() for name, tensor in module.named_buffers(recurse=False)}
+        module.reset_parameters = partial(read, module, {**weights, **buffers})
+    return model
 
 
 def rows() -> TensorDataset:
@@ -63,8 +81,8 @@ class Llama(L.LightningModule):
         self.model: Any = None if late else self._build()
 
     def _build(self) -> LlamaForCausalLM:
-        with torch.device("meta" if self.meta else "cpu"):
-            return build(self.tied)
+        model = build(self.tied)
+        return on_meta(model) if self.meta else model
 
     def configure_model(self) -> None:
         if self.model is None:

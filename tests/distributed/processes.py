@@ -30,8 +30,9 @@ def run_processes(job: str, *args: Any, world_size: int = 2, limit: float = 120)
     """Run a function of ``jobs.py`` in ``world_size`` processes and return what each rank returned.
 
     Args:
-        job: Name of the function, with that of its module before it if it is in another. It takes ``args`` and returns a dict; all of it passes through JSON. The environment
-            is that of torchrun, so that a Trainer with ``devices=world_size`` starts no processes of its own.
+        job: Name of the function, with that of its module before it if it is in another. It takes ``args`` and returns
+            a dict; all of it passes through JSON. The environment is that of torchrun, so that a Trainer with
+            ``devices=world_size`` starts no processes of its own.
         args: Its arguments.
         world_size: How many processes.
         limit: Seconds after which all of them, and what they have started, are killed.
