@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
 
 from lightning_lora.checkpoint import AdapterCheckpoints
+from lightning_lora.inject import find_again
 from lightning_lora.merging import unfolded
 from lightning_lora.optimizer_state import cut_optimizer, gathered_optimizer
 from lightning_lora.sharding import note, tensors_of
@@ -16,6 +17,7 @@ from lightning_lora.state import gathered, kept_names, scatter
 from lightning_lora.wrapping import AdaptersApart
 
 _SHARDING = ("FSDPStrategy", "ModelParallelStrategy")
+_WRAPPED = "_lora_wrapped"
 _UNSUPPORTED = ("DeepSpeedStrategy", "XLAFSDPStrategy")
 
 
@@ -56,12 +58,20 @@ class ShardedCheckpoints(AdapterCheckpoints):
             policy = self.kwargs.get("auto_wrap_policy")
             if not isinstance(policy, AdaptersApart) and (policy is None or callable(policy)):
                 self.kwargs["auto_wrap_policy"] = AdaptersApart(policy)
+        # Lightning wraps a module once, and in a later run would leave out what is around all of it.
+        self.model = vars(self.lightning_module).get(_WRAPPED, self.model)
         super().setup(trainer)  # type: ignore[misc]
-        note(self.model)
+        if isinstance(self.model, FSDP):
+            vars(self.lightning_module)[_WRAPPED] = self.model
+        self._take_note()
 
     def setup_optimizers(self, trainer: Any) -> None:
-        note(self.model)  # sharded by now, and configure_optimizers may ask for shapes
+        self._take_note()  # sharded by now, and configure_optimizers may ask for shapes
         super().setup_optimizers(trainer)  # type: ignore[misc]
+
+    def _take_note(self) -> None:
+        note(self.model)
+        find_again(self.model)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         module = self.lightning_module

@@ -328,6 +328,15 @@ def put_trained(root: nn.Module, injection: Injection, in_place: bool) -> None:
         injection.in_place = in_place
 
 
+def find_again(model: nn.Module) -> None:
+    """Take note of the parameters that sharding or materializing has put in the place of those trained in full."""
+    for _, root, injection in injections(model):
+        if injection.in_place:
+            parameters = {clean_name(name): p for name, p in root.named_parameters(remove_duplicate=False)}
+            for mine in (injection.trained, injection.rest):
+                mine.update({name: parameters[name] for name in mine})
+
+
 def is_folded(model: nn.Module) -> bool:
     """Whether adapters were folded into this model and taken out of sight."""
     return bool(_folded) and any(module in _folded for module in model.modules())

@@ -39,21 +39,20 @@ def require_joinable(model: nn.Module, config: LoraConfig, targets: Iterable[Tar
     owners = _owners(model)
     for target in targets:
         weight = target.module._parameters.get("weight")
-        problem = remedy = None
+        of_values = bool(target.tokens) or config.use_dora or config.takes_from_base
         if isinstance(weight, DTensor) and _tensor_parallel_dims(weight, target.module in owners):
-            if target.layer_class is not LoraLinear or config.use_dora or config.use_vera:
-                problem = "is cut up by tensor parallelism, where only a plain LoRA on nn.Linear can follow"
-                remedy = "Leave it out by exclude_modules, or use FSDP2 without tensor parallelism."
-        elif not target.layer_class.calls_adapters:
-            problem = "reads its adapters without calling them, which fully_shard does not see"
-        if problem is None and (target.tokens or config.use_dora or config.takes_from_base):
-            problem = "is sharded already, and its adapter starts at values of the whole weight"
-        if problem is not None:
-            remedy = remedy or (
-                "Call lightning_lora.inject(self, config) in configure_model before fully_shard, and give the LoRA "
-                "callback the same config."
+            if target.layer_class is not LoraLinear or config.use_vera or of_values:
+                raise TargetError(
+                    f"{target.name} is cut up by tensor parallelism, where only a plain LoRA on nn.Linear can follow: "
+                    "leave it out by exclude_modules, or use FSDP2 alone. Nothing was changed."
+                )
+        elif target.module in owners and (of_values or not target.layer_class.calls_adapters):
+            problem = "starts at values of the whole weight" if of_values else "is read and never called"
+            raise TargetError(
+                f"{target.name} is sharded already, and its adapter {problem}: call lightning_lora.inject(self, "
+                "config) in configure_model before fully_shard, and give the LoRA callback the same config. Nothing "
+                "was changed."
             )
-            raise TargetError(f"{target.name} {problem}. {remedy} Nothing was changed.")
 
 
 def join(model: nn.Module, layers: Iterable[LoraLayer], adapter_name: str) -> None:

@@ -65,3 +65,17 @@ def several(runs: list[dict[str, Any]]) -> dict[str, Any]:
         except (ValueError, RuntimeError) as error:  # what users are told
             results.append({"error": f"{type(error).__name__}: {error}"})
     return {"runs": results}
+
+
+def fit_test_fit(directory: str, strategy: str) -> dict[str, Any]:
+    """Train and merge, test as merged and from the checkpoint, and train on from it."""
+    path = Path(directory)
+    module = Llama()
+    found: dict[str, Any] = {}
+    for name, steps in (("first", 4), ("second", 8)):
+        lora = LoRA(r=2, merge="last", summary=False)
+        run = trainer(path, strategy, [lora, ModelCheckpoint(path, save_last=True)], max_steps=steps, max_epochs=-1)
+        run.fit(module, loader(strategy), ckpt_path=None if name == "first" else path / "last.ckpt")
+        found[f"{name} merged"] = run.test(module, loader(strategy), verbose=False)[0]["test_loss"]
+        found[f"{name} last"] = run.test(module, loader(strategy), ckpt_path="last", verbose=False)[0]["test_loss"]
+    return {**found, "losses": module.losses}
