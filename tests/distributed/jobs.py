@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, Optional
 
+import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -20,8 +21,6 @@ from toys import Toy, outputs, snapshot
 from lightning_lora import LoRA, adapter_state_dict, inject, merge, unmerge
 from lightning_lora.data.resumable import ResumableDataLoader
 
-_OF_TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-
 
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
@@ -29,6 +28,21 @@ def rank() -> int:
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def leave_torchrun() -> None:
+    """Have Lightning start the processes itself. Does nothing in those that it has started, with this very job."""
+    if os.environ.pop("TORCHELASTIC_RUN_ID", None):
+        for name in (
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "RANK",
+            "LOCAL_RANK",
+            "GROUP_RANK",
+            "WORLD_SIZE",
+            "LOCAL_WORLD_SIZE",
+        ):
+            del os.environ[name]
 
 
 def add_ranks(offset: int) -> dict[str, Any]:
@@ -118,8 +132,7 @@ def train_each(*settings: dict[str, Any]) -> dict[str, Any]:
 
 def spawned(directory: str, strategy: str, settings: dict[str, Any], injected: bool) -> dict[str, Any]:
     """Train over a strategy that starts processes itself; look at the model that this process has then."""
-    for name in [name for name in os.environ if name in _OF_TORCHRUN or name.startswith("TORCHELASTIC_")]:
-        del os.environ[name]
+    leave_torchrun()
     model, base = Toy(dropout=0.0), snapshot(Toy())
     lora = LoRA(r=2, summary=False, **settings)
     if injected:
@@ -139,3 +152,43 @@ def spawned(directory: str, strategy: str, settings: dict[str, Any], injected: b
         "merged as adapted": torch.allclose(merged, adapted, rtol=1e-5, atol=1e-6),
         "losses": [tested[0]["test_loss"], trainer.test(model, toys.loader(), verbose=False)[0]["test_loss"]],
     }
+
+
+def launched(directory: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train in two processes of which this one, the first, is to start the second; save what each is left with."""
+    leave_torchrun()
+    torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))  # ranks that agree do so by the seed of the adapter alone
+    model = Toy(dropout=0.0)
+    callbacks = [LoRA(**settings), ModelCheckpoint(directory, save_last=True)]
+    trainer = toys.trainer(directory, callbacks, devices=2, strategy="ddp")
+    trainer.fit(model, toys.loader(batch_size=4))
+    torch.save(model.state_dict(), Path(directory, f"merged-{trainer.global_rank}.pt"))
+    trainer.strategy.barrier()  # when the first process ends, what it has started is killed
+    return {}
+
+
+class Synced(Toy):
+    """Its step calls for all processes."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("mean_loss", loss, sync_dist=True)
+        assert self.all_gather(loss.detach()).shape == (2,)
+        return loss
+
+
+class Peek(L.Callback):
+    """Saves the tensors with which training starts."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        torch.save(snapshot(pl_module), Path(trainer.default_root_dir, f"start-{trainer.global_rank}.pt"))
+
+
+def eva(directory: str) -> dict[str, Any]:
+    torch.manual_seed(rank())  # the order of the rows differs between ranks
+    lora = LoRA(r=2, init_lora_weights="eva", merge=None, summary=False)
+    trainer = toys.trainer(directory, [lora, Peek()], devices=2, strategy="ddp", max_epochs=1)
+    model = Synced(dropout=0.0)
+    trainer.fit(model, toys.loader(shuffle=True, batch_size=4))
+    torch.save(model.state_dict(), Path(directory, f"end-{rank()}.pt"))
+    return {}

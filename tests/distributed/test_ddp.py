@@ -1,51 +1,30 @@
 """Two real processes with gloo, beside one process on the same global batch."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import toys
+from processes import end_processes
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from toys import Toy, assert_adapter_only, inputs, snapshot
 
 from lightning_lora import LoRA, load_from_checkpoint
 
-SCRIPT = """
-import os, sys
-sys.path.insert(0, {tests!r})
-import torch, toys
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_lora import LoRA
 
-torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))  # ranks that agree do so by the seed of the adapter alone
-model = toys.Toy(dropout=0.0)
-callbacks = [LoRA({settings}), ModelCheckpoint({path!r}, save_last=True)]
-trainer = toys.trainer({path!r}, callbacks, devices=2, strategy="ddp")
-trainer.fit(model, toys.loader(batch_size=4))
-torch.save(model.state_dict(), os.path.join({path!r}, f"merged-{{trainer.global_rank}}.pt"))
-"""
-
-
-def launch(path: Path, settings: str) -> str:
-    """Train with ``LoRA(<settings>)`` in two processes; return what they print."""
-    script = path / "run.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1]), path=str(path), settings=settings))
-    # Without the seed that a test before may have set, which Lightning's sampler would take.
-    environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def launch(path: Path, **settings: Any) -> str:
+    """Train with ``LoRA(**settings)`` in two processes, of which Lightning starts the second; return their output."""
+    (ended,) = end_processes("launched", str(path), settings, world_size=1)
+    assert ended.returncode == 0, ended.output
+    return ended.output
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     path = tmp_path_factory.mktemp("ddp")
-    return path, launch(path, "r=2")
+    return path, launch(path, r=2)
 
 
 def assert_as_one_process(path: Path, single_path: Path, **settings: Any) -> None:
@@ -68,7 +47,7 @@ def test_both_processes_end_with_the_weights_of_one(run: tuple[Path, str], tmp_p
 
 def test_vera_in_two_processes(tmp_path: Path) -> None:
     """Each process draws the shared pair by itself."""
-    launch(tmp_path, "r=8, use_vera=True")
+    launch(tmp_path, r=8, use_vera=True)
     assert_as_one_process(tmp_path, tmp_path / "single", r=8, use_vera=True)
 
 
