@@ -80,6 +80,24 @@ def killed_while_saving(directory: str) -> dict[str, Any]:
     return {}
 
 
+def killed_while_saving_shards(directory: str, strategy: str) -> dict[str, Any]:
+    """The first process dies in the middle of the second ``last.ckpt``."""
+    from sharded import fit
+
+    save, written = torch.save, []
+
+    def save_half(content: Any, file: Any, **kw: Any) -> None:
+        if isinstance(file, Path) and file.parent.name == ".last.ckpt.partial":
+            written.append(file)
+            if len(written) == 2:
+                file.write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+        save(content, file, **kw)
+
+    torch.save = save_half
+    return fit(directory, strategy)
+
+
 class Dying(Toy):
     """A toy of which one process kills itself, or raises, in the middle of a step."""
 
