@@ -1,0 +1,1 @@
+"""The claims of the LoRA paper, on what runs here."""
