@@ -24,15 +24,46 @@ a run:
   lightning-lora fit --config my.yaml --ckpt_path last
   lightning-lora fit --config my.yaml --print_config  every setting with its value
 
-  lightning-lora <command> --help lists all options of a command.
+  lightning-lora <command> --help says what a command takes.
 """
+
+RUN_HELP = """usage: lightning-lora {command} --config NAME [--config OVERLAY] [options]
+
+{purpose}
+
+  --config NAME       a recipe by its name, or a YAML file; a second one changes the first
+  --ckpt_path PATH    the checkpoint to start from: last, best, or a file
+  --output FILE       for predict: the JSONL file that predictions go to
+  --print_config      print every setting with its value, and do nothing else
+  --print_config=comments
+                      the same, with what each setting means; a file to start from
+
+any setting of the file can be changed, for example:
+  --seed_everything N
+  --trainer.max_epochs N    --trainer.max_steps N    --trainer.accumulate_grad_batches N
+  --trainer.devices N       --trainer.accelerator cpu    --trainer.precision bf16-mixed
+  --model.pretrained ID     --model.lr X
+  --data.path FILE          --data.batch_size N      --data.pretrained ID
+  --lora.r N                --lora.lora_alpha X      --lora.target_modules "[q_proj, v_proj]"
+
+more:
+  lightning-lora {command} --help all
+  lightning-lora {command} --model.help lightning_lora.tasks.CausalLM
+  lightning-lora {command} --data.help lightning_lora.data.ChatData
+  lightning-lora {command} --trainer.callbacks.help lightning_lora.LoRA
+"""
+RUNS = ("fit", "validate", "test", "predict")
 
 
 def main() -> None:
-    """Print the help at once, or run the command."""
+    """Print the help at once, without importing Lightning, or run the command."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
+        return
+    if arguments[0] in RUNS and arguments[1:] in (["-h"], ["--help"]):
+        purpose = next(line for line in HELP.splitlines() if line.startswith(f"  {arguments[0]} ")).split(None, 1)[1]
+        print(RUN_HELP.format(command=arguments[0], purpose=purpose), end="")
         return
     from lightning_lora.cli import main as run
 

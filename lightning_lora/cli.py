@@ -10,6 +10,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from lightning_lora import commands, shipped
 from lightning_lora.callback import LoRA
+from lightning_lora.config import LoraConfig
 from lightning_lora.predictions import PredictionWriter
 
 _SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -64,19 +65,30 @@ def main(args: ArgsType = None) -> None:
         if given[:1] and given[0] in commands.NAMES:
             raise SystemExit(commands.run(given))
         given = _with_recipes_found(given)
+        if given[1:] == ["--help", "all"]:
+            given = given[:2]
     if args is None:
         # Where Lightning looks by itself, and from where it starts the processes of DDP.
         sys.argv[1:] = given
     else:
         args = given
+    _explain_settings()
     LoraCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
+        parser_kwargs={name: {"usage": f"lightning-lora {name} --config NAME [options]"} for name in _SUBCOMMANDS},
         args=args,
     )
+
+
+def _explain_settings() -> None:
+    """Give ``LoRA``'s docstring, where the parser looks for words, those of ``LoraConfig`` on the settings of both."""
+    mine, theirs = inspect.getdoc(LoRA) or "", inspect.getdoc(LoraConfig) or ""
+    reference = "    r: See :class:`~lightning_lora.LoraConfig`, as for all arguments up to ``seed``.\n"
+    LoRA.__doc__ = mine.replace(reference, theirs.partition("Args:\n")[2].partition("\n\n")[0] + "\n")
 
 
 def _change_lora(callbacks: list[Any], settings: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import time
@@ -45,6 +46,43 @@ def test_help_is_quick_and_names_every_command() -> None:
     assert done.returncode == 0 and done.stdout == lightning_lora_cli.HELP
     commands = [line.split()[0] for line in done.stdout.split("commands:\n")[1].split("\n\n")[0].splitlines()]
     assert commands == [*LoraCLI.subcommands(), "recipes", *NAMES]
+
+
+@pytest.mark.parametrize("command", lightning_lora_cli.RUNS)
+def test_help_of_a_run_is_quick(command: str) -> None:
+    start = time.perf_counter()
+    arguments = [sys.executable, ROOT / "lightning_lora_cli.py", command, "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert time.perf_counter() - start < 3
+    assert done.stdout.startswith(f"usage: lightning-lora {command} ")
+
+
+def test_help_names_options_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    sample = {"N": "2", "X": "0.5", "ID": "my/model", "FILE": "my.jsonl"}
+    options = re.findall(r'(--(?:seed|trainer|model|data|lora)[\w.]+) ("[^"]+"|\S+)', lightning_lora_cli.RUN_HELP)
+    values = {option: sample.get(value, value.strip('"')) for option, value in options if not option.endswith(".help")}
+    assert len(values) == 15
+    config = printed(capsys, "fit", "--config", "chat_sft", *(part for pair in values.items() for part in pair))
+    assert config["trainer"]["max_steps"] == 2 and config["data"]["init_args"]["path"] == "my.jsonl"
+    for option, value in options:
+        if option.endswith(".help"):
+            with pytest.raises(SystemExit):
+                main(["fit", option, value])
+            assert f"Help for {option}={value}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["fit", "--help", "all"])
+    assert "--trainer.accumulate_grad_batches" in capsys.readouterr().out
+
+
+def test_print_config_with_comments_is_a_file_to_start_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = printed(capsys, "fit", "--config", "chat_sft")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "chat_sft", "--print_config=comments"])
+    text = capsys.readouterr().out
+    for comment in ("# Rank of the update", "# Longest row, in tokens.", "# Share of the rows of ``path`` held out"):
+        assert comment in text
+    (tmp_path / "mine.yaml").write_text(text)
+    assert printed(capsys, "fit", "--config", str(tmp_path / "mine.yaml")) == plain
 
 
 def test_print_config_is_complete_and_runs_again(capsys: pytest.CaptureFixture[str]) -> None:

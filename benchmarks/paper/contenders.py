@@ -47,8 +47,8 @@ TASKS = {
         targets={"qv": ["query", "value"], "all": "all-linear"},
         trained={"head": "classifier"},
         rates={
-            "full": (3e-5, 1e-4, 3e-4),
-            "head": (3e-3, 1e-2, 3e-2),
+            "full": (3e-5, 1e-4, 3e-4, 1e-3),
+            "head": (1e-2, 3e-2, 1e-1),
             "qv": (5e-4, 1.5e-3, 5e-3),
             "all": (3e-4, 1e-3, 3e-3),
         },
