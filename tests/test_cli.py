@@ -149,6 +149,20 @@ def test_overlay_changes_the_strategy_and_nothing_else(capsys: pytest.CaptureFix
     assert both == alone
 
 
+@pytest.mark.parametrize(("overlay", "strategy"), [("fsdp", "FSDPStrategy"), ("fsdp2", "ModelParallelStrategy")])
+def test_overlays_that_shard_are_read(
+    overlay: str, strategy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = printed(capsys, "fit", "--config", "chat_sft", "--config", overlay)
+    settings = config["trainer"]["strategy"]
+    assert settings["class_path"] == f"lightning.pytorch.strategies.{strategy}"
+    shipped = yaml.safe_load((RECIPES / f"{overlay}.yaml").read_text())["trainer"]["strategy"]["init_args"]
+    assert settings["init_args"] == settings["init_args"] | shipped
+    assert config["model"]["class_path"].endswith("CausalLM")
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(config))
+    assert printed(capsys, "fit", "--config", str(tmp_path / "both.yaml")) == config
+
+
 def test_learning_curve_lies_beside_the_checkpoints(
     tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,6 +269,26 @@ def test_overlay_runs_on_two_processes(tmp_path: Path, tiny: list[str]) -> None:
     state = torch.load(tmp_path / "runs/chat_sft/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert state and all(".lora." in name for name in state)
     assert (tmp_path / "runs/chat_sft/checkpoints/learning_curve.csv").exists()
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_under_fsdp2(tmp_path: Path, tiny: list[str]) -> None:
+    """Without LoRA, two processes that share the parameters reach the loss of one with the same batches."""
+    recipe = yaml.safe_load((RECIPES / "chat_sft.yaml").read_text())
+    recipe["trainer"]["callbacks"] = [c for c in recipe["trainer"]["callbacks"] if "LoRA" not in c["class_path"]][::2]
+    (tmp_path / "full.yaml").write_text(yaml.safe_dump(recipe))
+    losses = []
+    for folder, overlay, size in (("one", [], "4"), ("two", ["--config", "fsdp2"], "2")):
+        (tmp_path / folder).mkdir()
+        arguments = ["fit", "--config", "../full.yaml", *overlay, *tiny, "--trainer.accelerator", "cpu"]
+        arguments += ["--data.batch_size", size, "--trainer.limit_val_batches", "1.0"]
+        command = [sys.executable, str(ROOT / "lightning_lora_cli.py"), *arguments]
+        done = subprocess.run(command, cwd=tmp_path / folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        table = (tmp_path / folder / "runs/chat_sft/checkpoints/learning_curve.csv").read_text().splitlines()
+        losses += [float(row["value"]) for row in csv.DictReader(table) if row["metric"] == "val_loss"]
+    # Each process weighs its tokens alike, however many it has.
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
 def test_the_wheel_holds_every_package_and_every_recipe() -> None:

@@ -1,6 +1,5 @@
 """One run: train a contender, and measure everything but time."""
 
-import resource
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def train(
         trainer.fit(module, data)
         trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         found = {
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_bytes": _peak_bytes(),
             "trained": sum(parameter.numel() for parameter in trained.values()),
             "optimizer_bytes": _optimizer_bytes(trainer),
         }
@@ -91,6 +90,12 @@ _QUIET: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+
+
+def _peak_bytes() -> int:
+    """Of this process, from Linux; ``getrusage`` would count what its parent had before it started this one."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def _optimizer_bytes(trainer: L.Trainer) -> int:

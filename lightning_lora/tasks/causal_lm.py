@@ -2,19 +2,16 @@
 
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim import AdamW
 
+from lightning_lora.tasks.fine_tuning import FineTuning
 from lightning_lora.tasks.modes import evaluating
 from lightning_lora.tasks.packed import require_separation
 from lightning_lora.tasks.pretrained import encode_prompt, load_causal_lm, load_tokenizer
-from lightning_lora.tasks.schedule import linear_schedule
 
 
-class CausalLM(L.LightningModule):
+class CausalLM(FineTuning):
     """A causal language model of transformers, trained on batches of ``input_ids``, ``attention_mask`` and ``labels``.
 
     With ``position_ids`` in ``attention_mask``'s place, a batch holds packed rows; the first such batch makes sure that
@@ -48,32 +45,20 @@ class CausalLM(L.LightningModule):
         dtype: str | None = None,
         max_new_tokens: int = 128,
     ) -> None:
-        super().__init__()
+        super().__init__(pretrained, lr, weight_decay, warmup_steps)
         self.save_hyperparameters()
         found = None if dtype is None else getattr(torch, dtype, None)
         if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
             raise ValueError(f"Found dtype={dtype!r}, expected a name such as 'float32' or 'bfloat16', or null.")
-        self.pretrained = pretrained
         self.gguf_file = gguf_file
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.warmup_steps = warmup_steps
         self.weights_dtype: torch.dtype | None = found
         self.max_new_tokens = max_new_tokens
         self._packing_checked = False
-        # Any: the classes of transformers are imported only when the model is built.
-        self.model: Any = None
-        self.tokenizer: Any = None
 
-    def configure_model(self) -> None:
-        """Load the model and its tokenizer, once."""
-        if self.model is not None:
-            return
+    def build(self, dtype: torch.dtype) -> Any:
+        """Load the model and its tokenizer."""
         self.tokenizer = load_tokenizer(self.pretrained, self.gguf_file)
-        # The trainer sets the default type from its precision around this hook.
-        dtype = self.weights_dtype or torch.get_default_dtype()
-        # `from_pretrained` returns evaluation mode, and the trainer keeps the mode it finds.
-        self.model = load_causal_lm(self.pretrained, self.gguf_file, dtype).train()
+        return load_causal_lm(self.pretrained, self.gguf_file, self.weights_dtype or dtype)
 
     def forward(self, **batch: Tensor) -> Any:
         """Output of the transformers model for a batch, with ``loss`` when the batch holds ``labels``."""
@@ -105,12 +90,6 @@ class CausalLM(L.LightningModule):
         """An answer to each question, written greedily: ``{"question": ..., "answer": ...}`` for each row."""
         texts = self._continue(batch["input_ids"], batch["attention_mask"], self.max_new_tokens)
         return [{"question": question, "answer": text} for question, text in zip(batch["question"], texts)]
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW on the trainable parameters, with a linear warm-up and a linear decay per optimizer step."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
-        return linear_schedule(optimizer, self.warmup_steps, self.trainer.estimated_stepping_batches)
 
     def generate(self, prompt: str, max_new_tokens: int = 40) -> str:
         """Continue ``prompt`` greedily, through the tokenizer's chat template where it has one.

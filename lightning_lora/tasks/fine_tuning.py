@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import AdamW
 
 from lightning_lora.tasks.schedule import linear_schedule
+from lightning_lora.tasks.sharding import fully_shard_blocks
 
 
 class FineTuning(L.LightningModule):
@@ -35,11 +36,20 @@ class FineTuning(L.LightningModule):
         raise NotImplementedError
 
     def configure_model(self) -> None:
-        """Build the model, once."""
+        """Build the model, once, and shard it."""
         if self.model is None:
             # The trainer sets the default type from its precision around this hook. `from_pretrained` returns
             # evaluation mode, and the trainer keeps the mode it finds.
             self.model = self.build(torch.get_default_dtype()).train()
+            self.shard()
+
+    def shard(self) -> None:
+        """Share the parameters among processes where the strategy leaves that to the module.
+
+        That is ``ModelParallelStrategy``, which gives a device mesh; the others need nothing here.
+        """
+        if self.device_mesh is not None:
+            fully_shard_blocks(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW on the trainable parameters."""

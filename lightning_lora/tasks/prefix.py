@@ -71,12 +71,24 @@ class PrefixCausalLM(CausalLM):
         self.prefix_text = prefix_text
         self.prefix: Any = None
 
-    def configure_model(self) -> None:
-        """Load the model, and make the prefix of it, once."""
-        super().configure_model()
-        if self.prefix is None:
-            ids = self.tokenizer(self.prefix_text, return_tensors="pt")["input_ids"][0]
-            self.prefix = Prefix(self.model, ids)
+    def build(self, dtype: torch.dtype) -> Any:
+        """Load the model, and make the prefix of it."""
+        model = super().build(dtype)
+        ids = self.tokenizer(self.prefix_text, return_tensors="pt")["input_ids"][0]
+        self.prefix = Prefix(model, ids)
+        return model
+
+    def shard(self) -> None:
+        """Nothing to do on one process.
+
+        Raises:
+            ValueError: With a device mesh: the prefix has no forward pass that could gather its shards.
+        """
+        if self.device_mesh is not None:
+            raise ValueError(
+                "Found ModelParallelStrategy, expected one that leaves the model whole: a prefix is not sharded. "
+                "Set --trainer.strategy ddp."
+            )
 
     def forward(self, **batch: Tensor) -> Any:
         """Output of the model behind the prefix.
