@@ -2,25 +2,17 @@
 
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_lora.data.conversation import (
-    Row,
-    encode_conversation,
-    encode_question,
-    read_conversation,
-    read_question,
-)
+from lightning_lora.data.conversation import Row, encode_conversation, read_conversation
 from lightning_lora.data.files import Record
-from lightning_lora.data.from_files import Encoded, FileData
+from lightning_lora.data.from_files import Encoded
 from lightning_lora.data.packing import collate_packs, pack
-from lightning_lora.data.prompt_completion import collate
-from lightning_lora.tasks.pretrained import load_tokenizer
+from lightning_lora.data.texts import LanguageModelData
 
 
-class ChatData(FileData):
+class ChatData(LanguageModelData):
     """Conversations, question and answer pairs, or Alpaca's instructions, from JSONL, CSV or Parquet.
 
     The fields of a row say which it is: ``messages``; ``prompt`` and ``completion``; ``instruction``, ``input`` and
@@ -28,46 +20,25 @@ class ChatData(FileData):
     one of its turns. See :func:`~lightning_lora.data.conversation.encode_conversation` for what truncation leaves out.
 
     Args:
-        path: See :class:`~lightning_lora.data.from_files.FileData`, as for the arguments up to ``seed``.
-        pretrained: Checkpoint whose tokenizer is used, as in :class:`~lightning_lora.tasks.CausalLM`.
-        gguf_file: Name of the GGUF file inside ``pretrained``. Default ``None``: an ordinary checkpoint.
-        max_length: Longest row, in tokens. Default 512.
-        overlong: What happens to a conversation longer than that: ``"truncate"`` (default) or ``"reject"``.
+        path: See :class:`~lightning_lora.data.from_files.FileData`.
+        pretrained: See :class:`~lightning_lora.data.texts.LanguageModelData`.
+        overlong: What happens to a conversation longer than ``max_length``: ``"truncate"`` (default) or ``"reject"``.
         packing: Whether to put several conversations into one row of at most ``max_length`` tokens, kept apart by their
             positions. Default true. A batch then holds more, so use a smaller ``batch_size``.
-
-    Raises:
-        ValueError: If ``max_length`` is below 2, and as in the base class.
+        options: The other arguments of :class:`~lightning_lora.data.texts.LanguageModelData`.
     """
 
     def __init__(
         self,
         path: str,
         pretrained: str,
-        gguf_file: str | None = None,
-        val_path: str | None = None,
-        val_fraction: float = 0.1,
-        predict_path: str | None = None,
-        batch_size: int = 8,
-        max_length: int = 512,
         overlong: Literal["truncate", "reject"] = "truncate",
         packing: bool = True,
-        num_workers: int = 0,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(path, val_path, val_fraction, predict_path, batch_size, num_workers, seed)
-        if max_length < 2:
-            raise ValueError(f"Found max_length={max_length}, expected at least 2 tokens, such as 512.")
-        self.pretrained = pretrained
-        self.gguf_file = gguf_file
-        self.max_length = max_length
+        super().__init__(path, pretrained, **options)
         self.overlong = overlong
         self.packing = packing
-        self.tokenizer: Any = None
-
-    def prepare(self, records: list[Record]) -> None:
-        """Load the tokenizer."""
-        self.tokenizer = load_tokenizer(self.pretrained, self.gguf_file)
 
     def encode(self, record: Record) -> Encoded:
         """Token ids and labels of a conversation."""
@@ -89,17 +60,4 @@ class ChatData(FileData):
 
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
         """Pad rows or packs on the right."""
-        batched = collate_packs if self.packing else collate
-        return batched(rows, int(self.tokenizer.pad_token_id or 0))
-
-    def collate_predict(self, records: list[Record]) -> dict[str, Any]:
-        """The messages before the last answer, padded on the left, and as they are under ``"question"``."""
-        questions = [read_question(record) for record in records]
-        ids = [encode_question(self.tokenizer, question) for question in questions]
-        length = max(map(len, ids))
-        padding = int(self.tokenizer.pad_token_id or 0)
-        return {
-            "input_ids": torch.tensor([[padding] * (length - len(row)) + row for row in ids]),
-            "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids]),
-            "question": questions,
-        }
+        return collate_packs(rows, self.pad_token_id) if self.packing else super().collate(rows)

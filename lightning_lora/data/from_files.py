@@ -27,7 +27,8 @@ class FileData(L.LightningDataModule):
     """Rows of one file, split into training and validation, or of two files.
 
     A subclass says how a record becomes a row (:meth:`encode`) and how rows become a batch (:meth:`collate`). Nothing
-    is left out in silence: the numbers of rows kept, truncated and rejected are printed.
+    is left out in silence: the numbers of rows kept, truncated and rejected are printed. A record has no answer when it
+    comes from ``predict_path``.
 
     Args:
         path: A ``.jsonl``, ``.csv`` or ``.parquet`` file, or ``shipped:<name>`` for one that comes with the recipes.
@@ -70,8 +71,16 @@ class FileData(L.LightningDataModule):
         self.val_rows: list[Any] = []
         self.predict_records: list[Record] = []
 
-    def prepare(self, records: list[Record]) -> None:
-        """Load what encoding needs, such as a tokenizer; called once with all records."""
+    def prepare(self) -> None:
+        """Load what encoding needs, such as a tokenizer."""
+
+    def read(self, path: str) -> list[Record]:
+        """All records of a file. Default: a JSONL, CSV or Parquet file."""
+        return read_records(path)
+
+    def read_unlabelled(self, path: str) -> list[Record]:
+        """All records of ``predict_path``. Default: as in the other files."""
+        return self.read(path)
 
     def encode(self, record: Record) -> Encoded:
         """Turn a record into a row.
@@ -96,23 +105,23 @@ class FileData(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read, split and encode the files, once."""
         if stage == "predict" and self.predict_path is not None:
-            self.predict_records = read_records(self.predict_path)
-            self.prepare(self.predict_records)
+            self.predict_records = self.read_unlabelled(self.predict_path)
+            self.prepare()
             return
         if self.train_rows is not None:
             return
         train, self.predict_records = self._split()
         held_out = self.predict_records
-        self.prepare(train + held_out)
+        self.prepare()
         train_rows = self._encode(train, self.path, "training")
         if held_out:
             self.val_rows = self.arrange(self._encode(held_out, self.val_path or self.path, "validation"))
         self.train_rows = self.arrange(train_rows)
 
     def _split(self) -> tuple[list[Record], list[Record]]:
-        records = read_records(self.path)
+        records = self.read(self.path)
         if self.val_path is not None:
-            return records, read_records(self.val_path)
+            return records, self.read(self.val_path)
         count = max(1, round(self.val_fraction * len(records))) if self.val_fraction else 0
         if len(records) <= count:
             raise ValueError(

@@ -7,22 +7,23 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_lora.data.files import Record
-from lightning_lora.data.from_files import Encoded, FileData
+from lightning_lora.data.from_files import Encoded
 from lightning_lora.data.labels import label_index
-from lightning_lora.tasks.pretrained import load_tokenizer
+from lightning_lora.data.texts import TextData
 
 
-class LabelledTextData(FileData):
+class LabelledTextData(TextData):
     """Rows with a text, or a pair of texts, and a label, from JSONL, CSV or Parquet.
 
     Args:
-        path: See :class:`~lightning_lora.data.from_files.FileData`, as for the arguments up to ``seed``.
-        pretrained: Checkpoint whose tokenizer is used.
+        path: See :class:`~lightning_lora.data.from_files.FileData`.
+        pretrained: Checkpoint whose tokenizer is used, the same as the model's.
         labels: Names of the classes, in the order of their indices. A row holds a name or an index.
         text_field: Field of the text. Default ``text``.
         pair_field: Field of the second text, for tasks about two. Default ``None``.
         label_field: Field of the label. Default ``label``.
         max_length: Longest row, in tokens; longer ones lose their end. Default 128.
+        options: The other arguments of :class:`~lightning_lora.data.from_files.FileData`.
     """
 
     def __init__(
@@ -33,32 +34,21 @@ class LabelledTextData(FileData):
         text_field: str = "text",
         pair_field: str | None = None,
         label_field: str = "label",
-        val_path: str | None = None,
-        val_fraction: float = 0.2,
-        predict_path: str | None = None,
-        batch_size: int = 32,
         max_length: int = 128,
-        num_workers: int = 0,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(path, val_path, val_fraction, predict_path, batch_size, num_workers, seed)
-        self.pretrained = pretrained
+        super().__init__(path, pretrained, **options)
         self.labels = labels
         self.text_field = text_field
         self.pair_field = pair_field
         self.label_field = label_field
         self.max_length = max_length
-        self.tokenizer: Any = None
 
     @property
     def class_counts(self) -> list[int]:
         """Training rows of each class, after ``setup``."""
         found = [row["labels"] for row in self.train_rows or []]
         return [found.count(index) for index in range(len(self.labels))]
-
-    def prepare(self, records: list[Record]) -> None:
-        """Load the tokenizer."""
-        self.tokenizer = load_tokenizer(self.pretrained)
 
     def setup(self, stage: str) -> None:
         """Read, split and encode the files, once, and say how many rows each class has."""

@@ -7,20 +7,21 @@ from torch import Tensor
 
 from lightning_lora.data.conversation import IGNORED
 from lightning_lora.data.files import Record
-from lightning_lora.data.from_files import Encoded, FileData
-from lightning_lora.tasks.pretrained import load_tokenizer
+from lightning_lora.data.from_files import Encoded
+from lightning_lora.data.texts import TextData
 
 
-class Seq2SeqData(FileData):
+class Seq2SeqData(TextData):
     """Rows with a source and a target, from JSONL, CSV or Parquet.
 
     Args:
-        path: See :class:`~lightning_lora.data.from_files.FileData`, as for the arguments up to ``seed``.
-        pretrained: Checkpoint whose tokenizer is used.
+        path: See :class:`~lightning_lora.data.from_files.FileData`.
+        pretrained: Checkpoint whose tokenizer is used, the same as the model's.
         source_field: Field of the text that is read. Default ``source``.
         target_field: Field of the text that is to be written. Default ``target``.
         max_source_length: Longest source, in tokens; longer ones lose their end. Default 256.
         max_target_length: The same for targets. Default 64.
+        options: The other arguments of :class:`~lightning_lora.data.from_files.FileData`.
     """
 
     def __init__(
@@ -29,26 +30,15 @@ class Seq2SeqData(FileData):
         pretrained: str,
         source_field: str = "source",
         target_field: str = "target",
-        val_path: str | None = None,
-        val_fraction: float = 0.1,
-        predict_path: str | None = None,
-        batch_size: int = 16,
         max_source_length: int = 256,
         max_target_length: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(path, val_path, val_fraction, predict_path, batch_size, num_workers, seed)
-        self.pretrained = pretrained
+        super().__init__(path, pretrained, **options)
         self.source_field = source_field
         self.target_field = target_field
         self.max_source_length = max_source_length
         self.max_target_length = max_target_length
-        self.tokenizer: Any = None
-
-    def prepare(self, records: list[Record]) -> None:
-        """Load the tokenizer."""
-        self.tokenizer = load_tokenizer(self.pretrained)
 
     def encode(self, record: Record) -> Encoded:
         """Token ids of the source, and of the target as labels."""

@@ -7,23 +7,24 @@ from torch import Tensor
 
 from lightning_lora.data.conversation import IGNORED
 from lightning_lora.data.files import Record
-from lightning_lora.data.from_files import Encoded, FileData
+from lightning_lora.data.from_files import Encoded
 from lightning_lora.data.labels import label_indices
-from lightning_lora.tasks.pretrained import load_tokenizer
+from lightning_lora.data.texts import TextData
 
 
-class TaggedWordsData(FileData):
+class TaggedWordsData(TextData):
     """Rows of ``{"tokens": ["...", ...], "tags": ["...", ...]}``, from JSONL or Parquet.
 
     The tag counts at the first token of its word and is ignored at the others.
 
     Args:
-        path: See :class:`~lightning_lora.data.from_files.FileData`, as for the arguments up to ``seed``.
-        pretrained: Checkpoint whose tokenizer (a fast one) is used.
+        path: See :class:`~lightning_lora.data.from_files.FileData`.
+        pretrained: Checkpoint whose tokenizer is used, the same as the model's.
         labels: Names of the tags, in the order of their indices.
         tokens_field: Field of the words. Default ``tokens``.
         tags_field: Field of the tags. Default ``tags``.
         max_length: Longest row, in tokens; longer ones lose their end. Default 256.
+        options: The other arguments of :class:`~lightning_lora.data.from_files.FileData`.
     """
 
     def __init__(
@@ -33,31 +34,20 @@ class TaggedWordsData(FileData):
         labels: list[str],
         tokens_field: str = "tokens",
         tags_field: str = "tags",
-        val_path: str | None = None,
-        val_fraction: float = 0.2,
-        predict_path: str | None = None,
-        batch_size: int = 16,
         max_length: int = 256,
-        num_workers: int = 0,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(path, val_path, val_fraction, predict_path, batch_size, num_workers, seed)
-        self.pretrained = pretrained
+        super().__init__(path, pretrained, **options)
         self.labels = labels
         self.tokens_field = tokens_field
         self.tags_field = tags_field
         self.max_length = max_length
-        self.tokenizer: Any = None
 
     @property
     def class_counts(self) -> list[int]:
         """Training words of each tag, after ``setup``."""
         found = [label for row in self.train_rows or [] for label in row["labels"]]
         return [found.count(index) for index in range(len(self.labels))]
-
-    def prepare(self, records: list[Record]) -> None:
-        """Load the tokenizer."""
-        self.tokenizer = load_tokenizer(self.pretrained)
 
     def encode(self, record: Record) -> Encoded:
         """Token ids of a row, and the tags at the first token of each word."""

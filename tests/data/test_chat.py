@@ -88,7 +88,7 @@ def test_a_template_that_rewrites_earlier_turns_is_an_error() -> None:
 def test_a_template_that_refuses_a_role_says_so(tmp_path: Path) -> None:
     path = write(tmp_path, [{"messages": CHAT}] * 2)
     data = ChatData(path, word_checkpoint(tmp_path / "model"), val_fraction=0)
-    data.prepare([])
+    data.prepare()
     data.tokenizer.chat_template = "{{ raise_exception('no system') }}"
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 1: .* refuses the roles system, user.*no system"):
         data.encode(Record(f"{path}, line 1", {"messages": CHAT}))

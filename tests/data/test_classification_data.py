@@ -120,6 +120,10 @@ def test_folders_of_images(tmp_path: Path) -> None:
     assert batch["pixel_values"].shape == (3, 3, 14, 14)
     assert torch.equal(batch["pixel_values"].mean((1, 2, 3)) > 0, batch["labels"] == 0)
     assert sum(data.class_counts) == 3
+    new = ImageData("unread", ["white", "black"], size=14, predict_path=str(tmp_path / "white"))
+    new.setup("predict")
+    (batch,) = new.predict_dataloader()
+    assert batch.keys() == {"pixel_values"} and batch["pixel_values"].shape == (2, 3, 14, 14)
     (tmp_path / "gray").mkdir()
     with pytest.raises(ValueError, match="Found the folders black, gray, white in .*, expected one for each label"):
         ImageData(str(tmp_path), ["white", "black"]).setup("fit")

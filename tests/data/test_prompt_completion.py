@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,8 @@ def test_split_is_deterministic_and_disjoint(path: str, pretrained: str, caplog:
         first = PromptCompletionData(path, pretrained, val_fraction=0.25)
         first.setup("fit")
         first.setup("validate")
-    assert caplog.text.count("kept 40 rows (30 for training, 10 for validation), of which 0 truncated") == 1
+    assert caplog.text.count("training: kept 30 rows, 0 of them truncated, and rejected 0.") == 1
+    assert caplog.text.count("validation: kept 10 rows, 0 of them truncated, and rejected 0.") == 1
     torch.manual_seed(99)
     second = PromptCompletionData(path, pretrained, val_fraction=0.25)
     second.setup("fit")
@@ -97,6 +99,19 @@ def test_split_is_deterministic_and_disjoint(path: str, pretrained: str, caplog:
     other = PromptCompletionData(path, pretrained, val_fraction=0.25, seed=1)
     other.setup("fit")
     assert other.val_rows != first.val_rows
+
+
+def test_questions_to_predict_are_written_as_in_training(tmp_path: Path, path: str, pretrained: str) -> None:
+    questions = tmp_path / "questions.csv"
+    questions.write_text("prompt\ndefine w1\ndefine w2 w3\n")
+    data = PromptCompletionData(path, pretrained, predict_path=str(questions))
+    data.setup("predict")
+    (batch,) = data.predict_dataloader()
+    row, _ = encode_pair(data.tokenizer, "define w2 w3", "w4", max_length=20)
+    question = [token for token, label in zip(row["input_ids"], row["labels"]) if label == -100]
+    assert batch["input_ids"][1].tolist() == question
+    assert batch["attention_mask"].tolist()[0] == [0] + [1] * (batch["input_ids"].shape[1] - 1)
+    assert batch["question"][0] == [{"role": "user", "content": "define w1"}]
 
 
 def test_no_validation(path: str, pretrained: str) -> None:
@@ -120,7 +135,7 @@ def test_bad_row(tmp_path: Path, pretrained: str, line: str, message: str) -> No
     path = write(tmp_path, '{"prompt": "a", "completion": "b"}\n' + line)
     with pytest.raises(ValueError, match=f"rows.jsonl, {message}") as error:
         PromptCompletionData(path, pretrained).setup("fit")
-    assert "Correct the line or remove it." in str(error.value)
+    assert re.search("Correct the (row|line) or remove it.", str(error.value))
 
 
 def test_too_few_rows(tmp_path: Path, pretrained: str) -> None:
