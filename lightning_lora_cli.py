@@ -32,7 +32,7 @@ RUN_HELP = """usage: lightning-lora {command} --config NAME [--config OVERLAY] [
 {purpose}
 
   --config NAME       a recipe by its name, or a YAML file; a second one changes the first
-  --ckpt_path PATH    the checkpoint to start from: last, best, or a file
+  --ckpt_path PATH    the checkpoint to start from: last, or a file
   --output FILE       for predict: the JSONL file that predictions go to
   --print_config      print every setting with its value, and do nothing else
   --print_config=comments

@@ -231,6 +231,24 @@ def test_early_stopping(tmp_path: Path, tiny: list[str], monkeypatch: pytest.Mon
     assert state["global_step"] == 4  # the second validation is the first that does not improve
 
 
+def test_the_best_checkpoint_by_the_monitor_is_kept(
+    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = yaml.safe_load((RECIPES / "chat_sft.yaml").read_text())
+    recipe["trainer"]["callbacks"][1]["init_args"]["mode"] = "max"  # of a loss that falls, so that the last is not best
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", "recipe.yaml", *tiny, "--trainer.max_steps", "6", "--model.lr", "0.1"])
+    folder = tmp_path / "runs/chat_sft/checkpoints"
+    rows = list(csv.DictReader((folder / "learning_curve.csv").read_text().splitlines()))
+    losses = {int(row["step"]) + 1: float(row["value"]) for row in rows if row["metric"] == "val_loss"}
+    best = max(losses, key=losses.__getitem__)
+    assert len(losses) == 3 and best < 6
+    (kept,) = (path for path in folder.glob("*.ckpt") if path.name != "last.ckpt")
+    assert torch.load(kept, weights_only=True)["global_step"] == best
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 6
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "changed"),
     [
@@ -275,7 +293,11 @@ def test_overlay_runs_on_two_processes(tmp_path: Path, tiny: list[str]) -> None:
 def test_full_fine_tuning_under_fsdp2(tmp_path: Path, tiny: list[str]) -> None:
     """Without LoRA, two processes that share the parameters reach the loss of one with the same batches."""
     recipe = yaml.safe_load((RECIPES / "chat_sft.yaml").read_text())
-    recipe["trainer"]["callbacks"] = [c for c in recipe["trainer"]["callbacks"] if "LoRA" not in c["class_path"]][::2]
+    recipe["trainer"]["callbacks"] = [
+        callback
+        for callback in recipe["trainer"]["callbacks"]
+        if callback["class_path"].rpartition(".")[2] in ("ModelCheckpoint", "LearningCurve")
+    ]
     (tmp_path / "full.yaml").write_text(yaml.safe_dump(recipe))
     losses = []
     for folder, overlay, size in (("one", [], "4"), ("two", ["--config", "fsdp2"], "2")):
