@@ -10,16 +10,19 @@ Three steps, each of which adds to the files beside this one and goes on where i
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from benchmarks.paper.contenders import GGUF, RANKS, SMOLLM, TASKS, contenders, kind_of
 from benchmarks.paper.results import append, chosen_rate, read
+from benchmarks.paper.table import markdown
+from benchmarks.paper.timings import measure
+from benchmarks.paper.train import train
+from lightning_lora.tasks.pretrained import load_causal_lm, load_tokenizer
 
 HERE = Path(__file__).parent
 SEARCH_SEED = 100
@@ -27,40 +30,37 @@ SEARCH_SEED = 100
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["search", "train", "time", "table", "one"])
+    parser.add_argument("what", choices=["search", "train", "time", "table"])
     parser.add_argument("--task", choices=["encoder", "causal"], help="default: both")
     parser.add_argument("--only", nargs="+", help="names of contenders, such as full qv-8")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="default: the task's")
     parser.add_argument("--folder", type=Path, default=HERE, help="where the figures are; default: beside the source")
-    parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
     runs, timings = given.folder / "runs.jsonl", given.folder / "timings.jsonl"
-    if given.what == "one":
-        from benchmarks.paper.train import train
-
-        print(json.dumps(train(**given.run)))
-        return
     tasks = [given.task] if given.task else ["encoder", "causal"]
     if given.what == "table":
-        from benchmarks.paper.table import markdown
-
         print("\n\n".join(markdown(task, read(runs), read(timings)) for task in tasks))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        weights = _convert(folder) if "causal" in tasks else None
-        if given.what == "search":
-            for task, name, lr in _search(tasks, given.only):
-                _run(runs, given.steps, weights, task=task, contender=name, seed=SEARCH_SEED, lr=lr, search=True)
-        elif given.what == "train":
-            for seed, (task, name) in product(given.seeds, _contenders(tasks, given.only)):
-                lr = chosen_rate(task, name, read(runs))
-                _run(runs, given.steps, weights, task=task, contender=name, seed=seed, lr=lr, search=False)
-        else:
-            from benchmarks.paper.timings import measure
-
+    # A process of its own for each run, forked after the imports, so that its peak memory is its own.
+    with tempfile.TemporaryDirectory() as folder, get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        weights = pool.apply(_convert, [folder]) if "causal" in tasks else None
+        if given.what == "time":
             for task, name in _contenders(tasks, given.only):
-                append(timings, measure(task, name, weights))
+                append(timings, pool.apply(measure, [task, name, weights]))
+            return
+        search = given.what == "search"
+        if search:
+            plan = [(SEARCH_SEED, *found) for found in _search(tasks, given.only)]
+        else:
+            chosen = _contenders(tasks, given.only)
+            plan = [(seed, *found, chosen_rate(*found, read(runs))) for seed, found in product(given.seeds, chosen)]
+        for seed, task, name, lr in plan:
+            steps = given.steps or TASKS[task].steps
+            run = {"task": task, "contender": name, "seed": seed, "lr": lr, "search": search, "steps": steps}
+            if not any(run.items() <= row.items() for row in read(runs)):
+                append(runs, run | pool.apply(train, kwds=run | {"weights": weights}))
+                print(run, flush=True)
 
 
 def _contenders(tasks: list[str], only: list[str] | None) -> list[tuple[str, str]]:
@@ -77,26 +77,8 @@ def _search(tasks: list[str], only: list[str] | None) -> list[tuple[str, str, fl
     ]
 
 
-def _run(path: Path, steps: int | None, weights: str | None, **run: Any) -> None:
-    """One run in a process of its own, unless the file has it already."""
-    run["steps"] = steps or TASKS[run["task"]].steps
-    if any(run.items() <= row.items() for row in read(path)):
-        return
-    settings = json.dumps({**run, "weights": weights})
-    command = [sys.executable, "-m", "benchmarks.paper", "one", "--run", settings]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{settings}: exit status {done.returncode}\n{done.stderr[-2000:]}")
-    append(path, run | json.loads(done.stdout.splitlines()[-1]))
-    print(path.read_text().splitlines()[-1], flush=True)
-
-
 def _convert(folder: str) -> str:
     """The causal model as an ordinary checkpoint, once for all runs."""
-    import torch
-
-    from lightning_lora.tasks.pretrained import load_causal_lm, load_tokenizer
-
     load_causal_lm(SMOLLM, GGUF, torch.float32).save_pretrained(folder)
     load_tokenizer(SMOLLM, GGUF).save_pretrained(folder)
     return folder
