@@ -7,6 +7,8 @@ from typing import Any
 from benchmarks.paper.contenders import TASKS, kind_of
 
 Row = dict[str, Any]
+# Scores closer than this are taken for equal.
+TIE = 0.01
 
 
 def read(path: Path) -> list[Row]:
@@ -21,7 +23,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def chosen_rate(task: str, contender: str, runs: list[Row]) -> float:
-    """The learning rate that scored best in the search for this kind of contender.
+    """The learning rate that scored best in the search for this kind of contender, or the lowest that nearly did.
 
     Raises:
         ValueError: If there was no search.
@@ -31,5 +33,5 @@ def chosen_rate(task: str, contender: str, runs: list[Row]) -> float:
     if not searched:
         raise ValueError(f"Found no search for {kind} on {task}, expected one. Run: python -m benchmarks.paper search")
     sign = 1 if TASKS[task].higher_is_better else -1
-    best: float = max(searched, key=lambda run: sign * run["quality"])["lr"]
-    return best
+    best = max(sign * run["quality"] for run in searched)
+    return min(run["lr"] for run in searched if sign * run["quality"] >= best - TIE)

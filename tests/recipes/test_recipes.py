@@ -46,11 +46,11 @@ def test_runs_and_logs(recipe: str, metrics: str, tmp_path: Path, monkeypatch: p
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_classification_learns_and_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["--trainer.max_steps", "18", "--trainer.val_check_interval", "18", "--model.lr", "1e-3"]
+    arguments = ["--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "2", "--model.lr", "3e-3"]
     arguments += ["--trainer.num_sanity_val_steps", "0"]
     run(tmp_path, monkeypatch, "fit", "sequence_classification", *arguments)
     (row,) = [row for row in csv.DictReader(logged(tmp_path).splitlines()) if row["val_loss"]]
-    assert float(row["val_loss"]) < 1.09  # an even guess has 1.0986, and a new head is worse
+    assert float(row["val_mcc"]) > 0.3  # a guess has 0, whatever it knows of the labels' frequencies
     (tmp_path / "new.jsonl").write_text(json.dumps({"text": "To deprive of life."}))
     arguments = ["--ckpt_path", "runs/sequence_classification/checkpoints/last.ckpt"]
     arguments += ["--data.predict_path", "new.jsonl", "--output", "labels.jsonl"]
