@@ -92,9 +92,13 @@ def low_rank_linear(
         scaling: The factor in front of ``B A``.
 
     Returns:
-        Shape ``(*, out_features)``. All dtypes are equal.
+        Shape ``(*, out_features)``, in the dtype of ``x`` or, under autocast, in that of autocast. The others are cast.
     """
-    out: Tensor = _LowRankLinear.apply(x, weight, bias, lora_A, lora_B, scaling)[0]  # type: ignore[no-untyped-call]
+    dtype, device = x.dtype, x.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(device)
+    tensors = (None if tensor is None else tensor.to(dtype) for tensor in (x, weight, bias, lora_A, lora_B))
+    out: Tensor = _LowRankLinear.apply(*tensors, scaling)[0]  # type: ignore[no-untyped-call]
     return out
 
 

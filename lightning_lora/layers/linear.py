@@ -121,7 +121,7 @@ class LoraLinear(LoraLayer):
         return low_rank_linear(x, self.weight, bias, adapter.lora_A, lora_B, adapter.scaling)  # type: ignore
 
     def _is_plain(self, x: Tensor) -> bool:
-        """Whether base and adapter can run as one: a single LoRA in one dtype on the forward of ``nn.Linear``."""
+        """Whether base and adapter can run as one: a single LoRA on the forward of ``nn.Linear``."""
         if self.merged or len(self._active) != 1 or self._rows is not None or type(self.weight) not in _PLAIN:
             return False
         adapter = self.lora[self._active[0]]
@@ -130,8 +130,7 @@ class LoraLinear(LoraLayer):
             and type(adapter) is LinearAdapter
             and not (adapter.training and adapter.dropout.p)
             and base_class(self).forward is nn.Linear.forward
-            and x.dtype == self.weight.dtype == adapter.lora_A.dtype
-            and not torch.is_autocast_enabled(x.device.type)
+            and (x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type))
         )
 
 

@@ -1,0 +1,135 @@
+"""Writing, reading and resuming from a Lightning checkpoint: ours, PEFT's model in the same module, and full fine-tuning.
+
+All are trained for a step with AdamW, and written with ``trainer.save_checkpoint``. Reading is ``torch.load``. Resuming
+is the time from ``trainer.fit(..., ckpt_path=...)`` to the first batch, less the same without a checkpoint.
+
+    python -m benchmarks.checkpoint
+"""
+
+import logging
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any, Optional
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from benchmarks import harness
+from benchmarks.harness import SHAPES
+from lightning_lora import LoRA
+
+
+class Module(L.LightningModule):
+    """Trains on eight tokens."""
+
+    def __init__(self, model: nn.Module, vocabulary: int) -> None:
+        super().__init__()
+        self.model = model
+        self.vocabulary = vocabulary
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = self.model(input_ids=batch, labels=batch, use_cache=False).loss
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-5)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.arange(8).unsqueeze(0) % self.vocabulary)  # type: ignore[arg-type]
+
+
+class Clock(Callback):
+    """The time at which training starts, with everything restored."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.started = time.perf_counter()
+
+
+class Contender:
+    """A module to train, with the callbacks that it needs."""
+
+    def __init__(self, module: Module, path: Path, lora: bool, r: int) -> None:
+        self.module, self.path, self.lora, self.r = module, path, lora, r
+        self.trainer, _ = self.fit(None)
+
+    def fit(self, ckpt_path: Optional[Path]) -> tuple[L.Trainer, float]:
+        """Train for a step, or, from a checkpoint, restore and stop; and the seconds until the first batch."""
+        clock = Clock()
+        callbacks: list[Callback] = [clock]
+        if self.lora:
+            callbacks.append(LoRA(r=self.r, lora_alpha=2 * self.r, merge=None, summary=False))
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=2 if ckpt_path else 1,
+            max_epochs=-1,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        start = time.perf_counter()
+        trainer.fit(self.module, ckpt_path=ckpt_path, weights_only=True)
+        return trainer, clock.started - start
+
+    def write(self) -> None:
+        self.trainer.save_checkpoint(self.path)
+
+    def read(self) -> None:
+        torch.load(self.path, weights_only=True)
+
+    def resume(self) -> float:
+        """Seconds more to the first batch than a fresh start takes."""
+        _, fresh = self.fit(None)
+        _, resumed = self.fit(self.path)
+        return resumed - fresh
+
+
+def main(arguments: Optional[list[str]] = None) -> None:
+    parser = harness.parser(__doc__, turns=5)
+    parser.add_argument("--shape", choices=SHAPES, default="135M")
+    parser.add_argument("--r", type=int, default=8)
+    args = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    shape = SHAPES[args.shape]
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        models = {
+            "ours": harness.base(shape),
+            "PEFT": harness.theirs(harness.base(shape), args.r, "all"),
+            "full": harness.base(shape),
+        }
+        contenders = {
+            name: Contender(Module(model, shape.vocabulary), Path(folder) / f"{name}.ckpt", name == "ours", args.r)
+            for name, model in models.items()
+        }
+        times: dict[str, dict[str, list[float]]] = {
+            "write": harness.take_turns({name: one.write for name, one in contenders.items()}, args.turns, warm_up=1),
+            "read": harness.take_turns({name: one.read for name, one in contenders.items()}, args.turns, warm_up=1),
+            "resume": {name: [one.resume() for _ in range(args.turns)] for name, one in contenders.items()},
+        }
+        found = {what: harness.ratios(seconds, to="full") for what, seconds in times.items()}
+        for name, one in contenders.items():
+            rows[name] = {what: ratios[name] for what, ratios in found.items()}
+            rows[name]["bytes"] = one.path.stat().st_size
+    for row in rows.values():
+        row["bytes of full"] = row["bytes"] / rows["full"]["bytes"]
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        timed = (row[what] for what in times)
+        return [
+            f"{row['bytes'] / 1e6:,.1f} MB (1/{1 / row['bytes of full']:.0f})",
+            *(f"{one['seconds']:.3f} s (1/{1 / one['median']:.0f})" for one in timed),
+        ]
+
+    harness.report("checkpoint", args, rows, ("size (of full)", *times), cells)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""What the benchmarks share: the models that take turns, the turns, their ratios, and the table and file of figures."""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_lora import LoraConfig, inject
+
+RESULTS = Path(__file__).parent / "results"
+TARGETS = {"all": "all-linear", "qv": ["q_proj", "v_proj"]}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model like Llama."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int = 1024
+
+
+SHAPES = {
+    "tiny": Shape(64, 128, 2, 1, 1),
+    "small": Shape(512, 1408, 8, 8, 8),
+    "135M": Shape(576, 1536, 30, 9, 3, 49152),  # SmolLM2-135M
+    "1B": Shape(2048, 8192, 16, 32, 8, 128256),  # Llama 3.2 1B
+    "7B": Shape(4096, 11008, 32, 32, 32, 32000),  # Llama 2 7B
+}
+
+
+def base(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """A model with random weights, the same each time."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+    )
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(dtype)
+
+
+def ours(model: nn.Module, r: int, targets: str) -> nn.Module:
+    """The model with this package's adapter."""
+    return inject(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=TARGETS[targets]))
+
+
+def theirs(model: nn.Module, r: int, targets: str, **settings: Any) -> nn.Module:
+    """The model with PEFT's."""
+    import peft
+
+    config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=TARGETS[targets], task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config, **settings)
+
+
+def contenders(
+    shape: Shape, r: int, targets: Sequence[str], device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, nn.Module]:
+    """Floor, full fine-tuning, and for each choice of targets ours and PEFT; all on the same weights in memory."""
+    first = base(shape, device, dtype).requires_grad_(False)
+
+    def another() -> nn.Module:
+        model = base(shape, "meta", dtype)
+        # Frozen or never stepped, so that a model of gigabytes is there once.
+        model.load_state_dict(first.state_dict(), assign=True)
+        model.model.rotary_emb = first.model.rotary_emb  # has buffers that are in no state
+        return model.requires_grad_(True)
+
+    models: dict[str, nn.Module] = {"floor": first}
+    for choice in targets:
+        models[f"ours, {choice}"] = ours(another(), r, choice)
+        models[f"PEFT, {choice}"] = theirs(another(), r, choice)
+    models["full"] = another()
+    return models
+
+
+def stepper(
+    model: nn.Module, shape: Shape, tokens: int, optimizer: Optional[torch.optim.Optimizer] = None
+) -> Callable[[], None]:
+    """One forward and backward pass, to the trained parameters and to the inputs, and the optimizer's step if given."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weight = next(model.parameters())
+    rows = 2 if tokens > 1 else 1
+    embeddings = torch.randn(rows, tokens // rows, shape.hidden).to(weight.device, weight.dtype)
+    labels = torch.randint(0, shape.vocabulary, embeddings.shape[:2], device=weight.device)
+
+    def step() -> None:
+        inputs = embeddings.clone().requires_grad_()
+        model(inputs_embeds=inputs, labels=labels, use_cache=False).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+
+    return step
+
+
+def seconds(call: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds that a call takes, the device's work included."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def take_turns(
+    calls: dict[str, Callable[[], Any]], turns: int, device: str = "cpu", warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each turn. Each turn starts with another one; the first turns do not count."""
+    names = list(calls)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(turns + warm_up):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            taken = seconds(calls[name], device)
+            if turn >= warm_up:
+                found[name].append(taken)
+    return found
+
+
+def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
+    """The most memory in tensors that a call has at once, beyond what was there before it."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    # The profiler's own table adds up by operator; the single allocations are in what it is made of alone.
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
+def ratios(times: dict[str, list[float]], to: str) -> dict[str, dict[str, float]]:
+    """Of each contender its time over that of ``to`` in the same turn, quartiles, and its median seconds."""
+    found = {}
+    for name, own in times.items():
+        quotients = [one / reference for one, reference in zip(own, times[to])]
+        low, median, high = statistics.quantiles(quotients, n=4) if len(quotients) > 1 else 3 * quotients
+        found[name] = {"median": median, "low": low, "high": high, "seconds": statistics.median(own)}
+    return found
+
+
+def parser(description: Optional[str], turns: Optional[int] = None) -> argparse.ArgumentParser:
+    """A command line with what all benchmarks take."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if turns is not None:
+        made.add_argument("--turns", type=int, default=turns, help=f"default {turns}")
+    made.add_argument("--json", type=Path, help="where to write the figures; default benchmarks/results/NAME.json")
+    return made
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "device": torch.cuda.get_device_name() if device != "cpu" else f"{platform.machine()} CPU",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def spread(row: dict[str, float], digits: int = 2) -> str:
+    """A ratio with its quartiles."""
+    return f"{row['median']:.{digits}f} ({row['low']:.{digits}f} - {row['high']:.{digits}f})"
+
+
+def report(
+    name: str,
+    args: argparse.Namespace,
+    rows: dict[str, dict[str, Any]],
+    columns: Iterable[str],
+    cells: Callable[[dict[str, Any]], Iterable[str]],
+) -> None:
+    """Print the table, ``cells(row)`` beside each row's name, and write the file."""
+    from rich.console import Console
+    from rich.table import Table
+
+    settings = {key: value for key, value in vars(args).items() if key != "json"}
+    table = Table(title=", ".join([name, *(f"{key}: {value}" for key, value in settings.items())]))
+    for position, heading in enumerate(("", *columns)):
+        table.add_column(heading, justify="right" if position else "left")
+    for label, row in rows.items():
+        table.add_row(label, *cells(row))
+    Console(width=120).print(table)
+    path = args.json or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {"settings": settings, "machine": machine(settings.get("device", "cpu")), "rows": rows}
+    path.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,0 +1,65 @@
+"""Peak memory of a training step with AdamW: ours, PEFT's, full fine-tuning, and the floor.
+
+The floor is the frozen base's forward and its backward to the inputs, without an optimizer. Counted are the bytes of
+tensors: weights, gradients, moments, and what the step allocates (on the CPU every allocation, by the profiler; on a GPU
+by its own statistics). The figures are exact, so they have no spread.
+
+    python -m benchmarks.memory
+"""
+
+from typing import Any, Optional
+
+import torch
+from torch import nn
+
+from benchmarks import harness
+from benchmarks.harness import SHAPES, TARGETS
+
+
+def measure(model: nn.Module, shape: harness.Shape, tokens: int, device: str) -> dict[str, float]:
+    """Bytes that lie there between steps, and at the peak of a step."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Steps of size zero, since the contenders share their weights.
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0) if trained else None
+    step = harness.stepper(model, shape, tokens, optimizer)
+    step()
+    moments = [value for state in (optimizer.state.values() if optimizer else ()) for value in state.values()]
+    tensors = [*model.parameters(), *model.buffers(), *moments]
+    resting = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return {"resting bytes": resting, "peak bytes": resting + harness.peak_bytes(step, device)}
+
+
+def main(arguments: Optional[list[str]] = None) -> None:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 32], help="a step; few: the weights dominate")
+    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--targets", choices=TARGETS, nargs="+", default=list(TARGETS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the base")
+    args = parser.parse_args(arguments)
+    shape = SHAPES[args.shape]
+    models = harness.contenders(shape, args.r, args.targets, args.device, getattr(torch, args.dtype))
+    rows: dict[str, dict[str, Any]] = {}
+    for tokens in args.tokens:
+        found = {name: measure(model, shape, tokens, args.device) for name, model in models.items()}
+        for name, row in found.items():
+            row["over floor"] = row["peak bytes"] / found["floor"]["peak bytes"]
+            row["of full"] = row["peak bytes"] / found["full"]["peak bytes"]
+            rows[f"{tokens} tokens: {name}"] = row
+    harness.report(
+        "memory",
+        args,
+        rows,
+        ("at rest", "peak", "over the floor", "of full"),
+        lambda row: (
+            f"{row['resting bytes'] / 1e6:.1f} MB",
+            f"{row['peak bytes'] / 1e6:.1f} MB",
+            f"{row['over floor']:.3f}",
+            f"{row['of full']:.2f}",
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()
