@@ -1,4 +1,4 @@
-"""Writing, reading and resuming from a Lightning checkpoint: ours, PEFT's model in the same module, and full fine-tuning.
+"""Writing, reading and resuming from a Lightning checkpoint: ours, PEFT's model in the same module, full fine-tuning.
 
 All are trained for a step with AdamW, and written with ``trainer.save_checkpoint``. Reading is ``torch.load``. Resuming
 is the time from ``trainer.fit(..., ckpt_path=...)`` to the first batch, less the same without a checkpoint.

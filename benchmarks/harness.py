@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_lora import LoraConfig, inject
 
 RESULTS = Path(__file__).parent / "results"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TARGETS = {"all": "all-linear", "qv": ["q_proj", "v_proj"]}
 
 

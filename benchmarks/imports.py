@@ -1,4 +1,6 @@
-"""Seconds that an import takes in a fresh interpreter, after ``import lightning``: this package and PEFT.
+"""Seconds that an import takes after ``import lightning``: this package and PEFT.
+
+Each is timed in a fresh interpreter.
 
     python -m benchmarks.imports
 """
@@ -9,9 +11,7 @@ from typing import Optional
 
 from benchmarks import harness
 
-TIMED = (
-    "import time{before}; start = time.perf_counter(); import {package}; print(time.perf_counter() - start)"
-)
+TIMED = "import time{before}; start = time.perf_counter(); import {package}; print(time.perf_counter() - start)"
 
 
 def import_seconds(package: str, before: str) -> float:

@@ -1,9 +1,12 @@
-"""Time of a forward pass over the base's: with the adapter folded in and with it beside the weights, ours and PEFT's.
+"""Time of a forward pass over the base's, ours and PEFT's.
+
+Once with the adapter folded in, once with it beside the weights.
 
     python -m benchmarks.inference
 """
 
-from typing import Optional
+from collections.abc import Callable
+from typing import Any, Optional
 
 import torch
 
@@ -27,7 +30,11 @@ def main(arguments: Optional[list[str]] = None) -> None:
         "PEFT, beside": harness.theirs(harness.base(shape), args.r, "all"),
     }
     tokens = torch.randint(0, shape.vocabulary, (1, args.tokens))
-    calls = {name: lambda model=model.eval(): model(input_ids=tokens, use_cache=False) for name, model in models.items()}
+
+    def forward(model: Any) -> Callable[[], Any]:
+        return lambda: model(input_ids=tokens, use_cache=False)
+
+    calls = {name: forward(model.eval()) for name, model in models.items()}
     with torch.no_grad():
         rows = harness.ratios(harness.take_turns(calls, args.turns), to="base")
     harness.report(

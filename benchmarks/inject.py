@@ -1,4 +1,6 @@
-"""Seconds to put adapters in: ours and PEFT's, on the meta device and on real weights, beside one pass over those weights.
+"""Seconds to put adapters in: ours and PEFT's, on the meta device and on real weights.
+
+Beside them stands one pass over the real weights, which neither needs.
 
     python -m benchmarks.inject
 """

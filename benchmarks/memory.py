@@ -1,7 +1,7 @@
 """Peak memory of a training step with AdamW: ours, PEFT's, full fine-tuning, and the floor.
 
 The floor is the frozen base's forward and its backward to the inputs, without an optimizer. Counted are the bytes of
-tensors: weights, gradients, moments, and what the step allocates (on the CPU every allocation, by the profiler; on a GPU
+tensors: weights, gradients, moments, and what the step allocates (on the CPU each allocation, by the profiler; on a GPU
 by its own statistics). The figures are exact, so they have no spread.
 
     python -m benchmarks.memory
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks import harness
-from benchmarks.harness import SHAPES, TARGETS
+from benchmarks.harness import DTYPES, SHAPES, TARGETS
 
 
 def measure(model: nn.Module, shape: harness.Shape, tokens: int, device: str) -> dict[str, float]:
@@ -36,10 +36,10 @@ def main(arguments: Optional[list[str]] = None) -> None:
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--targets", choices=TARGETS, nargs="+", default=list(TARGETS))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the base")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base")
     args = parser.parse_args(arguments)
     shape = SHAPES[args.shape]
-    models = harness.contenders(shape, args.r, args.targets, args.device, getattr(torch, args.dtype))
+    models = harness.contenders(shape, args.r, args.targets, args.device, DTYPES[args.dtype])
     rows: dict[str, dict[str, Any]] = {}
     for tokens in args.tokens:
         found = {name: measure(model, shape, tokens, args.device) for name, model in models.items()}

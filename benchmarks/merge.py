@@ -9,11 +9,10 @@ keeps the weights that were there, to bring them back bit for bit; PEFT's change
 from collections.abc import Callable
 from typing import Any, Optional
 
-import torch
 from torch import nn
 
 from benchmarks import harness
-from benchmarks.harness import SHAPES
+from benchmarks.harness import DTYPES, SHAPES
 from lightning_lora import merge, unmerge
 
 
@@ -29,13 +28,13 @@ def main(arguments: Optional[list[str]] = None) -> None:
     parser = harness.parser(__doc__, turns=15)
     parser.add_argument("--shape", choices=SHAPES, default="135M")
     parser.add_argument("--r", type=int, default=8)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32", "bfloat16"])
     args = parser.parse_args(arguments)
     shape = SHAPES[args.shape]
     rows: dict[str, dict[str, Any]] = {}
     for dtype in args.dtype:
-        own = trained(harness.ours(harness.base(shape, dtype=getattr(torch, dtype)), args.r, "all"))
-        other: Any = trained(harness.theirs(harness.base(shape, dtype=getattr(torch, dtype)), args.r, "all"))
+        own = trained(harness.ours(harness.base(shape, dtype=DTYPES[dtype]), args.r, "all"))
+        other: Any = trained(harness.theirs(harness.base(shape, dtype=DTYPES[dtype]), args.r, "all"))
         weights = [module.weight for module in own.modules() if hasattr(module, "lora")]
         size = sum(weight.numel() * weight.element_size() for weight in weights)
         calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {

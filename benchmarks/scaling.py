@@ -1,4 +1,6 @@
-"""The step's time over the floor as rank, hidden size, layers or tokens grow, each from the same middle; a file an axis.
+"""The step's time over the floor as rank, hidden size, layers or tokens grow from the same middle.
+
+Each axis writes a file of its own.
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --axis tokens

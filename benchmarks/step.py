@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 
 from benchmarks import harness
-from benchmarks.harness import SHAPES, TARGETS
+from benchmarks.harness import DTYPES, SHAPES, TARGETS
 
 
 def main(arguments: Optional[list[str]] = None) -> None:
@@ -22,11 +22,11 @@ def main(arguments: Optional[list[str]] = None) -> None:
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--targets", choices=TARGETS, nargs="+", default=list(TARGETS))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the base")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base")
     parser.add_argument("--compile", action="store_true", help="torch.compile each model")
     args = parser.parse_args(arguments)
     shape = SHAPES[args.shape]
-    models = harness.contenders(shape, args.r, args.targets, args.device, getattr(torch, args.dtype))
+    models = harness.contenders(shape, args.r, args.targets, args.device, DTYPES[args.dtype])
     if args.compile:
         models = {name: torch.compile(model) for name, model in models.items()}  # type: ignore[misc]
     steps = {name: harness.stepper(model, shape, args.tokens) for name, model in models.items()}

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.functional import low_rank_product
 from lightning_lora.layers.base import Target
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter, LoraLinear
 
@@ -41,8 +40,8 @@ class FusedAdapter(LinearAdapter):
         paths = torch.cat([part @ block.t() for part, block in zip(low_rank, blocks)], dim=-1)
         return out.index_add(-1, torch.cat(self.parts).to(out.device), paths.to(out.dtype))
 
-    def delta_weight(self) -> Tensor:
-        return low_rank_product(self.lora_A, self._whole(), self.scaling).movedim(0, self.out_dim)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A, self._whole()
 
     def peft_tensors(self) -> dict[str, Tensor]:
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self._whole()}

@@ -36,8 +36,18 @@ class LinearAdapter(LoraAdapter):
     def base_product(self, x: Tensor, layer: nn.Module) -> Tensor:
         return nn.functional.linear(x, self.rows(layer.weight))  # type: ignore[arg-type]
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The A and B that the update of the whole weight is the product of."""
+        return self.lora_A, self.lora_B
+
     def delta_weight(self) -> Tensor:
-        return low_rank_product(self.lora_A, self.lora_B, self.scaling).movedim(0, self.out_dim)
+        return low_rank_product(*self.factors(), self.scaling).movedim(0, self.out_dim)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        # In one pass over the weight, with nothing of its size in between.
+        lora_A, lora_B = (factor.to(weight.dtype) for factor in self.factors())
+        left, right = (lora_B, lora_A) if self.out_dim == 0 else (lora_A.t(), lora_B.t())
+        return torch.addmm(weight, left, right, alpha=self.scaling)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

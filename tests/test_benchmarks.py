@@ -1,0 +1,105 @@
+"""Each benchmark runs and writes its figures. How large they are is no matter of tests."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import chart, checkpoint, harness, imports, inference, inject, memory, merge, scaling, step
+
+
+def figures(main: Any, path: Path, *arguments: str) -> dict[str, dict[str, Any]]:
+    main([*arguments, "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert found["machine"]["torch"] == torch.__version__
+    assert found["settings"]
+    return found["rows"]
+
+
+def test_step(tmp_path: Path) -> None:
+    rows = figures(step.main, tmp_path / "step.json", "--shape", "tiny", "--tokens", "8", "--turns", "2")
+    assert list(rows) == ["floor", "ours, all", "PEFT, all", "ours, qv", "PEFT, qv", "full"]
+    assert rows["floor"]["median"] == 1.0
+    for row in rows.values():
+        assert row.keys() == {"median", "low", "high", "seconds", "of full"}
+        assert row["low"] <= row["median"] <= row["high"]
+
+
+def test_memory(tmp_path: Path) -> None:
+    arguments = ["--shape", "tiny", "--tokens", "8", "--targets", "all"]
+    rows = figures(memory.main, tmp_path / "memory.json", *arguments)
+    peaks = {name.split(": ")[1]: row["peak bytes"] for name, row in rows.items()}
+    # Counted, not timed, so how they compare is sure.
+    assert peaks["floor"] < peaks["ours, all"] <= peaks["PEFT, all"] < peaks["full"]
+
+
+def test_a_peak_is_what_lives_at_once() -> None:
+    kept: list[torch.Tensor] = []
+
+    def call() -> None:
+        for _ in range(3):
+            torch.empty(1000)
+        kept.append(torch.empty(500))
+        torch.empty(100)
+
+    assert harness.peak_bytes(call) == pytest.approx(4000, abs=64)
+
+
+def test_checkpoint(tmp_path: Path) -> None:
+    rows = figures(checkpoint.main, tmp_path / "checkpoint.json", "--shape", "tiny", "--turns", "2")
+    assert rows["ours"]["bytes"] < rows["PEFT"]["bytes"] < rows["full"]["bytes"]
+    assert all(row[what]["seconds"] > 0 for row in rows.values() for what in ("write", "read"))
+    assert all("resume" in row for row in rows.values())
+
+
+def test_merge(tmp_path: Path) -> None:
+    arguments = ["--shape", "tiny", "--turns", "2", "--dtype", "bfloat16"]
+    rows = figures(merge.main, tmp_path / "merge.json", *arguments)
+    assert list(rows) == ["bfloat16: copy", "bfloat16: ours", "bfloat16: PEFT"]
+    assert rows["bfloat16: copy"]["peak over weights"] == pytest.approx(1.0, abs=0.05)
+    assert all(row["bytes a second"] > 0 for row in rows.values())
+
+
+def test_inference(tmp_path: Path) -> None:
+    rows = figures(inference.main, tmp_path / "inference.json", "--shape", "tiny", "--turns", "2")
+    assert list(rows) == ["base", "ours, merged", "PEFT, merged", "ours, beside", "PEFT, beside"]
+
+
+def test_inject(tmp_path: Path) -> None:
+    arguments = ["--meta", "tiny", "--shape", "tiny", "--turns", "2"]
+    rows = figures(inject.main, tmp_path / "inject.json", *arguments)
+    assert {"tiny, meta: ours", "tiny, cpu: PEFT", "tiny, cpu: one pass over the weights"} <= rows.keys()
+
+
+def test_imports_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert imports.import_seconds("json", ", math") > 0
+    monkeypatch.setattr(imports, "import_seconds", lambda package, before: float(len(package)))
+    rows = figures(imports.main, tmp_path / "imports.json", "--turns", "1")
+    assert rows["lightning_lora"]["seconds"] == len("lightning_lora")
+
+
+def test_scaling_and_the_chart_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "MIDDLE", {"rank": 2, "hidden": 64, "layers": 1, "tokens": 4})
+    figures(step.main, tmp_path / "step.json", "--shape", "tiny", "--tokens", "4", "--turns", "2")
+    for axis, value in {"rank": 4, "hidden": 128, "layers": 2, "tokens": 8}.items():
+        path = tmp_path / f"scaling-{axis}.json"
+        rows = figures(scaling.main, path, "--axis", axis, "--values", str(value), "--turns", "2")
+        assert rows[str(value)].keys() == {"floor", "ours, all", "PEFT, all", "full"}
+    chart.main(["--results", str(tmp_path)])
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_contenders_share_their_weights_and_differ_in_what_they_train() -> None:
+    models = harness.contenders(harness.SHAPES["tiny"], 4, ["all", "qv"])
+    pointers = {name: model.get_input_embeddings().weight.data_ptr() for name, model in models.items()}
+    assert len(set(pointers.values())) == 1
+
+    def trained(model: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+    assert trained(models["floor"]) == 0
+    assert trained(models["ours, all"]) == trained(models["PEFT, all"]) > trained(models["ours, qv"]) > 0
+    assert trained(models["full"]) == sum(parameter.numel() for parameter in models["floor"].parameters())
