@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from typing import Optional
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.functional import add_low_rank, low_rank_linear
+from lightning_lora.layers.base import is_finite
 
 KINDS = ("linear", "linear without bias", "conv1d")
 
@@ -239,6 +241,50 @@ def test_autocast() -> None:
         out = layer(x)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), reference(layer, x, 4)[0], rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, None), (torch.float16, None)],
+)
+def test_base_and_path_are_one_in_half_precision_too(dtype: torch.dtype, autocast: Optional[torch.dtype]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 40).to(dtype)
+    x = torch.randn(3, 5, 24, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        base = layer(x)
+        inject(layer, LoraConfig(r=4))
+        assert torch.equal(layer(x), base)
+        adapter = layer.lora["default"]
+        nn.init.normal_(adapter.lora_B)
+        out = layer(x)
+        expected = add_low_rank(base, x, adapter.lora_A, adapter.lora_B, adapter.scaling)
+    assert out.dtype == base.dtype
+    assert "LowRankLinear" in out.grad_fn.name()
+    assert torch.equal(out, expected)
+    upstream, inputs = torch.randn_like(out), (x, adapter.lora_A, adapter.lora_B)
+    found, wanted = (torch.autograd.grad(y, inputs, upstream) for y in (out, expected))
+    for one, other, tensor in zip(found, wanted, inputs, strict=True):
+        assert one.dtype == tensor.dtype
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.1)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    layer = adapted(nn.Linear(4, 4).double(), 2)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x), reference(layer, x, 2)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_finite(dtype: torch.dtype) -> None:
+    tensor = torch.full((5, 7), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(tensor)
+    assert is_finite(tensor[:0])
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        broken = tensor.clone()
+        broken[3, 2] = bad
+        assert not is_finite(broken)
 
 
 def test_dropout_acts_in_training_alone() -> None:
