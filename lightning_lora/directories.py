@@ -25,18 +25,22 @@ def is_directory(path: Union[str, Path]) -> bool:
 
 
 def split_optimizer(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of an ``optimizer.state_dict()``, and the rest of it, which goes into ``meta.pt``."""
+    """The tensors of an ``optimizer.state_dict()`` but for single numbers, and the rest, which goes into ``meta.pt``."""
     tensors = {
         f"{index}.{key}": value
         for index, entries in state_dict["state"].items()
         for key, value in entries.items()
-        if isinstance(value, Tensor)
+        if _is_stored(value)
     }
     rest = {
-        index: {key: value for key, value in entries.items() if not isinstance(value, Tensor)}
+        index: {key: value for key, value in entries.items() if not _is_stored(value)}
         for index, entries in state_dict["state"].items()
     }
     return tensors, {**state_dict, "state": rest}
+
+
+def _is_stored(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
 
 
 def read_directory(path: Union[str, Path]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from lightning_lora import LoraConfig, inject
 from lightning_lora.sharding import put
 
-ROWS, LENGTH, GLOBAL_BATCH = 32, 8, 8
+VOCABULARY, ROWS, LENGTH, GLOBAL_BATCH = 4000, 32, 8, 8
 PLAN = {
     **{f"self_attn.{name}_proj": ColwiseParallel for name in "qkv"},
     "self_attn.o_proj": RowwiseParallel,
@@ -37,7 +37,7 @@ def build(tied: bool = False) -> LlamaForCausalLM:
         torch.manual_seed(0)
         return LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=tied,
             )
         )  # fmt: skip
@@ -60,7 +60,7 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 
 def rows() -> TensorDataset:
-    return TensorDataset(torch.randint(40, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1)))
+    return TensorDataset(torch.randint(VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1)))
 
 
 class Llama(L.LightningModule):

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from llama import Llama, loader, trainer
 from torch import Tensor
 
+from benchmarks.harness import peak_bytes
 from lightning_lora import LoRA, adapter_state_dict
 from lightning_lora.inject import injections
 
@@ -36,6 +37,7 @@ def fit(
         state = {name: tensor.cpu() for name, tensor in adapter_state_dict(module).items()}
         if run.is_global_zero:
             torch.save(state, path / "adapter.pt")
+        start["saving takes"] = peak_bytes(lambda: run.save_checkpoint(path / "again.ckpt"))
     return {"losses": module.losses, "step": run.global_step, **start}
 
 
@@ -62,9 +64,14 @@ def several(runs: list[dict[str, Any]]) -> dict[str, Any]:
     for settings in runs:
         try:
             results.append(fit(**settings))
-        except (ValueError, RuntimeError) as error:  # what users are told
+        except (ValueError, RuntimeError, NotImplementedError) as error:  # what users are told
             results.append({"error": f"{type(error).__name__}: {error}"})
     return {"runs": results}
+
+
+def fit_test_fit_under(directory: str, strategies: list[str]) -> dict[str, Any]:
+    """What :func:`fit_test_fit` finds under each of some strategies."""
+    return {strategy: fit_test_fit(f"{directory}/{strategy}", strategy) for strategy in strategies}
 
 
 def fit_test_fit(directory: str, strategy: str) -> dict[str, Any]:
