@@ -25,7 +25,7 @@ def is_directory(path: Union[str, Path]) -> bool:
 
 
 def split_optimizer(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of an ``optimizer.state_dict()`` but for single numbers, and the rest, which goes into ``meta.pt``."""
+    """The tensors of an ``optimizer.state_dict()`` but for single numbers, and the rest, for ``meta.pt``."""
     tensors = {
         f"{index}.{key}": value
         for index, entries in state_dict["state"].items()

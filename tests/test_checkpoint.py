@@ -269,16 +269,6 @@ def test_a_strategy_without_the_seam_fails_loudly() -> None:
         install(Changed(), AdapterCheckpoints)
 
 
-def test_strategies_that_shard_are_refused(tmp_path: Path) -> None:
-    from lightning.pytorch.strategies import ModelParallelStrategy
-
-    trainer = toys.trainer(tmp_path, [LoRA(r=2)])
-    with pytest.raises(ValueError, match="does not support ModelParallelStrategy yet"):
-        trainer.callbacks[0].setup(
-            type("Trainer", (), {"strategy": ModelParallelStrategy(), "callbacks": []})(), Toy(), "fit"
-        )
-
-
 def test_inject_by_hand_then_the_callback(tmp_path: Path) -> None:
     model = inject(Toy(), LoraConfig(r=2))
     model, _ = fit(tmp_path, ModelCheckpoint(tmp_path, save_last=True), model=model)

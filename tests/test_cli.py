@@ -276,9 +276,10 @@ def test_finders(
     assert state["global_step"] == 2
 
 
-def test_overlay_runs_on_two_processes(tmp_path: Path, tiny: list[str]) -> None:
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
+def test_overlay_runs_on_two_processes(tmp_path: Path, tiny: list[str], overlay: str) -> None:
     """Beside a recipe, in processes of their own."""
-    arguments = ["fit", "--config", "chat_sft", "--config", "ddp", *tiny]
+    arguments = ["fit", "--config", "chat_sft", "--config", overlay, *tiny]
     arguments += ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "lightning_lora_cli.py"), *arguments], cwd=tmp_path, capture_output=True, text=True

@@ -116,7 +116,7 @@ class Llama(L.LightningModule):
         self.log("test_loss", self._loss(batch), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-2)
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-2, eps=1e-3)
 
 
 class CpuFSDP(FSDPStrategy):
