@@ -22,7 +22,7 @@ def must_be_injected_early(trainer: "pl.Trainer", pl_module: "pl.LightningModule
     """
     callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
     for position, callback in enumerate(callbacks):
-        if not (_is_a(callback, "StochasticWeightAveraging") or _is_a(callback, "WeightAveraging")):
+        if not averages(callback):
             continue
         name = type(callback).__name__
         if position < callbacks.index(lora):
@@ -64,6 +64,11 @@ def _exact_where_equal(average: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.where(averaged == current, averaged, mean.to(averaged.dtype))
 
     return exact
+
+
+def averages(callback: Any) -> bool:
+    """Whether a callback is one of Lightning's that average weights."""
+    return _is_a(callback, "StochasticWeightAveraging") or _is_a(callback, "WeightAveraging")
 
 
 def _is_a(callback: Any, class_name: str) -> bool:

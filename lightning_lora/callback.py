@@ -156,6 +156,7 @@ class LoRA(Callback):
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Install the checkpoint seam, and have the adapters injected as soon as the model is built."""
         checkpoints = checkpoints_of(trainer.strategy)
+        checkpoints.require_compatible(trainer, self)
         self._require_room(trainer)
         if stage == "fit":
             if spawns(trainer.strategy) and not (self._is_in(pl_module) and self.merge is None):

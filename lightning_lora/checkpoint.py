@@ -72,6 +72,15 @@ class AdapterCheckpoints(ABC):
 
     lightning_module: Any
 
+    @classmethod
+    def require_compatible(cls, trainer: Any, lora: Any) -> None:
+        """Require that the Trainer's callbacks can work under the strategy.
+
+        Raises:
+            ValueError: If one needs the whole model in every process, and does not have it.
+        """
+        return  # every process has it
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         with unfolded(self.lightning_module):
             return drop_base(self.lightning_module, super().lightning_module_state_dict())  # type: ignore[misc]

@@ -8,7 +8,9 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
 
+from lightning_lora.averaging import averages
 from lightning_lora.checkpoint import AdapterCheckpoints
+from lightning_lora.eva import KIND
 from lightning_lora.inject import find_again
 from lightning_lora.merging import unfolded
 from lightning_lora.optimizer_state import cut_optimizer, gathered_optimizer
@@ -48,6 +50,21 @@ class ShardedCheckpoints(AdapterCheckpoints):
     model: nn.Module
     optimizers: list[Any]
     kwargs: dict[str, Any]
+
+    @classmethod
+    def require_compatible(cls, trainer: Any, lora: Any) -> None:
+        averaging = [type(callback).__name__ for callback in trainer.callbacks if averages(callback)]
+        if averaging:
+            raise ValueError(
+                f"{averaging[0]} keeps a second copy of the whole model, which no process has under this strategy: "
+                'leave it out, or use strategy="ddp".'
+            )
+        if lora.config.init_lora_weights == KIND and lora.adapter is None:
+            raise ValueError(
+                f"init_lora_weights={KIND!r} looks at batches through the whole model, which no process has under this "
+                "strategy: compute the start on one device (inject, initialize_eva, save_adapter), and give it by "
+                "LoRA(adapter=...)."
+            )
 
     @property
     def lightning_restore_optimizer(self) -> bool:

@@ -115,6 +115,9 @@ def settle(model: nn.Module) -> None:
     for unit in found.values():
         if isinstance(unit, FSDPModule):
             unit.reshard()
+        elif isinstance(unit, FSDP) and unit._handle is not None and not unit._handle.uses_sharded_strategy:
+            # NO_SHARD, or one process: torch 2.13 leaves tensors in the place of the parameters that they are views of.
+            unit._handle._use_unsharded_views(as_params=True)
         elif isinstance(unit, FSDP) and _is_whole(unit):
             # There is no public way but to gather it, which it is, and let go of it.
             with FSDP.summon_full_params(unit, recurse=False, writeback=False):
@@ -125,7 +128,7 @@ def _is_whole(unit: FSDP) -> bool:
     handle = unit._handle
     if handle is None or not hasattr(handle.flat_param, "_full_param_padded"):  # not even initialized
         return False
-    return handle.uses_sharded_strategy and not handle.needs_unshard()
+    return not handle.needs_unshard()
 
 
 def is_part(module: nn.Module, name: str) -> bool:

@@ -3,20 +3,24 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sharded
 import torch
-from llama import build
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy
+from llama import Llama, build
 from processes import run_processes
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from toys import assert_adapter_only
 from transformers import LlamaForCausalLM
 
-from lightning_lora import load_adapter
+from lightning_lora import LoRA, load_adapter
 from lightning_lora.checkpoint import read_checkpoint
+from lightning_lora.inject import injections_of
 
 WORLDS = {
     "one": 1, "ddp": 2, "fsdp": 2, "fsdp sharded": 2, "fsdp SHARD_GRAD_OP": 2, "fsdp HYBRID_SHARD": 2,
@@ -253,3 +257,19 @@ def test_the_model_is_tested_and_trained_on_after_it_was_merged(tmp_path: Path) 
             assert close(found.pop("losses"), expected["losses"]), strategy
             for key, value in found.items():
                 assert close([value], [expected[key]]), f"{strategy}: {key}"
+
+
+@pytest.mark.parametrize(
+    ("lora", "callbacks", "message"),
+    [
+        (LoRA(init_lora_weights="eva"), [], "compute the start on one device"),
+        (LoRA(), [WeightAveraging()], "WeightAveraging keeps a second copy"),
+        (LoRA(), [StochasticWeightAveraging(1e-3)], "StochasticWeightAveraging keeps a second copy"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused(lora: LoRA, callbacks: list[Any], message: str) -> None:
+    trainer = SimpleNamespace(strategy=FSDPStrategy(), callbacks=[lora, *callbacks])
+    module = Llama()
+    with pytest.raises(ValueError, match=message):
+        lora.setup(trainer, module, "fit")
+    assert not injections_of(module)
