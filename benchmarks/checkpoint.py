@@ -91,7 +91,7 @@ class Contender:
 
 
 def main(arguments: Optional[list[str]] = None) -> None:
-    parser = harness.parser(__doc__, turns=5)
+    parser = harness.parser(__doc__, turns=3)
     parser.add_argument("--shape", choices=SHAPES, default="135M")
     parser.add_argument("--r", type=int, default=8)
     args = parser.parse_args(arguments)

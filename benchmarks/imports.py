@@ -21,7 +21,7 @@ def import_seconds(package: str, before: str) -> float:
 
 
 def main(arguments: Optional[list[str]] = None) -> None:
-    args = harness.parser(__doc__, turns=7).parse_args(arguments)
+    args = harness.parser(__doc__, turns=3).parse_args(arguments)
     imports = {"lightning": "", "lightning_lora": ", lightning", "peft": ", lightning"}
     times: dict[str, list[float]] = {package: [] for package in imports}
     for turn in range(args.turns + 1):

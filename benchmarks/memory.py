@@ -2,7 +2,8 @@
 
 The floor is the frozen base's forward and its backward to the inputs, without an optimizer. Counted are the bytes of
 tensors: weights, gradients, moments, and what the step allocates (on the CPU each allocation, by the profiler; on a GPU
-by its own statistics). The figures are exact, so they have no spread.
+by its own statistics). The figures are exact, so they have no spread. The last column is the peak of a forward pass of
+the first q_proj alone, in sizes of its output: 1 is the output and nothing beside it.
 
     python -m benchmarks.memory
 """
@@ -26,7 +27,14 @@ def measure(model: nn.Module, shape: harness.Shape, tokens: int, device: str) ->
     moments = [value for state in (optimizer.state.values() if optimizer else ()) for value in state.values()]
     tensors = [*model.parameters(), *model.buffers(), *moments]
     resting = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return {"resting bytes": resting, "peak bytes": resting + harness.peak_bytes(step, device)}
+    layer = next(module for name, module in model.named_modules() if name.endswith("q_proj"))
+    x = torch.randn(tokens, shape.hidden).to(layer.weight)
+    outputs = layer(x)
+    return {
+        "resting bytes": resting,
+        "peak bytes": resting + harness.peak_bytes(step, device),
+        "layer peak": harness.peak_bytes(lambda: layer(x), device) / (outputs.numel() * outputs.element_size()),
+    }
 
 
 def main(arguments: Optional[list[str]] = None) -> None:
@@ -51,12 +59,13 @@ def main(arguments: Optional[list[str]] = None) -> None:
         "memory",
         args,
         rows,
-        ("at rest", "peak", "over the floor", "of full"),
+        ("at rest", "peak", "over the floor", "of full", "a layer"),
         lambda row: (
             f"{row['resting bytes'] / 1e6:.1f} MB",
             f"{row['peak bytes'] / 1e6:.1f} MB",
             f"{row['over floor']:.3f}",
             f"{row['of full']:.2f}",
+            f"{row['layer peak']:.2f}",
         ),
     )
 

@@ -14,10 +14,10 @@ from benchmarks import harness
 
 MIDDLE = {"rank": 8, "hidden": 512, "layers": 4, "tokens": 512}
 AXES = {
-    "rank": [1, 4, 8, 16, 32, 64, 128],
-    "hidden": [128, 256, 512, 1024],
-    "layers": [1, 2, 4, 8, 16],
-    "tokens": [64, 128, 256, 512, 1024, 2048],
+    "rank": [1, 8, 32, 128],
+    "hidden": [256, 512, 1024],
+    "layers": [2, 4, 8],
+    "tokens": [128, 512, 2048],
 }
 
 
@@ -37,7 +37,7 @@ def measure(point: dict[str, int], turns: int) -> dict[str, Any]:
 
 
 def main(arguments: Optional[list[str]] = None) -> None:
-    parser = harness.parser(__doc__, turns=12)
+    parser = harness.parser(__doc__, turns=8)
     parser.add_argument("--axis", choices=AXES, nargs="+", default=list(AXES))
     parser.add_argument("--values", type=int, nargs="+", help="instead of the usual ones")
     args = parser.parse_args(arguments)

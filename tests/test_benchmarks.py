@@ -34,6 +34,8 @@ def test_memory(tmp_path: Path) -> None:
     peaks = {name.split(": ")[1]: row["peak bytes"] for name, row in rows.items()}
     # Counted, not timed, so how they compare is sure.
     assert peaks["floor"] < peaks["ours, all"] <= peaks["PEFT, all"] < peaks["full"]
+    layers = {name.split(": ")[1]: row["layer peak"] for name, row in rows.items()}
+    assert layers["ours, all"] < 1.5 < layers["PEFT, all"]
 
 
 def test_a_peak_is_what_lives_at_once() -> None:
