@@ -93,6 +93,12 @@ def contenders(
     return models
 
 
+def still_adamw(model: nn.Module) -> Optional[torch.optim.Optimizer]:
+    """AdamW with steps of size zero, since the contenders share their weights; ``None`` if nothing is trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0) if trained else None
+
+
 def stepper(
     model: nn.Module, shape: Shape, tokens: int, optimizer: Optional[torch.optim.Optimizer] = None
 ) -> Callable[[], None]:

@@ -19,9 +19,7 @@ from benchmarks.harness import DTYPES, SHAPES, TARGETS
 
 def measure(model: nn.Module, shape: harness.Shape, tokens: int, device: str) -> dict[str, float]:
     """Bytes that lie there between steps, and at the peak of a step."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Steps of size zero, since the contenders share their weights.
-    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0) if trained else None
+    optimizer = harness.still_adamw(model)
     step = harness.stepper(model, shape, tokens, optimizer)
     step()
     moments = [value for state in (optimizer.state.values() if optimizer else ()) for value in state.values()]

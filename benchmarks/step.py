@@ -4,6 +4,7 @@ The floor is the frozen base's forward and its backward to the inputs. All take 
 that drifts drifts for all, and what is reported is the median of their ratios to the floor of the same turn.
 
     python -m benchmarks.step
+    python -m benchmarks.step --optimizer
     python -m benchmarks.step --shape 1B --tokens 4096 --device cuda --dtype bfloat16 --compile
 """
 
@@ -24,17 +25,21 @@ def main(arguments: Optional[list[str]] = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base")
     parser.add_argument("--compile", action="store_true", help="torch.compile each model")
+    parser.add_argument("--optimizer", action="store_true", help="with a step of AdamW, for all but the floor")
     args = parser.parse_args(arguments)
     shape = SHAPES[args.shape]
     models = harness.contenders(shape, args.r, args.targets, args.device, DTYPES[args.dtype])
     if args.compile:
         models = {name: torch.compile(model) for name, model in models.items()}  # type: ignore[misc]
-    steps = {name: harness.stepper(model, shape, args.tokens) for name, model in models.items()}
+    steps = {
+        name: harness.stepper(model, shape, args.tokens, harness.still_adamw(model) if args.optimizer else None)
+        for name, model in models.items()
+    }
     rows = harness.ratios(harness.take_turns(steps, args.turns, args.device), to="floor")
     for row in rows.values():
         row["of full"] = row["seconds"] / rows["full"]["seconds"]
     harness.report(
-        "step",
+        "step-optimizer" if args.optimizer else "step",
         args,
         rows,
         ("over the floor (quartiles)", "of full", "seconds"),
