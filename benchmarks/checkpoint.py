@@ -124,11 +124,11 @@ def main(arguments: Optional[list[str]] = None) -> None:
     def cells(row: dict[str, Any]) -> list[str]:
         timed = (row[what] for what in times)
         return [
-            f"{row['bytes'] / 1e6:,.1f} MB (1/{1 / row['bytes of full']:.0f})",
-            *(f"{one['seconds']:.3f} s (1/{1 / one['median']:.0f})" for one in timed),
+            f"{row['bytes'] / 1e6:,.1f} MB, {row['bytes of full']:.3f}",
+            *(f"{one['seconds']:.3f} s, {harness.spread(one)}" for one in timed),
         ]
 
-    harness.report("checkpoint", args, rows, ("size (of full)", *times), cells)
+    harness.report("checkpoint", args, rows, ("size, of full", *(f"{what}, of full" for what in times)), cells)
 
 
 if __name__ == "__main__":
