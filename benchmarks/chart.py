@@ -22,11 +22,11 @@ def bars(axes: Any, rows: dict[str, dict[str, float]]) -> None:
     for position, name in enumerate(shown):
         row = rows[name]
         reach = [[row["median"] - row["low"]], [row["high"] - row["median"]]]
-        axes.bar(position, row["median"], color=COLORS[name.split(",")[0]], yerr=reach, capsize=3)
-        axes.text(position, 0.52, f"{row['median']:.2f}", ha="center", color="white")
+        color = COLORS[name.split(",")[0]]
+        axes.bar(position, row["median"] - 1, bottom=1, color=color, yerr=reach, capsize=3)
+        axes.text(position, row["high"] + 0.01, f"{row['median']:.2f}", ha="center")
     axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(shown)), [name.replace(", ", "\n") for name in shown])
-    axes.set_ylim(0.5)
     axes.set_title("a training step over the floor")
 
 
@@ -54,7 +54,9 @@ def main(arguments: Optional[list[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder with the figures")
     folder: Path = parser.parse_args(arguments).results
-    figure, panels = pyplot.subplots(1, 5, figsize=(16, 3.2), width_ratios=[1.4, 1, 1, 1, 1], layout="constrained")
+    figure, panels = pyplot.subplots(
+        1, 5, figsize=(16, 3.4), width_ratios=[1.4, 1, 1, 1, 1], sharey=True, layout="constrained"
+    )
     bars(panels[0], json.loads((folder / "step.json").read_text())["rows"])
     for axis, axes in zip(AXES, panels[1:]):
         curves(axes, axis, json.loads((folder / f"scaling-{axis}.json").read_text())["rows"])
