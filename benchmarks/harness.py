@@ -195,6 +195,11 @@ def spread(row: dict[str, float], digits: int = 2) -> str:
     return f"{row['median']:.{digits}f} ({row['low']:.{digits}f} - {row['high']:.{digits}f})"
 
 
+def variant(name: str, **options: bool) -> str:
+    """The name with those of the options that are on, so that each has a file of its own."""
+    return "-".join([name, *(option for option, on in options.items() if on)])
+
+
 def report(
     name: str,
     args: argparse.Namespace,

@@ -54,7 +54,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
             row["of full"] = row["peak bytes"] / found["full"]["peak bytes"]
             rows[f"{tokens} tokens: {name}"] = row
     harness.report(
-        "memory",
+        harness.variant("memory", **{args.dtype: args.dtype != "float32"}),
         args,
         rows,
         ("at rest", "peak", "over the floor", "of full", "a layer"),

@@ -39,7 +39,9 @@ def main(arguments: Optional[list[str]] = None) -> None:
     of_full = harness.ratios(times, to="full")
     rows = {name: {**row, "of full": of_full[name]} for name, row in harness.ratios(times, to="floor").items()}
     harness.report(
-        "step-optimizer" if args.optimizer else "step",
+        harness.variant(
+            "step", optimizer=args.optimizer, compile=args.compile, **{args.dtype: args.dtype != "float32"}
+        ),
         args,
         rows,
         ("over the floor (quartiles)", "of full (quartiles)", "seconds"),
