@@ -244,13 +244,21 @@ def test_autocast() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "autocast"),
-    [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, None), (torch.float16, None)],
+    ("weight", "inputs", "autocast"),
+    [
+        (torch.float32, torch.float32, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.bfloat16),  # after another layer under autocast
+        (torch.float32, torch.float32, torch.float16),
+        (torch.bfloat16, torch.bfloat16, None),
+        (torch.float16, torch.float16, None),
+    ],
 )
-def test_base_and_path_are_one_in_half_precision_too(dtype: torch.dtype, autocast: Optional[torch.dtype]) -> None:
+def test_base_and_path_are_one_in_half_precision_too(
+    weight: torch.dtype, inputs: torch.dtype, autocast: Optional[torch.dtype]
+) -> None:
     torch.manual_seed(0)
-    layer = nn.Linear(24, 40).to(dtype)
-    x = torch.randn(3, 5, 24, dtype=dtype, requires_grad=True)
+    layer = nn.Linear(24, 40).to(weight)
+    x = torch.randn(3, 5, 24, dtype=inputs, requires_grad=True)
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         base = layer(x)
         inject(layer, LoraConfig(r=4))
@@ -262,9 +270,9 @@ def test_base_and_path_are_one_in_half_precision_too(dtype: torch.dtype, autocas
     assert out.dtype == base.dtype
     assert "LowRankLinear" in out.grad_fn.name()
     assert torch.equal(out, expected)
-    upstream, inputs = torch.randn_like(out), (x, adapter.lora_A, adapter.lora_B)
-    found, wanted = (torch.autograd.grad(y, inputs, upstream) for y in (out, expected))
-    for one, other, tensor in zip(found, wanted, inputs, strict=True):
+    upstream, wrt = torch.randn_like(out), (x, adapter.lora_A, adapter.lora_B)
+    found, wanted = (torch.autograd.grad(y, wrt, upstream) for y in (out, expected))
+    for one, other, tensor in zip(found, wanted, wrt, strict=True):
         assert one.dtype == tensor.dtype
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.1)
 
