@@ -78,16 +78,18 @@ def _note_stretches(unit: FSDP) -> None:
         raise ValueError(
             "LoRA needs FSDP with use_orig_params=True, which is what FSDPStrategy sets by itself: leave it out."
         )
+    if not handle.uses_sharded_strategy:
+        raise ValueError(
+            'FSDP shards nothing here, since its strategy is NO_SHARD or there is one process: use strategy="ddp", or '
+            "no strategy."
+        )
     flat = handle.flat_param
     group, rank, world = unit.process_group, dist.get_rank(unit.process_group), dist.get_world_size(unit.process_group)
     device: Any = unit.compute_device
     numels = torch.tensor([shard.numel_in_shard or 0 for shard in flat._shard_param_infos], device=device)
-    if handle.uses_sharded_strategy:
-        gathered = [torch.empty_like(numels) for _ in range(world)]
-        dist.all_gather(gathered, numels, group=group)
-        lengths = torch.stack(gathered, 1).tolist()
-    else:
-        lengths, rank = [[shape.numel()] for shape in flat._shapes], 0
+    gathered = [torch.empty_like(numels) for _ in range(world)]
+    dist.all_gather(gathered, numels, group=group)
+    lengths = torch.stack(gathered, 1).tolist()
     by_owner = {}
     for info, shape, cut in zip(flat._param_infos, flat._shapes, lengths):
         by_owner[info.module, info.param_name] = _Stretch(shape, cut, rank, group, device)
@@ -115,9 +117,6 @@ def settle(model: nn.Module) -> None:
     for unit in found.values():
         if isinstance(unit, FSDPModule):
             unit.reshard()
-        elif isinstance(unit, FSDP) and unit._handle is not None and not unit._handle.uses_sharded_strategy:
-            # NO_SHARD, or one process: torch 2.13 leaves tensors in the place of the parameters that they are views of.
-            unit._handle._use_unsharded_views(as_params=True)
         elif isinstance(unit, FSDP) and _is_whole(unit):
             # There is no public way but to gather it, which it is, and let go of it.
             with FSDP.summon_full_params(unit, recurse=False, writeback=False):
@@ -132,7 +131,7 @@ def _is_whole(unit: FSDP) -> bool:
 
 
 def is_part(module: nn.Module, name: str) -> bool:
-    """Whether a parameter or buffer of this very module is cut up, or lives in a flat parameter of FSDP."""
+    """Whether a parameter or buffer of this very module is cut up, or is a stretch of a flat parameter."""
     return name in _stretches.get(module, ()) or isinstance(getattr(module, name), DTensor)
 
 
@@ -177,7 +176,7 @@ def whole(module: nn.Module, name: str, part: Optional[Tensor] = None) -> Tensor
         on_mesh: Any = part.to(part.device_mesh.device_type)  # from where it may be offloaded to
         return on_mesh.full_tensor()  # type: ignore[no-any-return]
     stretch = _stretches.get(module, {}).get(name)
-    if stretch is None or len(stretch.lengths) == 1:
+    if stretch is None:
         return part
     result = torch.empty(stretch.shape.numel(), dtype=part.dtype, device=stretch.device)
     for rank, piece in enumerate(torch.split(result, stretch.lengths)):
@@ -198,7 +197,7 @@ def cut(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
     if isinstance(like, DTensor):
         return _distribute(tensor, like)
     stretch = _stretches.get(module, {}).get(name)
-    if stretch is None or len(stretch.lengths) == 1:
+    if stretch is None:
         return tensor
     return torch.split(tensor.flatten(), stretch.lengths)[stretch.rank].clone()
 

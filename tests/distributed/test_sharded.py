@@ -24,7 +24,7 @@ from lightning_lora.inject import injections_of
 
 WORLDS = {
     "one": 1, "ddp": 2, "fsdp": 2, "fsdp sharded": 2, "fsdp SHARD_GRAD_OP": 2, "fsdp HYBRID_SHARD": 2,
-    "fsdp NO_SHARD": 2, "fsdp2": 2, "fsdp2 distributed": 2, "tp": 2, "tp distributed": 2, "fsdp2 and tp": 4,
+    "fsdp2": 2, "fsdp2 distributed": 2, "tp": 2, "tp distributed": 2, "fsdp2 and tp": 4,
 }  # fmt: skip
 QUICK = ["fsdp", "fsdp sharded", "fsdp2", "tp distributed"]
 KINDS: dict[str, dict[str, Any]] = {
@@ -35,11 +35,15 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def world_of(settings: dict[str, Any]) -> int:
+    return WORLDS.get(settings["strategy"], 2)
+
+
 def run(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What :func:`sharded.fit` returned in the first process for each of the settings, each world started once."""
     found: dict[str, Any] = {}
-    for world in sorted({WORLDS[settings["strategy"]] for settings in runs.values()}):
-        mine = {name: settings for name, settings in runs.items() if WORLDS[settings["strategy"]] == world}
+    for world in sorted(set(map(world_of, runs.values()))):
+        mine = {name: settings for name, settings in runs.items() if world_of(settings) == world}
         ranks = run_processes("sharded.several", list(mine.values()), world_size=world, limit=60 + 20 * len(mine))
         for name, *results in zip(mine, *(rank["runs"] for rank in ranks)):
             takes = [result.pop("saving takes", 0) for result in results]
@@ -215,6 +219,7 @@ def test_what_cannot_join_a_sharded_model_says_so(tmp_path: Path) -> None:
         "dora in tp": ({"strategy": "tp", "lora": {"use_dora": True}}, "cut up by tensor parallelism"),
         "vera in tp": ({"strategy": "tp", "lora": {"use_vera": True}}, "cut up by tensor parallelism"),
         "before tp": ({"strategy": "tp", "early": True}, "call parallelize_module first, then inject"),
+        "no shard": ({"strategy": "fsdp NO_SHARD"}, "FSDP shards nothing here"),
         "tied": (
             {**fsdp2, "lora": {"target_modules": ["lm_head"]}, "model": {"tied": True}, "merge": "last"},
             "is tied to an adapted weight",
