@@ -16,7 +16,9 @@ def results(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return results
 
 
-def searched(contender: str, lr: float, quality: float, search: bool = True, task: str = "encoder") -> dict[str, object]:
+def searched(
+    contender: str, lr: float, quality: float, search: bool = True, task: str = "encoder"
+) -> dict[str, object]:
     return {"task": task, "contender": contender, "lr": lr, "quality": quality, "search": search}
 
 

@@ -46,13 +46,22 @@ def test_runs_and_logs(recipe: str, metrics: str, tmp_path: Path, monkeypatch: p
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_classification_learns_and_predicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "2", "--model.lr", "3e-3"]
-    arguments += ["--trainer.num_sanity_val_steps", "0"]
+    adapted = ["--lora.target_modules", "[query, value]"]
+    arguments = ["--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "3", "--model.lr", "5e-3"]
+    arguments += ["--trainer.num_sanity_val_steps", "0", "--trainer.gradient_clip_val", "1.0"]
+    arguments += [
+        "--trainer.precision",
+        "bf16-mixed",
+        "--data.max_length",
+        "32",
+        "--lora.target_modules",
+        "[query, value]",
+    ]
     run(tmp_path, monkeypatch, "fit", "sequence_classification", *arguments)
     (row,) = [row for row in csv.DictReader(logged(tmp_path).splitlines()) if row["val_loss"]]
     assert float(row["val_mcc"]) > 0.3  # a guess has 0, whatever it knows of the labels' frequencies
     (tmp_path / "new.jsonl").write_text(json.dumps({"text": "To deprive of life."}))
-    arguments = ["--ckpt_path", "runs/sequence_classification/checkpoints/last.ckpt"]
+    arguments = ["--ckpt_path", "last", *adapted]
     arguments += ["--data.predict_path", "new.jsonl", "--output", "labels.jsonl"]
     run(tmp_path, monkeypatch, "predict", "sequence_classification", *arguments)
     (line,) = (tmp_path / "labels.jsonl").read_text().splitlines()
