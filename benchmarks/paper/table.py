@@ -38,8 +38,9 @@ def _title(task: str, name: str) -> str:
 def _quality(task: str, name: str, found: list[Row], runs: list[Row]) -> list[str]:
     scores = [run["quality"] for run in found]
     mean = statistics.mean(scores)
-    spread = f"± {max(abs(score - mean) for score in scores):.3f}" if len(scores) > 1 else "(one seed)"
-    return [f"{mean:.3f} {spread}", f"{chosen_rate(task, name, runs):g}"]
+    spread = f" ± {max(abs(score - mean) for score in scores):.3f}" if len(scores) > 1 else ""
+    seeds = f" ({len(scores)} of 3 seeds)" if len(scores) < 3 else ""
+    return [f"{mean:.3f}{spread}{seeds}", f"{chosen_rate(task, name, runs):g}"]
 
 
 def _cells(found: list[Row], time: Row | None) -> list[str]:
