@@ -46,18 +46,17 @@ class OneStep(L.LightningModule):
 
     def configure_model(self) -> None:
         self.model = base(SHAPES[self.shape])
+        mesh = self.device_mesh
+        if mesh is not None and mesh["tensor_parallel"].size() > 1:
+            for block in self.model.model.layers:
+                mlp = {"up_proj": ColwiseParallel(), "gate_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
+                parallelize_module(block.mlp, mesh["tensor_parallel"], mlp)
         if self.alone:
             inject(self.model, LoraConfig(**SETTINGS))
-        if self.device_mesh is None:
-            return
-        for block in self.model.model.layers:
-            if self.device_mesh["tensor_parallel"].size() > 1:
-                mlp = {"up_proj": ColwiseParallel(), "gate_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
-                parallelize_module(block.mlp, self.device_mesh["tensor_parallel"], mlp)
-            if self.device_mesh["data_parallel"].size() > 1:
-                fully_shard(block, mesh=self.device_mesh["data_parallel"])
-        if self.device_mesh["data_parallel"].size() > 1:
-            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+        if mesh is not None and mesh["data_parallel"].size() > 1:
+            for block in self.model.model.layers:
+                fully_shard(block, mesh=mesh["data_parallel"])
+            fully_shard(self.model, mesh=mesh["data_parallel"])
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss: Tensor = self.model(input_ids=batch, labels=batch).loss
