@@ -57,9 +57,9 @@ class Run:
         """Bytes that each rank holds under DDP, which keeps the gradients twice: also in the buckets that it sends."""
         return self.memory(1) + self.trained * FLOAT32
 
-    def whole_block(self) -> float:
-        """Bytes of a block while FSDP has it whole to compute with it; it gathers the next one meanwhile."""
-        return self.block * self.sent_bytes
+    def largest_unit(self) -> float:
+        """Bytes of the largest part that FSDP has whole at once: a block, or all that is outside of blocks."""
+        return max(self.block, self.outside) * self.sent_bytes
 
     def step_ddp(self, world: int) -> float:
         """Bytes that each rank receives in a step under DDP: the gradients are reduced, and the sums gathered."""
@@ -120,14 +120,14 @@ def tables(r: int = 16) -> list[str]:
             full, lora = full_run(LlamaForCausalLM(config)), lora_run(LlamaForCausalLM(config), r)
         in_float32 = dataclasses.replace(lora, frozen_bytes=FLOAT32)
         for what, run in (("LoRA", lora), ("LoRA, base in float32", in_float32), ("full fine-tuning", full)):
-            memory[f"{name}, {what}"] = [run.memory_ddp(), *map(run.memory, WORLDS), run.whole_block()]
+            memory[f"{name}, {what}"] = [run.memory_ddp(), *map(run.memory, WORLDS), run.largest_unit()]
         for what, run in (("LoRA", lora), ("full fine-tuning", full)):
             step[f"{name}, {what}"] = [*map(run.step_ddp, WORLDS), *map(run.step_fsdp, WORLDS)]
         checkpoint[f"{name}, LoRA"] = [lora.checkpoint(), *map(lora.gathered_for_checkpoint, WORLDS)]
         checkpoint[f"{name}, full fine-tuning"] = [full.checkpoint()]
     gpus = [f"{world} GPUs" for world in WORLDS]
     return [
-        _table(["each GPU holds", "DDP", *(f"FSDP, {n}" for n in gpus), "and, under FSDP, a block"], memory),
+        _table(["each GPU holds", "DDP", *(f"FSDP, {n}" for n in gpus), "FSDP's largest unit"], memory),
         _table(["each GPU receives in a step", *(f"{kind}, {n}" for kind in ("DDP", "FSDP") for n in gpus)], step),
         _table(["a checkpoint", "file", *(f"each GPU receives, FSDP, {n}" for n in gpus)], checkpoint),
     ]

@@ -45,7 +45,7 @@ def test_memory(counted: Any, strategy: str, r: int) -> None:
             assert held + found["reduced"] == run.memory_ddp()  # what is reduced is the buckets
         else:
             assert held == run.memory(2)
-            assert found["largest"] == run.whole_block()
+            assert found["largest"] == run.largest_unit()
 
 
 @pytest.mark.parametrize(("strategy", "r"), RUNS)
