@@ -18,7 +18,7 @@ from torch.utils.data.distributed import DistributedSampler
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from lightning_lora import LoraConfig, inject
+from lightning_lora import LoraConfig, inject, param_groups
 from lightning_lora.sharding import put
 
 VOCABULARY, ROWS, LENGTH, GLOBAL_BATCH = 4000, 32, 8, 8
@@ -116,7 +116,7 @@ class Llama(L.LightningModule):
         self.log("test_loss", self._loss(batch), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-2, eps=1e-3)
+        return torch.optim.AdamW(param_groups(self, lr=5e-3, weight_decay=0.5), eps=1e-2)
 
 
 class CpuFSDP(FSDPStrategy):
