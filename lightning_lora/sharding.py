@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lightning_lora.names import clean_name
 
 _MIXED = 1_000_000
+_FLAT = ("_param_infos", "_shapes", "_shard_param_infos", "_shared_param_infos")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +82,15 @@ def _note_stretches(unit: FSDP) -> None:
     if not handle.uses_sharded_strategy:
         raise ValueError(
             'FSDP shards nothing here, since its strategy is NO_SHARD or there is one process: use strategy="ddp", or '
-            "no strategy."
+            "one device."
         )
     flat = handle.flat_param
+    absent = [name for name in _FLAT if not hasattr(flat, name)]
+    if absent:
+        raise RuntimeError(
+            f"FSDP's flat parameters have no {', '.join(absent)}, which say how they are cut up: lightning-lora was made "
+            f"for torch 2.6 to 2.13, and this is {torch.__version__}. Use FSDP2 (ModelParallelStrategy), or that version."
+        )
     group, rank, world = unit.process_group, dist.get_rank(unit.process_group), dist.get_world_size(unit.process_group)
     device: Any = unit.compute_device
     numels = torch.tensor([shard.numel_in_shard or 0 for shard in flat._shard_param_infos], device=device)

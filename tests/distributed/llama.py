@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from lightning_lora import LoraConfig, inject, param_groups
 from lightning_lora.sharding import put
 
-VOCABULARY, ROWS, LENGTH, GLOBAL_BATCH = 4000, 32, 8, 8
+VOCABULARY, ROWS, LENGTH, GLOBAL_BATCH = 200, 32, 8, 8
 PLAN = {
     **{f"self_attn.{name}_proj": ColwiseParallel for name in "qkv"},
     "self_attn.o_proj": RowwiseParallel,
@@ -37,8 +37,8 @@ def build(tied: bool = False) -> LlamaForCausalLM:
         torch.manual_seed(0)
         return LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=tied,
+                vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=tied,
             )
         )  # fmt: skip
 
@@ -116,7 +116,7 @@ class Llama(L.LightningModule):
         self.log("test_loss", self._loss(batch), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(param_groups(self, lr=5e-3, weight_decay=0.5), eps=1e-2)
+        return torch.optim.AdamW(param_groups(self, lr=5e-3, weight_decay=0.5), eps=1e-4)
 
 
 class CpuFSDP(FSDPStrategy):

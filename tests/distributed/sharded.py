@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.harness import peak_bytes
 from lightning_lora import LoRA, adapter_state_dict
+from lightning_lora.export import save_merged
 from lightning_lora.inject import injections
 
 
@@ -33,6 +34,8 @@ def fit(
     checkpoint = ModelCheckpoint(path, "{step}", save_top_k=-1, every_n_train_steps=4, save_last=True)
     run = trainer(path, strategy, [callback, checkpoint], max_steps=max_steps, max_epochs=-1)
     run.fit(module, loader(strategy), ckpt_path=ckpt_path)
+    if export and merge is not None:
+        save_merged(module, path / "split", max_shard_size="128KB")
     if merge is None:
         state = {name: tensor.cpu() for name, tensor in adapter_state_dict(module).items()}
         if run.is_global_zero:
