@@ -88,8 +88,8 @@ def _note_stretches(unit: FSDP) -> None:
     absent = [name for name in _FLAT if not hasattr(flat, name)]
     if absent:
         raise RuntimeError(
-            f"FSDP's flat parameters have no {', '.join(absent)}, which say how they are cut up: lightning-lora was made "
-            f"for torch 2.6 to 2.13, and this is {torch.__version__}. Use FSDP2 (ModelParallelStrategy), or that version."
+            f"FSDP's flat parameters have no {', '.join(absent)}, which say how they are cut up: lightning-lora was "
+            f"made for torch 2.6 to 2.13, and this is {torch.__version__}. Use ModelParallelStrategy, or that version."
         )
     group, rank, world = unit.process_group, dist.get_rank(unit.process_group), dist.get_world_size(unit.process_group)
     device: Any = unit.compute_device

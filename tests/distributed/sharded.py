@@ -33,7 +33,7 @@ def fit(
     callback = _Lora(start, **settings, merge=merge, export_dir=path / "export" if export else None, summary=False)
     checkpoint = ModelCheckpoint(path, "{step}", save_top_k=-1, every_n_train_steps=4, save_last=True)
     run = trainer(path, strategy, [callback, checkpoint], max_steps=max_steps, max_epochs=-1)
-    run.fit(module, loader(strategy), ckpt_path=ckpt_path)
+    run.fit(module, loader(strategy), loader(strategy), ckpt_path=ckpt_path)
     if export and merge is not None:
         save_merged(module, path / "split", max_shard_size="128KB")
     if merge is None:
