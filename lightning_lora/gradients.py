@@ -1,6 +1,8 @@
 """Gradients must reach the adapters, also through activation checkpointing over a frozen embedding."""
 
-import torch
+from typing import Any
+
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
@@ -39,11 +41,11 @@ def disable_through_checkpointing(model: nn.Module) -> None:
             hf_model._require_grads_hook = None  # type: ignore[assignment]
 
 
-def _anywhere(here: list[bool], device: torch.device) -> list[bool]:
+def _anywhere(here: list[bool]) -> list[bool]:
     """Whether it is so in any process: one that holds nothing of an adapter has no gradient of it."""
-    flags = torch.tensor(here, dtype=torch.int32, device=device)
-    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-    return [bool(flag) for flag in flags.tolist()]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, here)
+    return [any(flags) for flags in zip(*everyone)]
 
 
 def require_some(model: nn.Module) -> None:
@@ -59,7 +61,7 @@ def require_some(model: nn.Module) -> None:
     }
     reached = [any(p.grad is not None for p in layer.lora.parameters()) for layer in layers.values()]
     if is_sharded(model):
-        reached = _anywhere(reached, next(model.parameters()).device)
+        reached = _anywhere(reached)
     missed = [name for name, has_gradient in zip(layers, reached) if not has_gradient]
     if layers and len(missed) == len(layers):
         raise RuntimeError(

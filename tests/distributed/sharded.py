@@ -83,9 +83,10 @@ def fit_test_fit(directory: str, strategy: str) -> dict[str, Any]:
     module = Llama()
     found: dict[str, Any] = {}
     for name, steps in (("first", 4), ("second", 8)):
-        lora = LoRA(r=2, merge="last", summary=False)
+        lora = LoRA(r=2, target_modules=["q_proj", "embed_tokens", "lm_head"], merge="last", summary=False)
         run = trainer(path, strategy, [lora, ModelCheckpoint(path, save_last=True)], max_steps=steps, max_epochs=-1)
-        run.fit(module, loader(strategy), ckpt_path=None if name == "first" else path / "last.ckpt")
+        last = None if name == "first" else path / "last.ckpt"
+        run.fit(module, loader(strategy), loader(strategy), ckpt_path=last)
         found[f"{name} merged"] = run.test(module, loader(strategy), verbose=False)[0]["test_loss"]
         found[f"{name} last"] = run.test(module, loader(strategy), ckpt_path="last", verbose=False)[0]["test_loss"]
     return {**found, "losses": module.losses}
