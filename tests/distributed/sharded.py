@@ -1,15 +1,19 @@
 """Jobs on the small Llama, for ``processes.py``."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from llama import Llama, loader, trainer
+from llama import Llama, build, loader, rows, trainer
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from benchmarks.harness import peak_bytes
-from lightning_lora import LoRA, adapter_state_dict
+from lightning_lora import LoRA, LoraConfig, adapter_state_dict, eject, inject, merge, unmerge
 from lightning_lora.export import save_merged
 from lightning_lora.inject import injections
 
@@ -90,3 +94,26 @@ def fit_test_fit(directory: str, strategy: str) -> dict[str, Any]:
         found[f"{name} merged"] = run.test(module, loader(strategy), verbose=False)[0]["test_loss"]
         found[f"{name} last"] = run.test(module, loader(strategy), ckpt_path="last", verbose=False)[0]["test_loss"]
     return {**found, "losses": module.losses}
+
+
+def merge_after_a_forward_pass() -> dict[str, Any]:
+    """By how much the outputs of a model differ once its adapters are folded in, and once they are out again.
+
+    A forward pass without gradients leaves the outermost unit of FSDP2 whole.
+    """
+    dist.init_process_group("gloo")
+    model, mesh = build(), init_device_mesh("cpu", (dist.get_world_size(),))
+    inject(model, LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "embed_tokens", "lm_head"]))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    found = {}
+    with torch.no_grad():
+        ids = rows().tensors[0][:4]
+        base, before = build()(ids).logits, model(ids).logits
+        for name, change in (("merge", merge), ("unmerge", unmerge), ("eject", partial(eject, merge=True))):
+            change(model)
+            model(ids)  # makes it whole again
+            model.reshard()
+            found[name] = float((model(ids).logits - before).abs().max())
+    return {**found, "adapter": float((before - base).abs().max())}

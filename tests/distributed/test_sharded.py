@@ -282,3 +282,9 @@ def test_what_needs_the_whole_model_is_refused(lora: LoRA, callbacks: list[Any],
     with pytest.raises(ValueError, match=message):
         lora.setup(trainer, module, "fit")
     assert not injections_of(module)
+
+
+def test_merging_lets_go_of_what_a_forward_pass_has_left_whole() -> None:
+    for found in run_processes("sharded.merge_after_a_forward_pass"):
+        assert found.pop("adapter") > 0.1
+        assert max(found.values()) < 1e-5
