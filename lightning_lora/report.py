@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 
 class BeforeAfter(Callback):
@@ -16,7 +17,7 @@ class BeforeAfter(Callback):
 
     The figures of "before" are those of the sanity check: set the trainer's ``num_sanity_val_steps`` to -1, so that it
     covers the whole validation set. The module must have a method ``generate(prompt, max_new_tokens) -> str``, like
-    :class:`~lightning_lora.tasks.CausalLM`.
+    :class:`~lightning_lora.tasks.CausalLM`. Under FSDP there are no samples.
 
     Args:
         prompt: What the model is asked, before and after.
@@ -51,7 +52,7 @@ class BeforeAfter(Callback):
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record what the model does before training."""
         self.metric_before = self._metric(trainer)
-        self.sample_before = self._sample(pl_module)
+        self.sample_before = self._sample(trainer, pl_module)
         if trainer.num_sanity_val_batches != trainer.num_val_batches:
             rank_zero_warn(
                 f"BeforeAfter found a sanity check of {trainer.num_sanity_val_batches} of {trainer.num_val_batches} "
@@ -66,7 +67,7 @@ class BeforeAfter(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sample again, while the model is still on its device."""
-        self.sample_after = self._sample(pl_module)
+        self.sample_after = self._sample(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Print the report, after every callback has finished its files in ``on_fit_end``."""
@@ -77,7 +78,9 @@ class BeforeAfter(Callback):
         value = trainer.callback_metrics.get(self.monitor)
         return None if value is None else float(value)
 
-    def _sample(self, pl_module: Any) -> str:
+    def _sample(self, trainer: Any, pl_module: Any) -> str:
+        if any(isinstance(module, FullyShardedDataParallel) for module in trainer.strategy.model.modules()):
+            return "(none under FSDP, which has the weights whole in steps alone)"
         # On every rank: with sharded weights all of them must take part.
         return str(pl_module.generate(self.prompt, self.max_new_tokens))
 

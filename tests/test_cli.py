@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -276,13 +277,20 @@ def test_finders(
     assert state["global_step"] == 2
 
 
-@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp", "fsdp2"])
 def test_overlay_runs_on_two_processes(tmp_path: Path, tiny: list[str], overlay: str) -> None:
     """Beside a recipe, in processes of their own."""
     arguments = ["fit", "--config", "chat_sft", "--config", overlay, *tiny]
     arguments += ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    if overlay == "fsdp":  # with its settings, on the CPU, which the class itself refuses
+        arguments += ["--trainer.strategy.class_path", "llama.CpuFSDP"]
+    paths = os.pathsep.join([str(ROOT / "tests" / "distributed"), str(ROOT / "tests"), *sys.path])
     done = subprocess.run(
-        [sys.executable, str(ROOT / "lightning_lora_cli.py"), *arguments], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, str(ROOT / "lightning_lora_cli.py"), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
     )
     assert done.returncode == 0, done.stderr
     state = torch.load(tmp_path / "runs/chat_sft/checkpoints/last.ckpt", weights_only=True)["state_dict"]
