@@ -7,12 +7,14 @@ from typing import Any, Union
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
+from torch.distributed.tensor import DTensor
 
 from lightning_lora.averaging import averages
 from lightning_lora.checkpoint import AdapterCheckpoints
 from lightning_lora.eva import KIND
 from lightning_lora.inject import find_again
 from lightning_lora.merging import unfolded
+from lightning_lora.names import clean_name
 from lightning_lora.optimizer_state import cut_optimizer, gathered_optimizer
 from lightning_lora.sharding import note, tensors_of
 from lightning_lora.state import gathered, kept_names, scatter
@@ -89,6 +91,9 @@ class ShardedCheckpoints(AdapterCheckpoints):
     def _take_note(self) -> None:
         note(self.model)
         find_again(self.model)
+        mesh = self.lightning_module.device_mesh
+        if mesh is not None and mesh["data_parallel"].size() > 1:
+            _require_averaged(self.lightning_module)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         module = self.lightning_module
@@ -115,3 +120,16 @@ class ShardedCheckpoints(AdapterCheckpoints):
 
     def copies_in(self, checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
         return iter(())  # the state dict was made of adapters alone
+
+
+def _require_averaged(module: nn.Module) -> None:
+    """Require that every trained parameter is under ``fully_shard``, which alone averages gradients over processes."""
+    alone = [
+        clean_name(name) for name, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)
+    ]
+    if alone:
+        raise ValueError(
+            f"{alone[0]}{f' and {len(alone) - 1} more' if len(alone) > 1 else ''} would be trained outside of what "
+            "configure_model gives to fully_shard, so that each process would go its own way: call fully_shard on the "
+            "whole model last, or leave these layers out by exclude_modules."
+        )

@@ -70,13 +70,20 @@ class Llama(L.LightningModule):
         late: Whether ``configure_model`` builds it.
         meta: Whether it is built on the meta device.
         early: Settings of LoRA to inject in ``configure_model``, before the model is sharded there.
+        tied: Whether the output head is tied to the embedding.
+        outermost: Whether what is outside of the blocks is sharded too.
     """
 
     def __init__(
-        self, late: bool = False, meta: bool = False, early: Optional[dict[str, Any]] = None, tied: bool = False
+        self,
+        late: bool = False,
+        meta: bool = False,
+        early: Optional[dict[str, Any]] = None,
+        tied: bool = False,
+        outermost: bool = True,
     ) -> None:
         super().__init__()
-        self.early, self.meta, self.tied = early, meta, tied
+        self.early, self.meta, self.tied, self.outermost = early, meta, tied, outermost
         self.losses: list[float] = []
         self.model: Any = None if late else self._build()
 
@@ -98,7 +105,7 @@ class Llama(L.LightningModule):
                 parallelize_module(block, mesh["tensor_parallel"], {name: cls() for name, cls in PLAN.items()})
             if mesh["data_parallel"].size() > 1:
                 fully_shard(block, mesh=mesh["data_parallel"])
-        if mesh["data_parallel"].size() > 1:
+        if mesh["data_parallel"].size() > 1 and self.outermost:
             fully_shard(self.model, mesh=mesh["data_parallel"])
 
     def _loss(self, batch: list[Tensor]) -> Tensor:

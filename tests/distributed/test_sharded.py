@@ -223,6 +223,10 @@ def test_what_cannot_join_a_sharded_model_says_so(tmp_path: Path) -> None:
         "dora in tp": ({"strategy": "tp", "lora": {"use_dora": True}}, "cut up by tensor parallelism"),
         "vera in tp": ({"strategy": "tp", "lora": {"use_vera": True}}, "cut up by tensor parallelism"),
         "before tp": ({"strategy": "tp", "early": True}, "call parallelize_module first, then inject"),
+        "outside": (
+            {**fsdp2, "lora": {"target_modules": ["lm_head"]}, "model": {"outermost": False}},
+            "model.lm_head.lora.default.lora_A and 1 more would be trained outside",
+        ),
         "no shard": ({"strategy": "fsdp NO_SHARD"}, "FSDP shards nothing here"),
         "tied": (
             {**fsdp2, "lora": {"target_modules": ["lm_head"]}, "model": {"tied": True}, "merge": "last"},
