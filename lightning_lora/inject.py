@@ -332,7 +332,7 @@ def find_again(model: nn.Module) -> None:
     """Take note of the parameters that sharding or materializing has put in the place of those trained in full."""
     for _, root, injection in injections(model):
         if injection.in_place:
-            parameters = {clean_name(name): p for name, p in root.named_parameters(remove_duplicate=False)}
+            parameters = _parameters_by_name(root)
             for mine in (injection.trained, injection.rest):
                 mine.update({name: parameters[name] for name in mine})
 
@@ -381,12 +381,17 @@ def _parameters_to_train(
     names = [clean_name(f"{saved_name}.{name}") for saved_name, m in saved.items() for name, _ in m.named_parameters()]
     if bias == "lora_only":
         names += [f"{name}.bias" for name, module in targets.items() if getattr(module, "bias", None) is not None]
-    parameters = {clean_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    parameters = _parameters_by_name(model)
     if bias == "all":
         names += [name for name in parameters if name.split(".")[-1] == "bias"]
     free = {id(parameter) for _, parameter in base_parameters(model)}  # another injection may train some already
     wanted = {name.lstrip("."): parameters[name.lstrip(".")] for name in names}
     return {name: parameter for name, parameter in wanted.items() if id(parameter) in free}
+
+
+def _parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters of a model under each of their clean names."""
+    return {clean_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def _train_in_full(model: nn.Module, trained: dict[str, nn.Parameter], injection: Injection) -> None:
@@ -435,7 +440,7 @@ def _leave_fused_path(model: nn.Module, injection: Injection) -> None:
 
 
 def _thaw(model: nn.Module, injection: Injection) -> None:
-    parameters = {clean_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    parameters = _parameters_by_name(model)
     for name in injection.frozen:
         parameters[name].requires_grad_(True)
     modules = modules_by_name(model)
