@@ -82,7 +82,8 @@ class ShardedCheckpoints(AdapterCheckpoints):
         super().setup(trainer)  # type: ignore[misc]
         if isinstance(self.model, FSDP):
             vars(self.lightning_module)[_WRAPPED] = self.model
-        self._take_note()
+        if trainer.state.fn != "fit":  # else it is taken in between
+            self._take_note()
 
     def setup_optimizers(self, trainer: Any) -> None:
         self._take_note()  # sharded by now, and configure_optimizers may ask for shapes

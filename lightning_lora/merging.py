@@ -55,7 +55,6 @@ def unmerge(model: ModuleT) -> ModuleT:
         The same model.
     """
     restore_folded(model)
-    settle(model)
     for _, root, injection in injections(model):
         for _, layer in adapted_layers(root, injection):
             if layer.merged:

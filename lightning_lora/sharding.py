@@ -144,7 +144,10 @@ def is_part(module: nn.Module, name: str) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes share the parameters of a model."""
-    return any(is_part(module, name) for module in model.modules() for name in module._parameters)
+    # A look at every parameter would be slow where there is one process, and a batch may ask.
+    return dist.is_initialized() and any(
+        is_part(module, name) for module in model.modules() for name in module._parameters
+    )
 
 
 def is_writer(model: nn.Module) -> bool:
