@@ -70,10 +70,14 @@ class OneStep(L.LightningModule):
 
 
 class CpuFSDP(FSDPStrategy):
-    """``FSDPStrategy`` on the CPU, which Lightning refuses to that very class, and FSDP unless it is told so."""
+    """``FSDPStrategy`` on the CPU, which Lightning refuses to that very class alone, and FSDP unless it is told so."""
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            return model
+        return FullyShardedDataParallel(
+            model, sharding_strategy=self.sharding_strategy, device_id=torch.device("cpu"), **self.kwargs
+        )
 
 
 def strategies(device: str) -> dict[str, Callable[[], Strategy]]:

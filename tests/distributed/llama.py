@@ -9,15 +9,16 @@ import lightning as L
 import torch
 import torch.distributed as dist
 import toys
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from benchmarks.saving import CpuFSDP
 from lightning_lora import LoraConfig, inject, param_groups
 from lightning_lora.sharding import put
 
@@ -124,17 +125,6 @@ class Llama(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(param_groups(self, lr=5e-3, weight_decay=0.5), eps=1e-4)
-
-
-class CpuFSDP(FSDPStrategy):
-    """FSDPStrategy on the CPU, which Lightning refuses to that very class alone, and FSDP unless it is told so."""
-
-    def _setup_model(self, model: nn.Module) -> nn.Module:
-        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-            return model
-        return FullyShardedDataParallel(
-            model, sharding_strategy=self.sharding_strategy, device_id=torch.device("cpu"), **self.kwargs
-        )
 
 
 class CpuHybrid(CpuFSDP):
