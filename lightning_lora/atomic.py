@@ -43,9 +43,8 @@ def writing(strategy: Any, filepath: Union[str, Path]) -> Iterator[Union[str, Pa
             publish(partial, target)
         return
     checkpoint_io = strategy.checkpoint_io
-    while (
-        getattr(checkpoint_io, "checkpoint_io", None) is not None
-    ):  # those that wrap another, such as AsyncCheckpointIO
+    # Some wrap another, as AsyncCheckpointIO does.
+    while getattr(checkpoint_io, "checkpoint_io", None) is not None:
         checkpoint_io = checkpoint_io.checkpoint_io
     # By name, so that the class of the package pytorch_lightning counts too.
     if type(checkpoint_io).__name__ == "TorchCheckpointIO":
