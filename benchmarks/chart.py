@@ -8,7 +8,7 @@ It needs matplotlib, which comes with the ``plot`` extra.
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from benchmarks.harness import RESULTS
 
@@ -45,7 +45,7 @@ def curves(axes: Any, axis: str, rows: dict[str, Any]) -> None:
     axes.set_title(f"against {axis}")
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     import matplotlib
 
     matplotlib.use("agg")

@@ -11,7 +11,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import lightning as L
 import torch
@@ -57,7 +57,7 @@ class Contender:
         self.module, self.path, self.lora, self.r = module, path, lora, r
         self.trainer, _ = self.fit(None)
 
-    def fit(self, ckpt_path: Optional[Path]) -> tuple[L.Trainer, float]:
+    def fit(self, ckpt_path: Path | None) -> tuple[L.Trainer, float]:
         """Train for a step, or, from a checkpoint, restore and stop; and the seconds until the first batch."""
         clock = Clock()
         callbacks: list[Callback] = [clock]
@@ -90,7 +90,7 @@ class Contender:
         return resumed - fresh
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, turns=3)
     parser.add_argument("--shape", choices=SHAPES, default="135M")
     parser.add_argument("--r", type=int, default=8)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -93,14 +93,14 @@ def contenders(
     return models
 
 
-def still_adamw(model: nn.Module) -> Optional[torch.optim.Optimizer]:
+def still_adamw(model: nn.Module) -> torch.optim.Optimizer | None:
     """AdamW with steps of size zero, since the contenders share their weights; ``None`` if nothing is trained."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0) if trained else None
 
 
 def stepper(
-    model: nn.Module, shape: Shape, tokens: int, optimizer: Optional[torch.optim.Optimizer] = None
+    model: nn.Module, shape: Shape, tokens: int, optimizer: torch.optim.Optimizer | None = None
 ) -> Callable[[], None]:
     """One forward and backward pass, to the trained parameters and to the inputs, and the optimizer's step if given."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -171,7 +171,7 @@ def ratios(times: dict[str, list[float]], to: str) -> dict[str, dict[str, float]
     return found
 
 
-def parser(description: Optional[str], turns: Optional[int] = None) -> argparse.ArgumentParser:
+def parser(description: str | None, turns: int | None = None) -> argparse.ArgumentParser:
     """A command line with what all benchmarks take."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if turns is not None:

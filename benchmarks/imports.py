@@ -7,7 +7,6 @@ Each is timed in a fresh interpreter.
 
 import subprocess
 import sys
-from typing import Optional
 
 from benchmarks import harness
 
@@ -20,7 +19,7 @@ def import_seconds(package: str, before: str) -> float:
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     args = harness.parser(__doc__, turns=3).parse_args(arguments)
     imports = {"lightning": "", "lightning_lora": ", lightning", "peft": ", lightning"}
     times: dict[str, list[float]] = {package: [] for package in imports}

@@ -6,7 +6,7 @@ Beside them stands one pass over the real weights, which neither needs.
 """
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -14,7 +14,7 @@ from benchmarks import harness
 from benchmarks.harness import SHAPES
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, turns=7)
     parser.add_argument("--meta", choices=SHAPES, default="7B", help="the shape without weights")
     parser.add_argument("--shape", choices=SHAPES, default="135M", help="the one with weights")

@@ -8,7 +8,7 @@ the first q_proj alone, in sizes of its output: 1 is the output and nothing besi
     python -m benchmarks.memory
 """
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ def measure(model: nn.Module, shape: harness.Shape, tokens: int, device: str) ->
     }
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 32], help="a step; few: the weights dominate")

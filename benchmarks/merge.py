@@ -7,7 +7,7 @@ keeps the weights that were there, to bring them back bit for bit; PEFT's change
 """
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 from torch import nn
 
@@ -24,7 +24,7 @@ def trained(model: nn.Module) -> nn.Module:
     return model
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, turns=15)
     parser.add_argument("--shape", choices=SHAPES, default="135M")
     parser.add_argument("--r", type=int, default=8)

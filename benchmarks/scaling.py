@@ -8,7 +8,7 @@ Each axis writes a file of its own.
 
 import argparse
 import dataclasses
-from typing import Any, Optional
+from typing import Any
 
 from benchmarks import harness
 
@@ -36,7 +36,7 @@ def measure(point: dict[str, int], turns: int) -> dict[str, Any]:
     return {**harness.ratios(harness.take_turns(steps, turns), to="floor")}
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, turns=8)
     parser.add_argument("--axis", choices=AXES, nargs="+", default=list(AXES))
     parser.add_argument("--values", type=int, nargs="+", help="instead of the usual ones")

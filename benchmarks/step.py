@@ -8,15 +8,13 @@ that drifts drifts for all, and what is reported is the median of their ratios t
     python -m benchmarks.step --shape 1B --tokens 4096 --device cuda --dtype bfloat16 --compile
 """
 
-from typing import Optional
-
 import torch
 
 from benchmarks import harness
 from benchmarks.harness import DTYPES, SHAPES, TARGETS
 
 
-def main(arguments: Optional[list[str]] = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, turns=20)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--tokens", type=int, default=1024, help="a step")

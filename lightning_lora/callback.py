@@ -1,7 +1,7 @@
 """``LoRA``: the life of a run, hook by hook, in the order in which Lightning calls them."""
 
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -9,23 +9,25 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import nn
 from typing_extensions import override
 
-from lightning_lora import averaging, gradients
-from lightning_lora.card import facts_of
-from lightning_lora.checkpoint import install, load_best, make_loader_anew, rng_to_restore
 from lightning_lora.config import ALL_LINEAR, AUTO, LoraConfig
-from lightning_lora.diagnostics import print_summary
-from lightning_lora.distributed import checkpoints_of
-from lightning_lora.export import ADAPTER_DIR, MERGED_DIR, save_merged
-from lightning_lora.inject import Injection, eject, inject, injections, injections_of, is_folded
-from lightning_lora.merging import unmerge
-from lightning_lora.optim import drop_frozen
-from lightning_lora.packages import original_class, rebuild, serve_both_packages
-from lightning_lora.peft_format import load_adapter, read_adapter, write_adapter
-from lightning_lora.rehearsal import start_from_data
-from lightning_lora.rng import set_rng_state
+from lightning_lora.formats.merged import ADAPTER_DIR, MERGED_DIR, save_merged
+from lightning_lora.formats.model_card import facts_of
+from lightning_lora.formats.peft import load_adapter, read_adapter, write_adapter
+from lightning_lora.model.eject import eject, is_folded
+from lightning_lora.model.fingerprint import fingerprint
+from lightning_lora.model.inject import inject
+from lightning_lora.model.merge import unmerge
+from lightning_lora.model.param_groups import drop_frozen
+from lightning_lora.model.record import Injection, injections, injections_of
+from lightning_lora.model.summary import print_summary
 from lightning_lora.sharding import is_sharded
-from lightning_lora.spawning import no_way_back, spawns
-from lightning_lora.state import fingerprint
+from lightning_lora.trainer import gradient_checks, weight_averaging
+from lightning_lora.trainer.eva_calibration import start_from_data
+from lightning_lora.trainer.process_launchers import no_way_back, spawns
+from lightning_lora.trainer.pytorch_lightning import original_class, rebuild, serve_both_packages
+from lightning_lora.trainer.resume import load_best, rebuild_dataloader, rng_to_restore, set_rng_state
+from lightning_lora.trainer.sharded_strategy import checkpoints_of
+from lightning_lora.trainer.strategy import install
 
 _MERGE_MODES = ("last", "best", None)
 
@@ -74,31 +76,31 @@ class LoRA(Callback):
         r: int = 8,
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
-        target_modules: Union[str, list[str]] = ALL_LINEAR,
-        fused_qkv: Optional[list[str]] = None,
-        exclude_modules: Union[str, list[str], None] = None,
-        target_parameters: Optional[list[str]] = None,
-        trainable_token_indices: Union[list[int], dict[str, list[int]], None] = None,
-        rank_pattern: Optional[dict[str, int]] = None,
-        alpha_pattern: Optional[dict[str, float]] = None,
-        layers_to_transform: Union[int, list[int], None] = None,
-        layers_pattern: Optional[str] = None,
-        modules_to_save: Union[str, list[str], None] = AUTO,
+        target_modules: str | list[str] = ALL_LINEAR,
+        fused_qkv: list[str] | None = None,
+        exclude_modules: str | list[str] | None = None,
+        target_parameters: list[str] | None = None,
+        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
+        rank_pattern: dict[str, int] | None = None,
+        alpha_pattern: dict[str, float] | None = None,
+        layers_to_transform: int | list[int] | None = None,
+        layers_pattern: str | None = None,
+        modules_to_save: str | list[str] | None = AUTO,
         bias: str = "none",
         use_rslora: bool = False,
         use_dora: bool = False,
-        init_lora_weights: Union[bool, str] = True,
+        init_lora_weights: bool | str = True,
         freeze_A: bool = False,
         use_vera: bool = False,
         vera_d_initial: float = 0.1,
         rank_dropout: float = 0.0,
         seed: int = 0,
         *,
-        config: Optional[LoraConfig] = None,
-        merge: Optional[str] = "last",
-        export_dir: Union[str, Path, None] = None,
-        adapter: Union[str, Path, None] = None,
-        module: Optional[str] = None,
+        config: LoraConfig | None = None,
+        merge: str | None = "last",
+        export_dir: str | Path | None = None,
+        adapter: str | Path | None = None,
+        module: str | None = None,
         adapter_name: str = "default",
         summary: bool = True,
     ) -> None:
@@ -141,7 +143,7 @@ class LoRA(Callback):
         self._injected_now = False
         self._was_folded = False
         self._running = False
-        self._rng_to_restore: Optional[dict[str, Any]] = None
+        self._rng_to_restore: dict[str, Any] | None = None
         self._gradients_seen = False
         serve_both_packages(self)
 
@@ -165,7 +167,7 @@ class LoRA(Callback):
         self._injected_now = self._was_folded = self._running = self._gradients_seen = False
         install(trainer.strategy, checkpoints)
         _after_configure_model(pl_module, self)
-        if averaging.must_be_injected_early(trainer, pl_module, self):
+        if weight_averaging.must_be_injected_early(trainer, pl_module, self):
             self.attach(pl_module)
 
     def attach(self, pl_module: "pl.LightningModule") -> None:
@@ -193,7 +195,7 @@ class LoRA(Callback):
             self._rng_to_restore = rng_to_restore(checkpoint, trainer)
             if self._rng_to_restore is not None:
                 if self._running:  # strategies that shard the model restore it after this start
-                    make_loader_anew(trainer)
+                    rebuild_dataloader(trainer)
                 set_rng_state(self._rng_to_restore["state"])
 
     @override
@@ -204,10 +206,10 @@ class LoRA(Callback):
             start_from_data(trainer, pl_module, self._root(pl_module), self._injection(self._root(pl_module)))
         self._running = True
         if self._rng_to_restore is not None:
-            make_loader_anew(trainer)
+            rebuild_dataloader(trainer)
             set_rng_state(self._rng_to_restore["state"])
-        gradients.enable_through_checkpointing(pl_module)
-        averaging.keep_base_exact(trainer)
+        gradient_checks.enable_through_checkpointing(pl_module)
+        weight_averaging.keep_base_exact(trainer)
         if self.summary and self is _lora_callbacks(trainer)[0]:
             rank_zero_only(print_summary)(pl_module)
 
@@ -225,7 +227,7 @@ class LoRA(Callback):
         """Never train silently on nothing: the first backward pass must reach the adapters."""
         if not self._gradients_seen:
             self._gradients_seen = True
-            gradients.require_some(self._root(pl_module))
+            gradient_checks.require_some(self._root(pl_module))
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -290,7 +292,7 @@ class LoRA(Callback):
 
     def _release(self, pl_module: "pl.LightningModule") -> None:
         pl_module.__dict__.pop("configure_model", None)
-        gradients.disable_through_checkpointing(pl_module)
+        gradient_checks.disable_through_checkpointing(pl_module)
 
     def _export_adapter(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self.export_dir is not None
@@ -339,7 +341,7 @@ def _after_configure_model(pl_module: "pl.LightningModule", callback: LoRA) -> N
     and the model is wrapped. So the instance gets a ``configure_model`` of its own until the run ends.
     """
     current = pl_module.__dict__.get("configure_model")
-    waiting: Optional[list[LoRA]] = getattr(current, "waiting", None)
+    waiting: list[LoRA] | None = getattr(current, "waiting", None)
     if waiting is not None:
         waiting.append(callback)
         return

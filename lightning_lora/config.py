@@ -3,12 +3,11 @@
 import dataclasses
 import math
 import re
-from typing import Any, Optional, Union
-
-from lightning_lora.quantize import LOFTQ
+from typing import Any
 
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
+LOFTQ = re.compile(r"loftq(?:_(4|8)(?:_niter_([1-9]\d*))?)?")
 _BIAS_MODES = ("none", "all", "lora_only")
 _INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa", "loftq", "eva")
 _NUMBERED_INITS = (re.compile(r"pissa_niter_\d+"), LOFTQ)
@@ -80,20 +79,20 @@ class LoraConfig:
     r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.0
-    target_modules: Union[str, list[str]] = ALL_LINEAR
-    fused_qkv: Optional[list[str]] = None
-    exclude_modules: Union[str, list[str], None] = None
-    target_parameters: Optional[list[str]] = None
-    trainable_token_indices: Union[list[int], dict[str, list[int]], None] = None
+    target_modules: str | list[str] = ALL_LINEAR
+    fused_qkv: list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
-    layers_to_transform: Union[int, list[int], None] = None
-    layers_pattern: Optional[str] = None
-    modules_to_save: Union[str, list[str], None] = AUTO
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | None = None
+    modules_to_save: str | list[str] | None = AUTO
     bias: str = "none"
     use_rslora: bool = False
     use_dora: bool = False
-    init_lora_weights: Union[bool, str] = True
+    init_lora_weights: bool | str = True
     freeze_A: bool = False
     use_vera: bool = False
     vera_d_initial: float = 0.1

@@ -1,15 +1,16 @@
 """Parameters of which each process holds a part: those of FSDP, of FSDP2 and of tensor parallelism.
 
-A part is a ``DTensor`` under FSDP2 and tensor parallelism. Under FSDP it is a stretch of the flattened parameter, an
-ordinary tensor of one dimension, so what it is a part of is noted in :func:`note`. Here parts are made whole, one
-parameter at a time, and whole tensors cut into parts again. All processes must call these functions together.
+A shard is a ``DTensor`` under FSDP2 and tensor parallelism. Under FSDP it is a slice of the unit's flat parameter, an
+ordinary tensor of one dimension, so :func:`register_sharding` notes what it is a slice of. Here full tensors are made
+of shards, one parameter at a time, and full tensors cut into shards again. All processes must call these functions
+together.
 """
 
 import dataclasses
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,14 +20,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightning_lora.names import clean_name
+from lightning_lora.fqn import clean_fqn
 
 _MIXED = 1_000_000
 _FLAT = ("_param_infos", "_shapes", "_shard_param_infos", "_shared_param_infos")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stretch:
+class FlatShard:
     """How a parameter is cut up by FSDP.
 
     Attributes:
@@ -45,16 +46,16 @@ class _Stretch:
 
 
 # Kept here and not on the modules, so that a copied or pickled model carries no process groups.
-_stretches: "weakref.WeakKeyDictionary[nn.Module, dict[str, _Stretch]]" = weakref.WeakKeyDictionary()
+_stretches: "weakref.WeakKeyDictionary[nn.Module, dict[str, FlatShard]]" = weakref.WeakKeyDictionary()
 _units: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]]" = weakref.WeakKeyDictionary()
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
+def unwrap_fsdp(module: nn.Module) -> nn.Module:
     """The module itself, without FSDP around it."""
     return module.module if isinstance(module, FSDP) else module
 
 
-def note(model: nn.Module) -> None:
+def register_sharding(model: nn.Module) -> None:
     """Note how a strategy has sharded a model, and warn if it did so at great cost.
 
     Args:
@@ -99,7 +100,7 @@ def _note_stretches(unit: FSDP) -> None:
     lengths = torch.stack(gathered, 1).tolist()
     by_owner = {}
     for info, shape, cut in zip(flat._param_infos, flat._shapes, lengths):
-        by_owner[info.module, info.param_name] = _Stretch(shape, cut, rank, group, device)
+        by_owner[info.module, info.param_name] = FlatShard(shape, cut, rank, group, device)
     for shared in flat._shared_param_infos:
         by_owner[shared.module, shared.param_name] = by_owner[shared.prim_module, shared.prim_param_name]
     for (module, name), stretch in by_owner.items():
@@ -107,7 +108,7 @@ def _note_stretches(unit: FSDP) -> None:
     _warn_if_mixed([(getattr(module, name), stretch) for (module, name), stretch in by_owner.items()])
 
 
-def _warn_if_mixed(parameters: list[tuple[nn.Parameter, _Stretch]]) -> None:
+def _warn_if_mixed(parameters: list[tuple[nn.Parameter, FlatShard]]) -> None:
     frozen = sum(stretch.shape.numel() for parameter, stretch in parameters if not parameter.requires_grad)
     if frozen > _MIXED and any(parameter.requires_grad for parameter, _ in parameters):
         rank_zero_warn(
@@ -117,7 +118,7 @@ def _warn_if_mixed(parameters: list[tuple[nn.Parameter, _Stretch]]) -> None:
         )
 
 
-def settle(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Let go of what a forward pass has left whole, so that every process holds its parts alone."""
     found = {id(unit): unit for module in model.modules() for ref in _units.get(module, ()) if (unit := ref())}
     found |= {id(module): module for module in model.modules() if isinstance(module, FSDPModule)}
@@ -137,7 +138,7 @@ def _is_whole(unit: FSDP) -> bool:
     return not handle.needs_unshard()
 
 
-def is_part(module: nn.Module, name: str) -> bool:
+def is_shard(module: nn.Module, name: str) -> bool:
     """Whether a parameter or buffer of this very module is cut up, or is a stretch of a flat parameter."""
     return name in _stretches.get(module, ()) or isinstance(getattr(module, name), DTensor)
 
@@ -146,7 +147,7 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether processes share the parameters of a model."""
     # A look at every parameter would be slow where there is one process, and a batch may ask.
     return dist.is_initialized() and any(
-        is_part(module, name) for module in model.modules() for name in module._parameters
+        is_shard(module, name) for module in model.modules() for name in module._parameters
     )
 
 
@@ -155,22 +156,22 @@ def is_writer(model: nn.Module) -> bool:
     return not is_sharded(model) or dist.get_rank() == 0
 
 
-def shape_of(module: nn.Module, name: str) -> torch.Size:
+def full_shape(module: nn.Module, name: str) -> torch.Size:
     """The shape of a whole parameter."""
     stretch = _stretches.get(module, {}).get(name)
-    return getattr(module, name).shape if stretch is None else stretch.shape  # type: ignore[no-any-return]
+    return getattr(module, name).shape if stretch is None else stretch.shape
 
 
-def tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Every parameter and persistent buffer under each of its names: its clean name, its module and its name there."""
     for module_name, module in model.named_modules(remove_duplicate=False):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and name not in module._non_persistent_buffers_set:
-                yield clean_name(f"{module_name}.{name}".lstrip(".")), module, name
+                yield clean_fqn(f"{module_name}.{name}".lstrip(".")), module, name
 
 
 @torch.no_grad()
-def whole(module: nn.Module, name: str, part: Optional[Tensor] = None) -> Tensor:
+def full_tensor(module: nn.Module, name: str, part: Tensor | None = None) -> Tensor:
     """A whole tensor.
 
     Args:
@@ -198,7 +199,7 @@ def whole(module: nn.Module, name: str, part: Optional[Tensor] = None) -> Tensor
 
 
 @torch.no_grad()
-def cut(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+def shard_of(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """What this process holds of a whole tensor that is cut up like a parameter, whose name may be dotted."""
     module, name = _owner(module, name)
     like = getattr(module, name)
@@ -218,19 +219,19 @@ def _distribute(tensor: Tensor, like: DTensor) -> Tensor:
 
 
 @torch.no_grad()
-def copy_(destination: Tensor, tensor: Tensor) -> None:
+def copy_full_(destination: Tensor, tensor: Tensor) -> None:
     """Copy a whole tensor into one of a kind; into a ``DTensor``, what this process holds of it."""
     destination.copy_(_distribute(tensor, destination) if isinstance(destination, DTensor) else tensor)
 
 
 @torch.no_grad()
-def put(module: nn.Module, name: str, tensor: Tensor, part: Optional[Tensor] = None) -> None:
-    """Give a parameter or buffer, or what is cut up like it, the values of a whole tensor; see :func:`whole`."""
-    (getattr(module, name) if part is None else part).detach().copy_(cut(module, name, tensor))
+def load_full(module: nn.Module, name: str, tensor: Tensor, part: Tensor | None = None) -> None:
+    """Give a parameter or buffer, or what is cut up like it, the values of a whole tensor; see :func:`full_tensor`."""
+    (getattr(module, name) if part is None else part).detach().copy_(shard_of(module, name, tensor))
 
 
 @torch.no_grad()
-def exchange(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+def swap_parameters(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
     """Put a parameter, or what this process holds of it, in the place of another, whose name may be dotted.
 
     Returns:
@@ -238,7 +239,7 @@ def exchange(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parame
     """
     module, name = _owner(module, name)
     before: nn.Parameter = getattr(module, name)
-    if not is_part(module, name):
+    if not is_shard(module, name):
         setattr(module, name, parameter)
         return before
     kept = nn.Parameter(before.detach().clone(), requires_grad=before.requires_grad)
@@ -252,15 +253,15 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 @contextmanager
-def made_whole(modules: Iterable[nn.Module]) -> Iterator[None]:
+def unsharded(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Have modules show their own parameters whole meanwhile, to be read and not changed."""
     shown: list[tuple[nn.Module, str]] = []
     try:
         for module in modules:
             for name, parameter in module._parameters.items():
-                if parameter is not None and is_part(module, name):
+                if parameter is not None and is_shard(module, name):
                     # An attribute of the object itself is found before the parameter, which so stays registered.
-                    module.__dict__[name] = nn.Parameter(whole(module, name), requires_grad=False)
+                    module.__dict__[name] = nn.Parameter(full_tensor(module, name), requires_grad=False)
                     shown.append((module, name))
         yield
     finally:

@@ -4,8 +4,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
-
-from lightning_lora.cli import main
+from lightning_lora.cli.main.main import main
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 # Overrides that make a run short.

@@ -13,7 +13,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from processes import end_processes
 from toys import Toy, assert_adapter_only, loader, snapshot
 
-from lightning_lora import LoRA, atomic
+from lightning_lora import LoRA
+from lightning_lora.trainer import atomic_save
 
 SAVED = {"last.ckpt"}
 
@@ -76,11 +77,11 @@ def test_a_write_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plu
 def test_a_write_goes_to_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     for name in ("fsync", "replace"):
-        real = getattr(atomic.os, name)
-        monkeypatch.setattr(atomic.os, name, lambda *a, real=real, name=name: (events.append(name), real(*a)))
+        real = getattr(atomic_save.os, name)
+        monkeypatch.setattr(atomic_save.os, name, lambda *a, real=real, name=name: (events.append(name), real(*a)))
     (tmp_path / "partial").write_text("new")
     (tmp_path / "target").write_text("old")
-    atomic.publish(tmp_path / "partial", tmp_path / "target")
+    atomic_save.publish(tmp_path / "partial", tmp_path / "target")
     assert (tmp_path / "target").read_text() == "new"
     assert events == ["fsync", "replace", "fsync"]
 
@@ -97,8 +98,8 @@ def test_other_writers_and_remote_files_are_left_as_they_are(tmp_path: Path) -> 
     trainer = fit(tmp_path, plugins=[own])
     assert set(own.paths) == {str(tmp_path / "last.ckpt")}
     trainer = fit(tmp_path)
-    trainer.save_checkpoint("memory://atomic/remote.ckpt")
-    loaded = trainer.strategy.checkpoint_io.load_checkpoint("memory://atomic/remote.ckpt")
+    trainer.save_checkpoint("memory://atomic_save/remote.ckpt")
+    loaded = trainer.strategy.checkpoint_io.load_checkpoint("memory://atomic_save/remote.ckpt")
     assert_adapter_only(loaded, snapshot(Toy()))
     trainer.save_checkpoint(f"file://{tmp_path}/local.ckpt")
     assert_adapter_only(tmp_path / "local.ckpt", snapshot(Toy()))
@@ -120,17 +121,17 @@ class Sharded:
 def test_a_directory_takes_the_place_of_another_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "last.ckpt"
     for turn in range(2):
-        with atomic.writing(Sharded(), target) as path:
+        with atomic_save.writing(Sharded(), target) as path:
             path.mkdir()
             (path / "0.distcp").write_text(str(turn))
             (path / f"only-in-{turn}").write_text("")
             assert target.exists() == (turn > 0)
-    with pytest.raises(OSError, match="no space left"), atomic.writing(Sharded(), target) as path:  # noqa: PT012
+    with pytest.raises(OSError, match="no space left"), atomic_save.writing(Sharded(), target) as path:  # noqa: PT012
         path.mkdir()
         (path / "left-over").write_text("")
         raise OSError("no space left")
     assert {file.name for file in target.iterdir()} == {"0.distcp", "only-in-1"}
-    with atomic.writing(Sharded(), target) as path:
+    with atomic_save.writing(Sharded(), target) as path:
         path.mkdir()
         (path / "0.distcp").write_text("2")
     assert {file.name for file in target.iterdir()} == {"0.distcp"}

@@ -20,7 +20,7 @@ from lightning_lora import (
     load_from_checkpoint,
     unmerge,
 )
-from lightning_lora.checkpoint import AdapterCheckpoints, install
+from lightning_lora.trainer.strategy import AdapterCheckpoints, install
 
 
 def fit(tmp_path: Path, *callbacks: Any, model: Any = None, lora: Any = None, **kw: Any) -> tuple[Toy, Any]:

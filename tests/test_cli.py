@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning_lora.cli.main.adapter_files import NAMES
+from lightning_lora.cli.main.main import LoraCLI, main
 from recipe_runs import RECIPES, SHORT, run
 from texts import word_checkpoint
 
 import lightning_lora_cli
-from lightning_lora.cli import LoraCLI, main
-from lightning_lora.commands import NAMES
 
 ROOT = Path(__file__).parents[1]
 

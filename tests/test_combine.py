@@ -13,8 +13,8 @@ from test_targets import tiny_classifier, tiny_llama
 from torch import nn
 
 from lightning_lora import LoraConfig, active_adapters, adapters, combine_adapters, save_adapter, set_adapter
-from lightning_lora.combine import _keep_random
-from lightning_lora.initialize import generator_for
+from lightning_lora.layers.init import generator_for
+from lightning_lora.model.combine import _keep_random
 
 FR = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"])
 DE = LoraConfig(r=4, lora_alpha=5, target_modules=["v_proj", "up_proj"])

@@ -8,13 +8,13 @@ import lightning as L
 import pytest
 import torch
 import toys
+from lightning_lora.cli.main.main import main
 from test_targets import tiny_llama
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from lightning_lora import LoRA, LoraConfig, eject, inject, load_adapter, save_adapter
-from lightning_lora.cli import main
 
 IDS = torch.arange(16).view(2, 8)
 

@@ -27,7 +27,7 @@ from lightning_lora import (
     save_adapter,
     unmerge,
 )
-from lightning_lora.targets import find_targets
+from lightning_lora.model.targets import find_targets
 
 ITSELF = ".*"  # the layer that is the whole model
 KINDS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

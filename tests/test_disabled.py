@@ -6,7 +6,7 @@ from texts import word_model
 
 import lightning_lora
 from lightning_lora import LoraConfig, inject, merge
-from lightning_lora.switching import disabled
+from lightning_lora.model.multi_adapter import disabled
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_gradients_flow_past_it() -> None:
         model = inject(word_model(), LoraConfig(r=2, init_lora_weights=False, seed=1))
         loss = model(ids, labels=ids).loss
         if interrupted:
-            with torch.no_grad(), lightning_lora.switching.disabled(model):
+            with torch.no_grad(), lightning_lora.model.multi_adapter.disabled(model):
                 model(ids)
         loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])

@@ -16,7 +16,7 @@ from toys import randomize
 from transformers import BartConfig, BartForConditionalGeneration, Gemma3ForCausalLM, Gemma3TextConfig
 
 from lightning_lora import LoRA, LoraConfig, TargetError, eject, inject, load_adapter, merge, save_adapter, unmerge
-from lightning_lora.targets import find_targets
+from lightning_lora.model.targets import find_targets
 
 ITSELF = ".*"  # the layer that is the whole model
 IDS = torch.arange(16).view(2, 8)

@@ -30,7 +30,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.data import ResumableDataLoader
-from lightning_lora.eva import PrincipalDirections
+from lightning_lora.model.eva import PrincipalDirections
 
 NEVER = 2.0  # no cosine reaches this, so that all batches are taken in
 

@@ -12,7 +12,7 @@ from test_targets import tiny_llama
 from torch import Tensor, nn
 
 from lightning_lora import CheckpointError, eject
-from lightning_lora.foreign import load_foreign_adapter
+from lightning_lora.formats.foreign import load_foreign_adapter
 from lightning_lora.layers import LoraLayer
 
 R, ALPHA = 4, 6

@@ -12,7 +12,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from lightning_lora import CheckpointError, LoraConfig, TargetError, eject, inject, load_adapter, merge, save_adapter
-from lightning_lora.layers.fused import qkv_rows
+from lightning_lora.layers.fused_qkv import qkv_rows
 
 OUTPUTS = ("c_proj", "dense", "o_proj", "out_proj")
 IDS = torch.arange(12).view(2, 6)

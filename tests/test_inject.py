@@ -6,8 +6,8 @@ from test_targets import tiny_classifier, tiny_llama
 from torch import nn
 
 from lightning_lora import LoraConfig, TargetError, adapter_state_dict, eject, inject, load_adapter_state_dict, unmerge
-from lightning_lora.inject import FrozenNorm
-from lightning_lora.state import CheckpointError
+from lightning_lora.model.freeze import FrozenNorm
+from lightning_lora.model.state_dict import CheckpointError
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:

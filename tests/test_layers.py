@@ -3,7 +3,6 @@
 import copy
 import pickle
 import warnings
-from typing import Optional
 
 import pytest
 import torch
@@ -13,17 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import (
-    LoraConfig,
-    adapter_state_dict,
-    eject,
-    inject,
-    load_adapter_state_dict,
-    merge,
-    unmerge,
-)
-from lightning_lora.functional import add_low_rank, low_rank_linear
+from lightning_lora import LoraConfig, adapter_state_dict, eject, inject, load_adapter_state_dict, merge, unmerge
 from lightning_lora.layers.base import is_finite
+from lightning_lora.layers.functional import add_low_rank, low_rank_linear
 
 KINDS = ("linear", "linear without bias", "conv1d")
 
@@ -254,7 +245,7 @@ def test_autocast() -> None:
     ],
 )
 def test_base_and_path_are_one_in_half_precision_too(
-    weight: torch.dtype, inputs: torch.dtype, autocast: Optional[torch.dtype]
+    weight: torch.dtype, inputs: torch.dtype, autocast: torch.dtype | None
 ) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(24, 40).to(weight)

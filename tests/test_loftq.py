@@ -15,7 +15,7 @@ from test_targets import tiny_llama
 from torch import nn
 
 from lightning_lora import CheckpointError, LoRA, LoraConfig, eject, inject, load_adapter, merge, save_adapter, unmerge
-from lightning_lora.quantize import NF4, int8, loftq, nf4
+from lightning_lora.layers.loftq import NF4, int8, loftq, nf4
 
 IDS = torch.arange(16).view(2, 8)
 KINDS = ("loftq", "loftq_8", "loftq_4_niter_5", "loftq_8_niter_2")

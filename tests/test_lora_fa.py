@@ -26,8 +26,8 @@ from lightning_lora import (
     save_adapter,
     unmerge,
 )
-from lightning_lora.functional import low_rank_linear
 from lightning_lora.layers import LoraLayer
+from lightning_lora.layers.functional import low_rank_linear
 
 IDS = torch.arange(12).view(2, 6)
 KINDS: dict[str, tuple[Any, Tensor]] = {

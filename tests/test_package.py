@@ -9,7 +9,7 @@ from test_targets import tiny_classifier
 
 import lightning_lora
 from lightning_lora import LoRA, LoraConfig, inject
-from lightning_lora.diagnostics import print_summary
+from lightning_lora.model.summary import print_summary
 
 
 def test_public_names_are_there() -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_lora import CheckpointError, LoRA, LoraConfig, eject, inject, load_adapter, save_adapter
-from lightning_lora.checkpoint import load_from_checkpoint
+from lightning_lora.formats.checkpoint import load_from_checkpoint
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:

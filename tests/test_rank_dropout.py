@@ -37,7 +37,7 @@ def test_each_pass_computes_some_of_the_components_scaled_up(kind: str) -> None:
             factor.data = originals[name] * mask.view(shape)
         return run(plain, x)
 
-    def drawn(seed: int) -> tuple[int, ...]:
+    def random_factor(seed: int) -> tuple[int, ...]:
         torch.manual_seed(seed)
         return tuple(torch.nn.functional.dropout(torch.ones(3), 0.5).nonzero().flatten().tolist())
 
@@ -46,8 +46,8 @@ def test_each_pass_computes_some_of_the_components_scaled_up(kind: str) -> None:
         torch.manual_seed(seed)
         out = run(model, x)
         if len(parts) == 1:
-            seen.add(drawn(seed))
-            torch.testing.assert_close(out, keeping(drawn(seed)), rtol=1e-5, atol=1e-5)
+            seen.add(random_factor(seed))
+            torch.testing.assert_close(out, keeping(random_factor(seed)), rtol=1e-5, atol=1e-5)
         else:
             seen.add(float(out.detach().sum()))  # each of its parameters draws its own
     assert len(seen) > 3

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_lora.report import BeforeAfter
+from lightning_lora.callbacks.before_after import BeforeAfter
 
 
 class Speaker(L.LightningModule):
@@ -96,7 +96,7 @@ def test_warns_of_partial_sanity_check(tmp_path: Path) -> None:
 
 
 def test_counts_shared_weights_once() -> None:
-    from lightning_lora.report import _weight_bytes
+    from lightning_lora.callbacks.before_after import _weight_bytes
 
     assert _weight_bytes(Speaker()) == 4
 

@@ -4,7 +4,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoraConfig, TargetError, inject
-from lightning_lora.targets import find_modules_to_save, find_targets
+from lightning_lora.model.targets import find_modules_to_save, find_targets
 
 
 def tiny_llama(**settings: object) -> LlamaForCausalLM:

@@ -32,9 +32,9 @@ from lightning_lora import (
     param_groups,
     save_adapter,
     unmerge,
-)  # fmt: skip
-from lightning_lora.diagnostics import print_summary
-from lightning_lora.gradients import require_some
+)
+from lightning_lora.model.summary import print_summary
+from lightning_lora.trainer.gradient_checks import require_some
 
 TOKENS = [3, 11, 0, 7]  # in no order, and with the padding of some models; 3, 7, 0 and 11 are in IDS
 

@@ -2,7 +2,7 @@
 
 import itertools
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import lightning as L
 import pytest
@@ -300,7 +300,7 @@ def test_fit_again_with_another_trainer_goes_on_with_the_adapter(tmp_path: Path)
 
 
 @pytest.mark.parametrize("which", [None, "best", "last", "path"])
-def test_fit_then_evaluate(tmp_path: Path, which: Optional[str]) -> None:
+def test_fit_then_evaluate(tmp_path: Path, which: str | None) -> None:
     model = Toy()
     base, base_outputs = snapshot(model), outputs(model)
     # The highest loss is that of the first epoch, so that "best" is not "last".
@@ -434,7 +434,7 @@ def no_optimizer(self: Toy) -> Any:
 @pytest.mark.parametrize("kind", ["path", "optimizer", "setup"])
 @pytest.mark.parametrize("module", [None, "net"])
 def test_exception_before_training_leaves_the_model_as_it_came(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, module: Optional[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, module: str | None
 ) -> None:
     model = Toy()
     model.net[4].weight.requires_grad_(False)

@@ -1,7 +1,7 @@
 """Two LoRA callbacks in one Trainer."""
 
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import lightning as L
 import pytest
@@ -146,7 +146,7 @@ def test_different_ways_to_merge(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", [("", "right"), ("right", "")])
-def test_overlapping_modules(tmp_path: Path, order: tuple[Optional[str], ...]) -> None:
+def test_overlapping_modules(tmp_path: Path, order: tuple[str | None, ...]) -> None:
     callbacks = [LoRA(r=2, module=module or None, summary=False) for module in order]
     with pytest.raises(TargetError, match="already carry an adapter"):
         trainer(tmp_path, callbacks).fit(TwoNets(), loader())

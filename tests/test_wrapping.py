@@ -10,7 +10,7 @@ from torch import nn
 from toys import Toy
 
 from lightning_lora import LoraConfig, inject, lora_auto_wrap_policy, sharding
-from lightning_lora.wrapping import AdaptersApart
+from lightning_lora.trainer.fsdp_wrap_policy import AdapterWrapPolicy
 
 
 def units(model: nn.Module, policy: Any) -> set[str]:
@@ -21,8 +21,8 @@ def test_blocks_and_adapters_are_units() -> None:
     model = inject(Toy(), LoraConfig(r=2, target_modules=["net.0", "net.4"], modules_to_save=["net.6"]))
     adapters = {"net.0.lora.default", "net.4.lora.default"}
     assert units(model, lora_auto_wrap_policy(nn.Sequential)) == {"net", "net.6", *adapters}
-    assert units(model, AdaptersApart()) == {"net.6", *adapters}
-    assert all(AdaptersApart()(module, recurse=True, nonwrapped_numel=0) for module in model.modules())
+    assert units(model, AdapterWrapPolicy()) == {"net.6", *adapters}
+    assert all(AdapterWrapPolicy()(module, recurse=True, nonwrapped_numel=0) for module in model.modules())
 
 
 def test_adapters_that_are_read_stay_with_what_reads_them() -> None:
@@ -52,7 +52,7 @@ def test_flat_parameters_alone_are_refused() -> None:
 @pytest.mark.parametrize(("frozen", "warns"), [(2_000_000, True), (1000, False)])
 def test_mixing_many_frozen_numbers_with_trained_ones_is_told(frozen: int, warns: bool) -> None:
     def part(numel: int, requires_grad: bool) -> Any:
-        stretch = sharding._Stretch(torch.Size([numel]), [numel], 0, None, torch.device("cpu"))
+        stretch = sharding.FlatShard(torch.Size([numel]), [numel], 0, None, torch.device("cpu"))
         return SimpleNamespace(requires_grad=requires_grad), stretch
 
     with warnings.catch_warnings(record=True) as told:

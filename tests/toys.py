@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import lightning as L
 import torch
@@ -83,7 +83,7 @@ def loader(shuffle: bool = False, batch_size: int = 8) -> DataLoader:
     return DataLoader(dataset(), batch_size=batch_size, shuffle=shuffle)
 
 
-def trainer(tmp_path: Union[str, Path], callbacks: Any = None, **kw: Any) -> L.Trainer:
+def trainer(tmp_path: str | Path, callbacks: Any = None, **kw: Any) -> L.Trainer:
     """A quiet Trainer on the CPU, which writes below ``tmp_path`` only."""
     settings: dict[str, Any] = {
         "accelerator": "cpu",
@@ -141,7 +141,7 @@ def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors_in(inner, f"{path}/{index}")
 
 
-def assert_adapter_only(checkpoint: Union[str, Path, Mapping[str, Any]], base: Mapping[str, Tensor]) -> None:
+def assert_adapter_only(checkpoint: str | Path | Mapping[str, Any], base: Mapping[str, Tensor]) -> None:
     """Require that a checkpoint holds adapters and that no dict in it holds a tensor of the base."""
     if not isinstance(checkpoint, Mapping):
         checkpoint = torch.load(checkpoint, weights_only=True)

@@ -22,7 +22,7 @@ from benchmarks.paper.results import append, chosen_rate, read
 from benchmarks.paper.table import markdown
 from benchmarks.paper.timings import measure
 from benchmarks.paper.train import train
-from lightning_lora.tasks.pretrained import load_causal_lm, load_tokenizer
+from lightning_lora.pretrained import load_causal_lm, load_tokenizer
 
 HERE = Path(__file__).parent
 SEARCH_SEED = 100

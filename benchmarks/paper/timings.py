@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.paper.contenders import TASKS, build, kind_of, lora_config, train_only
 from lightning_lora import eject, inject
-from lightning_lora.inject import injections
+from lightning_lora.model.record import injections
 
 STEPS = 8
 PASSES = 30

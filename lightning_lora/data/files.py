@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_lora.shipped import locate
+from lightning_lora.shipped_recipes import locate
 
 
 class Record(NamedTuple):

@@ -6,7 +6,7 @@ from lightning_lora.data.conversation import IGNORED, Message, Row
 from lightning_lora.data.files import Record
 from lightning_lora.data.from_files import Encoded
 from lightning_lora.data.texts import LanguageModelData
-from lightning_lora.tasks.pretrained import chat_text, encode_prompt
+from lightning_lora.pretrained import chat_text, encode_prompt
 
 
 class PromptCompletionData(LanguageModelData):

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_lora.data.conversation import IGNORED, Message, Row, encode_question, read_question
 from lightning_lora.data.files import Record
 from lightning_lora.data.from_files import FileData
-from lightning_lora.tasks.pretrained import load_tokenizer
+from lightning_lora.pretrained import load_tokenizer
 
 
 class TextData(FileData):

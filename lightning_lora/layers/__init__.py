@@ -1,7 +1,5 @@
 """The layers that can be adapted, one file a kind."""
 
-from typing import Optional
-
 from torch import nn
 
 from lightning_lora.layers.attention import LoraMultiheadAttention
@@ -34,7 +32,7 @@ SUPPORTED = (
 )
 
 
-def layer_class_for(module: nn.Module) -> Optional[type[LoraLayer]]:
+def layer_class_for(module: nn.Module) -> type[LoraLayer] | None:
     """The class that adapts this module, ``None`` if its kind is not supported.
 
     Transformers' ``Conv1D`` is recognized by name, so that transformers need not be imported.

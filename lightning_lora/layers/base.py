@@ -3,15 +3,15 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.functional import add_low_rank_by_sample
-from lightning_lora.initialize import fill_
-from lightning_lora.sharding import cut, exchange, made_whole, unwrapped
+from lightning_lora.layers.functional import add_low_rank_by_sample
+from lightning_lora.layers.init import fill_
+from lightning_lora.sharding import shard_of, swap_parameters, unsharded, unwrap_fsdp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Target:
     Attributes:
         name: Its qualified name.
         module: The module.
-        holder: The module that it is an attribute of, ``None`` for the root.
+        parent: The module that it is an attribute of, ``None`` for the root.
         layer_class: The class that it takes on.
         parameters: Names of the parameters that are adapted, relative to the module.
         tokens: Indices of the rows that are trained in full, where it is not the whole parameter.
@@ -30,11 +30,11 @@ class Target:
 
     name: str
     module: nn.Module
-    holder: Optional[nn.Module]
+    parent: nn.Module | None
     layer_class: "type[LoraLayer]"
     parameters: tuple[str, ...] = ("weight",)
     tokens: tuple[int, ...] = ()
-    tied_to: Optional[str] = None
+    tied_to: str | None = None
 
 
 class Adapter(nn.Module):
@@ -60,7 +60,7 @@ class Adapter(nn.Module):
         """
         return {attribute: tensors[peft_name] for attribute, peft_name in self.peft_names.items()}
 
-    def is_plain_path(self) -> bool:
+    def is_plain_lora(self) -> bool:
         """Whether it adds ``scaling * B A`` of the input to the output and nothing else."""
         return False
 
@@ -90,7 +90,7 @@ class LoraAdapter(Adapter):
     is_matrix: ClassVar[bool] = False
     out_dim: ClassVar[int] = 0  # the dimension of the base weight that counts outputs
     rank_dim: ClassVar[int] = 1  # the dimension of B that counts rank components
-    drawn: ClassVar[str] = "lora_A"  # the factor that starts at random, while the other starts at zero
+    random_factor: ClassVar[str] = "lora_A"  # the factor that starts at random, while the other starts at zero
     rank_factor: int = 1  # the rank of the exported adapter over this one's
 
     lora_A: nn.Parameter
@@ -111,7 +111,7 @@ class LoraAdapter(Adapter):
         self._qualified_name = f"{layer_name}.{adapter_name}"
         self.make_parameters(weight)
         if config.freeze_A:
-            self.get_parameter(self.drawn).requires_grad_(False)
+            self.get_parameter(self.random_factor).requires_grad_(False)
         self.reset_parameters()
 
     def make_parameters(self, weight: Tensor) -> None:
@@ -169,7 +169,7 @@ class LoraAdapter(Adapter):
         fill_(self.lora_B, kind_B, self._seed, f"{self._qualified_name}.lora_B", self.r)
 
     def initial_kinds(self) -> tuple[str, str]:
-        """The distributions that A and B start from; see :func:`~lightning_lora.initialize.fill_`."""
+        """The distributions that A and B start from; see :func:`~lightning_lora.layers.init.fill_`."""
         return "gaussian" if self._init == "gaussian" else "kaiming", "kaiming" if self._init is False else "zeros"
 
     def extra_repr(self) -> str:
@@ -185,7 +185,7 @@ class LoraLayer(nn.Module):
 
     adapter_class: ClassVar[type[LoraAdapter]]
     dora_class: ClassVar[type[LoraAdapter]]
-    vera_class: ClassVar[Optional[type[LoraAdapter]]] = None
+    vera_class: ClassVar[type[LoraAdapter] | None] = None
     is_linear: ClassVar[bool] = True  # one that "all-linear" means
     is_module_target: ClassVar[bool] = True  # one that target_modules means, not target_parameters
     calls_adapters: ClassVar[bool] = True  # rather than read their tensors
@@ -194,7 +194,7 @@ class LoraLayer(nn.Module):
     weight: nn.Parameter
     _base_weights: dict[str, nn.Parameter]  # while adapters are folded in: by name, the parameters before
     _active: list[str]  # names of the adapters at work
-    _rows: Optional[dict[str, Tensor]]  # for a batch of several adapters' samples: by adapter, the samples
+    _rows: dict[str, Tensor] | None  # for a batch of several adapters' samples: by adapter, the samples
 
     @classmethod
     def parameters_of(cls, module: nn.Module) -> tuple[str, ...]:
@@ -215,7 +215,7 @@ class LoraLayer(nn.Module):
         return cls.dora_class if config.use_dora else cls.adapter_class
 
     @classmethod
-    def objection(cls, target: Target, config: LoraConfig) -> Optional[str]:
+    def unsupported_reason(cls, target: Target, config: LoraConfig) -> str | None:
         """Why this very module cannot be adapted as the config asks, ``None`` if it can."""
         if "weight" not in target.module._parameters:
             return "its weight is computed of others (a parametrization), so nothing can be folded into it"
@@ -226,7 +226,7 @@ class LoraLayer(nn.Module):
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        out: Tensor = super().forward(x, *args, **kwargs)
         if self._rows is not None:
             return self._add_by_sample(x, out, self._rows)
         if not self.merged:
@@ -239,7 +239,7 @@ class LoraLayer(nn.Module):
         samples = sum(map(len, rows.values()))
         present = {name: chosen for name, chosen in rows.items() if name in self.lora}
         adapters: list[Any] = [self.lora[name] for name in present]
-        if adapters and len(x) == samples and all(adapter.is_plain_path() for adapter in adapters):
+        if adapters and len(x) == samples and all(adapter.is_plain_lora() for adapter in adapters):
             factors = [(adapter.lora_A, adapter.scaling * adapter.lora_B) for adapter in adapters]
             return add_low_rank_by_sample(out, x, factors, list(present.values()))
         for name, chosen in present.items():
@@ -253,7 +253,7 @@ class LoraLayer(nn.Module):
 
     def adapter(self, name: str) -> nn.Module:
         """One of its adapters, to be looked at: what a strategy has put around it works only where it is called."""
-        return unwrapped(self.lora[name])
+        return unwrap_fsdp(self.lora[name])
 
     def adapted_parameters(self) -> dict[str, nn.Parameter]:
         """The adapted parameters, as they are now, by name."""
@@ -282,7 +282,7 @@ class LoraLayer(nn.Module):
             ValueError: If one holds a NaN or an infinity.
         """
         merged = {}
-        with made_whole(self.modules()):
+        with unsharded(self.modules()):
             for name, parameter in self.adapted_parameters().items():
                 total = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
                 for adapter in self.adapters_on(name):
@@ -294,23 +294,25 @@ class LoraLayer(nn.Module):
                         "infinity: the adapter has diverged, or the weight's dtype is too narrow. Nothing was "
                         "changed. Take an earlier checkpoint, or merge in float32."
                     )
-        return {name: nn.Parameter(cut(self, name, tensor), requires_grad=False) for name, tensor in merged.items()}
+        return {
+            name: nn.Parameter(shard_of(self, name, tensor), requires_grad=False) for name, tensor in merged.items()
+        }
 
     def merge(self, merged_weights: dict[str, nn.Parameter]) -> None:
         """Put merged parameters in the place of the base's, which are kept as they are for :meth:`unmerge`."""
         # New parameters, not changes of the old ones: a layer tied to this one keeps the base weight.
         for name, merged in merged_weights.items():
-            self._base_weights[name] = exchange(self, name, merged)
+            self._base_weights[name] = swap_parameters(self, name, merged)
 
     def unmerge(self) -> None:
         """Put the base's parameters back, bit for bit."""
         for name, base_weight in self._base_weights.items():
-            merged = exchange(self, name, base_weight)
+            merged = swap_parameters(self, name, base_weight)
             # It was out of sight if the model moved to another device meanwhile.
             base_weight.data = base_weight.data.to(merged.device)
         self._base_weights.clear()
 
-    def register_parameter(self, name: str, param: Optional[nn.Parameter]) -> None:
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name.startswith("lora."):
             raise RuntimeError(
                 f"An adapted layer cannot be cut up by parallelize_module, which takes {name!r} for a parameter of its "

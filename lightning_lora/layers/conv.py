@@ -1,15 +1,13 @@
 """LoRA on ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.functional import low_rank_product
 from lightning_lora.layers.base import LoraAdapter, LoraLayer, Target
 from lightning_lora.layers.dora import DoraAdapter
+from lightning_lora.layers.functional import low_rank_product
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POINTWISE = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -89,7 +87,7 @@ class LoraConv(LoraLayer):
         return cls.adapter_class_for(config)(weight, config, target.name, adapter_name, groups=target.module.groups)
 
     @classmethod
-    def objection(cls, target: Target, config: LoraConfig) -> Optional[str]:
+    def unsupported_reason(cls, target: Target, config: LoraConfig) -> str | None:
         module = target.module
         kind = next(kind for kind in CONVOLUTIONS if isinstance(module, kind))
         groups: int = module.groups  # type: ignore[assignment]
@@ -101,4 +99,4 @@ class LoraConv(LoraLayer):
             return f"use_dora is not for convolutions with groups, and it has {groups}"
         if type(module).forward is not kind.forward or type(module)._conv_forward is not kind._conv_forward:  # type: ignore[attr-defined]
             return "its class has a forward of its own, which may not be a plain convolution with its weight"
-        return super().objection(target, config)
+        return super().unsupported_reason(target, config)

@@ -5,7 +5,7 @@ Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09
 (their section 4.3), and ``m`` starts at ``|W0|``, so that a fresh adapter changes nothing.
 """
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class DoraAdapter(LoraAdapter):
 
     def forward(self, x: Tensor, out: Tensor, layer: nn.Module) -> Tensor:
         x = self.dropout(x)
-        bias: Optional[Tensor] = getattr(layer, "bias", None)
+        bias: Tensor | None = getattr(layer, "bias", None)
         if self.training and self.dropout.p > 0:
             base = self.base_product(x, layer)  # the magnitude scales the whole of V, which then sees the same input
         else:

@@ -1,14 +1,14 @@
 """LoRA on ``nn.Embedding``."""
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.functional import low_rank_product
 from lightning_lora.layers.base import LoraAdapter, LoraLayer, Target
 from lightning_lora.layers.dora import DoraAdapter
+from lightning_lora.layers.functional import low_rank_product
 
 
 class EmbeddingAdapter(LoraAdapter):
@@ -21,7 +21,7 @@ class EmbeddingAdapter(LoraAdapter):
 
     peft_names = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
     out_dim = 1
-    drawn = "lora_B"
+    random_factor = "lora_B"
 
     def __init__(self, weight: Tensor, config: LoraConfig, layer_name: str, adapter_name: str, **layout: Any) -> None:
         super().__init__(weight, config, layer_name, adapter_name, **layout)
@@ -32,7 +32,7 @@ class EmbeddingAdapter(LoraAdapter):
         return (self.r, num_embeddings), (embedding_dim, self.r)
 
     def add_path(self, x: Tensor, out: Tensor, layer: nn.Module, lora_B: Tensor) -> Tensor:
-        padding_idx: Optional[int] = layer.padding_idx  # type: ignore[assignment]
+        padding_idx: int | None = layer.padding_idx  # type: ignore[assignment]
         low_rank = nn.functional.embedding(x, self.lora_A.t(), padding_idx)
         lora_B = embed_scale(layer) * (self.scaling * lora_B)
         # In the adapter's precision, as the rows were looked up; rounded once.
@@ -59,12 +59,12 @@ class LoraEmbedding(LoraLayer):
     is_linear = False
 
     @classmethod
-    def objection(cls, target: Target, config: LoraConfig) -> Optional[str]:
+    def unsupported_reason(cls, target: Target, config: LoraConfig) -> str | None:
         assert isinstance(target.module, nn.Embedding)
-        return lookup_objection(target.module) or super().objection(target, config)
+        return lookup_unsupported_reason(target.module) or super().unsupported_reason(target, config)
 
 
-def lookup_objection(module: nn.Embedding) -> Optional[str]:
+def lookup_unsupported_reason(module: nn.Embedding) -> str | None:
     """Why this embedding is not a look-up in a frozen weight, ``None`` if it is."""
     if module.max_norm is not None:
         return "max_norm changes its weight at every look-up, so it cannot be frozen"

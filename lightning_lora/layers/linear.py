@@ -1,17 +1,18 @@
 """LoRA on ``nn.Linear`` and on transformers' ``Conv1D``, a linear layer that stores its weight transposed."""
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.functional import add_low_rank, low_rank_linear, low_rank_product
-from lightning_lora.initialize import from_weight, orthogonal, require_part
+from lightning_lora.config import LOFTQ
 from lightning_lora.layers.base import LoraAdapter, LoraLayer, base_class
 from lightning_lora.layers.dora import DoraAdapter
+from lightning_lora.layers.functional import add_low_rank, low_rank_linear, low_rank_product
+from lightning_lora.layers.init import from_weight, orthogonal, require_part
+from lightning_lora.layers.loftq import loftq
 from lightning_lora.layers.vera import VeraAdapter, VeraConv1DAdapter
-from lightning_lora.quantize import LOFTQ, loftq
-from lightning_lora.sharding import copy_
+from lightning_lora.sharding import copy_full_
 
 _PLAIN = (Tensor, nn.Parameter)  # not a DTensor, which the processes of tensor parallelism share
 
@@ -28,7 +29,7 @@ class LinearAdapter(LoraAdapter):
     def add_path(self, x: Tensor, out: Tensor, layer: nn.Module, lora_B: Tensor) -> Tensor:
         return add_low_rank(out, x, self.lora_A, lora_B, self.scaling)
 
-    def is_plain_path(self) -> bool:
+    def is_plain_lora(self) -> bool:
         return type(self) in (LinearAdapter, Conv1DAdapter) and not (
             self.training and (self.dropout.p or self.rank_dropout)
         )
@@ -55,7 +56,7 @@ class LinearAdapter(LoraAdapter):
             start = orthogonal(self.lora_A.shape, self.lora_B.shape, self._seed, self._qualified_name)
             self._start_at(*start)
 
-    def take_from(self, weight: Tensor) -> Tensor:
+    def init_from_weight(self, weight: Tensor) -> Tensor:
         """Start at a part of the base weight.
 
         Returns:
@@ -92,13 +93,13 @@ class LinearAdapter(LoraAdapter):
         tensors = super().plain_tensors()
         if hasattr(self, "initial_A"):
             tensors[self.peft_names["lora_A"]] = torch.cat([self.lora_A, self.initial_A])  # type: ignore[list-item]
-            tensors[self.peft_names["lora_B"]] = torch.cat([self.lora_B, -self.initial_B], dim=1)  # type: ignore[list-item,operator]
+            tensors[self.peft_names["lora_B"]] = torch.cat([self.lora_B, -self.initial_B], dim=1)  # type: ignore[operator]
         return tensors
 
     @torch.no_grad()
     def _start_at(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        copy_(self.lora_A, lora_A)
-        copy_(self.lora_B, lora_B)
+        copy_full_(self.lora_A, lora_A)
+        copy_full_(self.lora_B, lora_B)
 
 
 class Conv1DAdapter(LinearAdapter):
@@ -126,7 +127,7 @@ class LoraLinear(LoraLayer):
         if args or kwargs or not self._is_plain(x):
             return super().forward(x, *args, **kwargs)
         adapter = self.lora[self._active[0]]
-        bias: Optional[Tensor] = self.bias  # type: ignore[assignment]
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
         lora_B = adapter.drop_ranks(adapter.lora_B, adapter.rank_dim)  # type: ignore
         return low_rank_linear(x, self.weight, bias, adapter.lora_A, lora_B, adapter.scaling)  # type: ignore
 

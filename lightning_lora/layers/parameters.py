@@ -6,15 +6,15 @@ Nothing is called here that an adapter could add its path to, so the module read
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.functional import low_rank_product
-from lightning_lora.initialize import fill_
 from lightning_lora.layers.base import LoraAdapter, LoraLayer, Target, base_class
+from lightning_lora.layers.functional import low_rank_product
+from lightning_lora.layers.init import fill_
 
 
 class ParameterAdapter(LoraAdapter):
@@ -97,7 +97,7 @@ class LoraParameters(LoraLayer):
         return nn.ModuleDict(adapters)
 
     @classmethod
-    def objection(cls, target: Target, config: LoraConfig) -> Optional[str]:
+    def unsupported_reason(cls, target: Target, config: LoraConfig) -> str | None:
         for name in ("lora_dropout", "use_dora", "use_vera"):
             if getattr(config, name):
                 return f"{name} is not for parameters that a module reads itself"

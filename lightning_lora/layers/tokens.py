@@ -4,7 +4,7 @@ A row is replaced, not added to: the adapter holds what the row becomes. Where o
 as output heads often are, they share its adapter, so that a trained row is one and the same on both sides.
 """
 
-from typing import ClassVar, Optional
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers.base import Adapter, LoraLayer, Target
-from lightning_lora.layers.embedding import embed_scale, lookup_objection
+from lightning_lora.layers.embedding import embed_scale, lookup_unsupported_reason
 
 
 class TokenAdapter(Adapter):
@@ -82,20 +82,20 @@ class LoraTokens(LoraLayer):
         return TokenAdapter(target.module.weight, target.tokens, target.name)  # type: ignore[arg-type]
 
     @classmethod
-    def objection(cls, target: Target, config: LoraConfig) -> Optional[str]:
+    def unsupported_reason(cls, target: Target, config: LoraConfig) -> str | None:
         module = target.module
         if isinstance(module, nn.Embedding):
-            objection = lookup_objection(module)
+            reason = lookup_unsupported_reason(module)
         elif isinstance(module, nn.Linear):
             own = type(module).forward is not nn.Linear.forward
-            objection = "its class has a forward of its own, which may not be that of nn.Linear" if own else None
+            reason = "its class has a forward of its own, which may not be that of nn.Linear" if own else None
         else:
-            objection = "only nn.Embedding and nn.Linear have rows for tokens"
-        if objection is None and "weight" not in module._parameters:
+            reason = "only nn.Embedding and nn.Linear have rows for tokens"
+        if reason is None and "weight" not in module._parameters:
             return "its weight is computed of others (a parametrization), so no row can be put into it"
-        if objection is None and module.weight.is_meta:  # type: ignore[union-attr]
+        if reason is None and module.weight.is_meta:
             return "its weight is on the meta device, and the rows start at its values: load the weights first"
-        return objection
+        return reason
 
     def peft_wrapped(self) -> dict[str, str]:
         return {"": ".token_adapter.base_layer"}

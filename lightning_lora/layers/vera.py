@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.functional import add_from_rank, low_rank_product
 from lightning_lora.layers.base import LoraAdapter
+from lightning_lora.layers.functional import add_from_rank, low_rank_product
 
 
 class Projections(nn.Module):

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.eval_mode import evaluating
+from lightning_lora.pretrained import encode_prompt, load_causal_lm, load_tokenizer
 from lightning_lora.tasks.fine_tuning import FineTuning
-from lightning_lora.tasks.modes import evaluating
 from lightning_lora.tasks.packed import require_separation
-from lightning_lora.tasks.pretrained import encode_prompt, load_causal_lm, load_tokenizer
 
 
 class CausalLM(FineTuning):

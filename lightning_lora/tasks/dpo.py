@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
+from lightning_lora.eval_mode import evaluating
 from lightning_lora.tasks.causal_lm import CausalLM
-from lightning_lora.tasks.modes import evaluating
 
 
 class DPO(CausalLM):

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.pretrained import resolve
 from lightning_lora.tasks.classification import Classification, ClassWeights
 from lightning_lora.tasks.dinov2_onnx import CONFIG, read_backbone
-from lightning_lora.tasks.pretrained import resolve
 
 
 class ImageClassification(Classification):

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from lightning_lora.tasks.modes import evaluating
+from lightning_lora.eval_mode import evaluating
 
 
 @torch.no_grad()

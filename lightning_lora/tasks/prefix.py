@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.eval_mode import evaluating
 from lightning_lora.tasks.causal_lm import CausalLM
-from lightning_lora.tasks.modes import evaluating
 
 
 class Prefix(nn.Module):

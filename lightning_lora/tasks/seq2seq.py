@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.eval_mode import evaluating
+from lightning_lora.pretrained import load_tokenizer, resolve
 from lightning_lora.tasks.fine_tuning import FineTuning
-from lightning_lora.tasks.modes import evaluating
-from lightning_lora.tasks.pretrained import load_tokenizer, resolve
 
 
 class Seq2Seq(FineTuning):

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.pretrained import load_tokenizer, resolve
 from lightning_lora.tasks.classification import Classification
-from lightning_lora.tasks.pretrained import load_tokenizer, resolve
 
 
 class SequenceClassification(Classification):

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
+from lightning_lora.pretrained import load_tokenizer, resolve
 from lightning_lora.tasks.classification import Classification
-from lightning_lora.tasks.pretrained import load_tokenizer, resolve
 
 
 class TokenClassification(Classification):

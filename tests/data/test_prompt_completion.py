@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_lora.data import PromptCompletionData
 from lightning_lora.data.prompt_completion import encode_pair
-from lightning_lora.tasks.pretrained import load_tokenizer
+from lightning_lora.pretrained import load_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s>\n{% endfor %}"

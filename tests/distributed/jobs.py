@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -115,7 +115,7 @@ class Dying(Toy):
 
 
 def train(
-    directory: str, ckpt_path: Optional[str] = None, seed: int = 1, dying: Optional[list[Any]] = None
+    directory: str, ckpt_path: str | None = None, seed: int = 1, dying: list[Any] | None = None
 ) -> dict[str, Any]:
     """Train in as many processes as there are, with dropout in the model and in the adapter, saving every three steps.
 

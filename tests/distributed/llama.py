@@ -3,7 +3,7 @@
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import lightning as L
 import torch
@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from benchmarks.saving import CpuFSDP
 from lightning_lora import LoraConfig, inject, param_groups
-from lightning_lora.sharding import put
+from lightning_lora.sharding import load_full
 
 VOCABULARY, ROWS, LENGTH, GLOBAL_BATCH = 200, 32, 8, 8
 PLAN = {
@@ -49,7 +49,7 @@ def on_meta(model: nn.Module) -> nn.Module:
 
     def read(module: nn.Module, weights: dict[str, Tensor]) -> None:
         for name, weight in weights.items():
-            put(module, name, weight)
+            load_full(module, name, weight)
 
     for module in model.modules():
         weights = {name: tensor.detach().clone() for name, tensor in module.named_parameters(recurse=False)}
@@ -79,7 +79,7 @@ class Llama(L.LightningModule):
         self,
         late: bool = False,
         meta: bool = False,
-        early: Optional[dict[str, Any]] = None,
+        early: dict[str, Any] | None = None,
         tied: bool = False,
         outermost: bool = True,
     ) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 HERE = Path(__file__).parent
 
@@ -21,9 +21,9 @@ HERE = Path(__file__).parent
 class Ended:
     """How the process of one rank ended."""
 
-    returncode: Optional[int]  # None: it was still running at the limit
+    returncode: int | None  # None: it was still running at the limit
     output: str
-    result: Optional[dict[str, Any]]
+    result: dict[str, Any] | None
 
 
 def run_processes(job: str, *args: Any, world_size: int = 2, limit: float = 120) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def end_processes(job: str, *args: Any, world_size: int = 2, limit: float = 120)
         ]
 
 
-def _wait(processes: list[subprocess.Popen], limit: float) -> list[Optional[int]]:
+def _wait(processes: list[subprocess.Popen], limit: float) -> list[int | None]:
     end = time.monotonic() + limit
     while time.monotonic() < end and any(process.poll() is None for process in processes):
         time.sleep(0.05)

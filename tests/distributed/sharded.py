@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,18 +14,18 @@ from torch.distributed.fsdp import fully_shard
 
 from benchmarks.harness import peak_bytes
 from lightning_lora import LoRA, LoraConfig, adapter_state_dict, eject, inject, merge, unmerge
-from lightning_lora.export import save_merged
-from lightning_lora.inject import injections
+from lightning_lora.formats.merged import save_merged
+from lightning_lora.model.record import injections
 
 
 def fit(
     directory: str,
     strategy: str,
-    ckpt_path: Optional[str] = None,
-    lora: Optional[dict[str, Any]] = None,
-    model: Optional[dict[str, Any]] = None,
+    ckpt_path: str | None = None,
+    lora: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
     max_steps: int = 8,
-    merge: Optional[str] = None,
+    merge: str | None = None,
     export: bool = False,
     early: bool = False,
 ) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from processes import end_processes, run_processes
 
-from lightning_lora.directories import read_directory
+from lightning_lora.formats.dcp import read_directory
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, deepspeed
 from toys import Toy, assert_same_tensors, snapshot
 
 from lightning_lora import LoRA
-from lightning_lora.inject import injections_of
+from lightning_lora.model.record import injections_of
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

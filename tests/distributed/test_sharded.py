@@ -19,8 +19,8 @@ from toys import assert_adapter_only
 from transformers import LlamaForCausalLM
 
 from lightning_lora import LoRA, load_adapter
-from lightning_lora.checkpoint import read_checkpoint
-from lightning_lora.inject import injections_of
+from lightning_lora.formats.checkpoint import read_checkpoint
+from lightning_lora.model.record import injections_of
 
 WORLDS = {
     "one": 1, "ddp": 2, "fsdp": 2, "fsdp sharded": 2, "fsdp SHARD_GRAD_OP": 2, "fsdp HYBRID_SHARD": 2,

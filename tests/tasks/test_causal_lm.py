@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lightning_lora.pretrained import encode_prompt, load_tokenizer, resolve
 from lightning_lora.tasks import CausalLM
-from lightning_lora.tasks.pretrained import encode_prompt, load_tokenizer, resolve
 
 TEMPLATE = (
     "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s>\n{% endfor %}"
@@ -165,7 +165,7 @@ def test_resolve_errors(pretrained: str, error: type[Exception], message: str) -
 
 
 def test_missing_weights_of_the_quickstart_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_lora.tasks import pretrained
+    from lightning_lora import pretrained
 
     def missing(name: str) -> None:
         raise PackageNotFoundError(name)

@@ -1,0 +1,1 @@
+"""Files: how adapters, checkpoints and merged models are written and read."""

@@ -1,0 +1,103 @@
+"""What a checkpoint says of its adapters: settings, names and the base that they belong to, in plain types."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.config import LoraConfig
+from lightning_lora.model.fingerprint import fingerprint
+from lightning_lora.model.record import injections
+from lightning_lora.model.state_dict import CheckpointError
+
+FORMAT_VERSION = 1
+
+
+_BINDING = (
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fused_qkv",
+    "trainable_token_indices", "use_vera",
+)  # fmt: skip
+
+
+def metadata(model: nn.Module) -> dict[str, Any]:
+    """What adapters a model has and on which base, in plain types."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "adapters": [
+            {
+                "module": name,
+                "adapter_name": injection.adapter_name,
+                "config": injection.config.to_dict(),
+                "base_fingerprint": fingerprint(root, injection),
+            }
+            for name, root, injection in injections(model)
+        ],
+    }
+
+
+def check_metadata(model: nn.Module, meta: Mapping[str, Any], source: str) -> None:
+    """Require that saved adapters belong to this model's adapters and to this base.
+
+    Raises:
+        CheckpointError: If the format is newer, the settings differ in what the adapter computes, or the base differs.
+    """
+    require_known_format(meta, source)
+    # Two injections may share module and name; then their targets tell them apart.
+    saved = sorted(
+        meta["adapters"], key=lambda entry: _identity(entry["module"], entry["adapter_name"], entry["config"])
+    )
+    here = sorted(
+        injections(model), key=lambda item: _identity(item[0], item[2].adapter_name, item[2].config.to_dict())
+    )
+    saved_names = [(entry["adapter_name"], entry["module"]) for entry in saved]
+    names_here = [(injection.adapter_name, name) for name, _, injection in here]
+    if saved_names != names_here:
+        raise CheckpointError(
+            f"{source} holds the adapters {_describe(saved_names)}, but this model has {_describe(names_here)}: give "
+            "the LoRA callback the same module and adapter_name. Nothing was loaded."
+        )
+    for entry, (_, root, injection) in zip(saved, here):
+        there, here_too = _binding(LoraConfig.from_dict(entry["config"])), _binding(injection.config)
+        different = [
+            f"{name} ({there[name]!r} saved, {here_too[name]!r} here)"
+            for name in there
+            if there[name] != here_too[name]
+        ]
+        if different:
+            raise CheckpointError(
+                f"{source} was saved with other LoRA settings: {', '.join(different)}. The adapter would compute "
+                "something else, so use the settings with which it was saved. Nothing was loaded."
+            )
+        if entry["base_fingerprint"] != fingerprint(root, injection):
+            raise CheckpointError(
+                f"{source} was trained on another base model: its fingerprint is {entry['base_fingerprint']}, this "
+                f"model's is {fingerprint(root, injection)}. Build the model from the pretrained weights that the "
+                "adapter was trained on; if this very model was merged before, unmerge it first. Nothing was loaded."
+            )
+
+
+def require_known_format(meta: Mapping[str, Any], source: str) -> None:
+    """Require metadata that this version can read.
+
+    Raises:
+        CheckpointError: If a newer version wrote it.
+    """
+    if meta.get("format_version", 0) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{source} has format version {meta['format_version']}, and this version of lightning-lora reads up to "
+            f"{FORMAT_VERSION}: update lightning-lora. Nothing was loaded."
+        )
+
+
+def _binding(config: LoraConfig) -> dict[str, Any]:
+    """The settings that change what given tensors compute."""
+    start = (config.init_lora_weights, config.seed) if config.takes_from_base or config.use_vera else (True, 0)
+    return {name: getattr(config, name) for name in _BINDING} | dict(zip(("init_lora_weights", "seed"), start))
+
+
+def _identity(module: str, adapter_name: str, config: dict[str, Any]) -> tuple[str, str, str]:
+    return module, adapter_name, str(config["target_modules"])
+
+
+def _describe(names: list[tuple[str, str]]) -> str:
+    return ", ".join(f"{name!r} on {module or 'the whole module'}" for name, module in names) or "none"

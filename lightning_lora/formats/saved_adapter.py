@@ -1,0 +1,83 @@
+"""Saved adapters as files, read without the model that they belong to."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_lora.formats.checkpoint import KEY, read_checkpoint
+from lightning_lora.formats.peft import PREFIX, WEIGHTS_FILE, fingerprint_in, read_tensors, require_files
+from lightning_lora.formats.peft_config import CONFIG_FILE
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedAdapter:
+    """What a checkpoint or a directory in PEFT's format holds.
+
+    Attributes:
+        path: Where it was read.
+        kind: What it is, in words.
+        settings: The LoRA settings; of several adapters, those of the first.
+        tensors: The tensors, by their names in the file.
+        facts: What else it says of itself, in words.
+    """
+
+    path: Path
+    kind: str
+    settings: dict[str, Any]
+    tensors: dict[str, Tensor]
+    facts: dict[str, str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B of each layer, by a name that is the same in both formats."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            short = name.removeprefix(PREFIX).removesuffix(".weight").replace("lora_embedding_", "lora_")
+            layer, _, matrix = short.rpartition(".")
+            if matrix in ("lora_A", "lora_B"):
+                found.setdefault(layer.partition(".lora.")[0], {})[matrix] = tensor
+        return {layer: (pair["lora_A"], pair["lora_B"]) for layer, pair in found.items() if len(pair) == 2}
+
+
+def read(path: str | Path) -> SavedAdapter:
+    """Read a Lightning checkpoint or a directory in PEFT's format, opening no pickled objects.
+
+    Raises:
+        CheckpointError: If it is damaged, holds no adapter, or would need pickled objects.
+        FileNotFoundError: If it is not there.
+    """
+    path = Path(path)
+    return _directory(path) if path.is_dir() else _checkpoint(path)
+
+
+def _directory(path: Path) -> SavedAdapter:
+    require_files(path)
+    settings = json.loads((path / CONFIG_FILE).read_text())
+    tensors, meta = read_tensors(path)
+    facts = {
+        "base model": str(settings.get("base_model_name_or_path") or "not named"),
+        "base fingerprint": fingerprint_in(meta) or "not there (not written by lightning-lora)",
+        "file": f"{(path / WEIGHTS_FILE).stat().st_size / 1e6:.2f} MB",
+    }
+    return SavedAdapter(path, f"{settings.get('peft_type', 'PEFT')} adapter in PEFT's format", settings, tensors, facts)
+
+
+def _checkpoint(path: Path) -> SavedAdapter:
+    checkpoint = read_checkpoint(path)
+    entries = checkpoint[KEY]["adapters"]
+    facts = {
+        "adapters": ", ".join(f"{e['adapter_name']} on {e['module'] or 'the whole module'}" for e in entries),
+        "base fingerprint": ", ".join(sorted({entry["base_fingerprint"] for entry in entries})),
+        "progress": f"epoch {checkpoint.get('epoch')}, step {checkpoint.get('global_step')}",
+        "Lightning": str(checkpoint.get("pytorch-lightning_version", "unknown")),
+        "optimizer state": "yes" if checkpoint.get("optimizer_states") else "no",
+        "file": f"{path.stat().st_size / 1e6:.2f} MB",
+    }
+    return SavedAdapter(path, "Lightning checkpoint of adapters", entries[0]["config"], checkpoint["state_dict"], facts)

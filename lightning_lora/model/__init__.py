@@ -1,0 +1,1 @@
+"""Adapters in any nn.Module: put in, take out, merge, choose, collect. Nothing here knows of Lightning."""

@@ -1,0 +1,83 @@
+"""What must hold before an adapter is put in; nothing here changes a model."""
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_lora.config import LoraConfig
+from lightning_lora.fqn import clean_fqn
+from lightning_lora.layers import (
+    LoraLayer,
+    Target,
+    TokenAdapter,
+)
+from lightning_lora.model.record import Injection
+from lightning_lora.model.targets import TargetError
+
+
+def require_room(targets: dict[str, Target], config: LoraConfig, adapter_name: str, present: list[Injection]) -> None:
+    """Require that the adapter can go beside those that are there."""
+    layers = {name: target.module for name, target in targets.items() if isinstance(target.module, LoraLayer)}
+    taken = [name for name, layer in layers.items() if adapter_name in layer.lora]
+    shown = f"{', '.join(taken[:3])}{' and others' if len(taken) > 3 else ''}"
+    if taken:
+        there = "; ".join(f"{injection.adapter_name!r} with {injection.config}" for injection in present)
+        raise TargetError(
+            f"{shown} already carry an adapter"
+            + (f" ({there})" if there else "")
+            + f", and a second one named {adapter_name!r} cannot be put over it: eject the first, use the same "
+            "settings, or give each adapter a name or layers of its own. Nothing was changed."
+        )
+    tokens = [
+        name for name, target in targets.items() if name in layers and (target.tokens or _has_tokens(layers[name]))
+    ]
+    if tokens:
+        raise TargetError(
+            f"Rows of {tokens[0]} are trained as a part of its weight (trainable_token_indices), and several adapters "
+            "cannot share such a layer: give each adapter layers of its own. Nothing was changed."
+        )
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise TargetError(
+            f"{merged[0]} is merged, so no adapter can be put into it: unmerge first. Nothing was changed."
+        )
+    at_work = [injection.config.use_dora for injection in present if injection.adapter_name in _active_in(layers)]
+    if at_work and (config.use_dora or any(at_work)):
+        raise TargetError(
+            f"DoRA sets the magnitude of whole weights, so no other adapter can be at work in {next(iter(layers))} "
+            "with it: use add_adapter, which leaves the choice to set_adapter. Nothing was changed."
+        )
+    loners = [injection.adapter_name for injection in present if injection.config.takes_from_base]
+    if layers and (loners or config.takes_from_base):
+        raise TargetError(
+            f"The adapter {loners[0] if loners else adapter_name!r} starts at a part of the base's weights "
+            f"(init_lora_weights), so it cannot share {next(iter(layers))} with another, whose base would be changed: "
+            "give each adapter layers of its own. Nothing was changed."
+        )
+
+
+def _has_tokens(layer: LoraLayer) -> bool:
+    return any(isinstance(adapter, TokenAdapter) for adapter in layer.lora.values())
+
+
+def _active_in(layers: dict[str, LoraLayer]) -> set[str]:
+    return {name for layer in layers.values() for name in layer._active}
+
+
+def warn_of_ties(model: nn.Module, targets: dict[str, Target]) -> None:
+    holders: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            holders.setdefault(id(parameter), []).append(clean_fqn(f"{module_name}.{name}".lstrip(".")))
+    for name, target in targets.items():
+        adapted = {f"{name}.{parameter}".lstrip(".") for parameter in target.parameters}
+        others = [
+            other
+            for parameter in target.parameters
+            for other in holders[id(target.module.get_parameter(parameter))]
+            if other not in adapted
+        ]
+        if others:
+            rank_zero_warn(
+                f"The weight of {name!r} is tied to {', '.join(map(repr, others))}. The adapter changes {name!r} "
+                "alone; merging it gives the layer a weight of its own, so the merged model is no longer tied."
+            )

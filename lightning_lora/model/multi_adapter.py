@@ -1,0 +1,226 @@
+"""Many adapters on one base: put them in, choose which are at work, take them out. The base's weights never move."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from lightning_lora.config import LoraConfig
+from lightning_lora.layers import LoraLayer
+from lightning_lora.model.eject import is_folded, remove_adapter
+from lightning_lora.model.inject import inject, put_trained
+from lightning_lora.model.record import Injection, injections, injections_of
+from lightning_lora.sharding import is_sharded
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def adapters(model: nn.Module) -> dict[str, LoraConfig]:
+    """The adapters in a model: their names and settings, in the order in which they were put in."""
+    return {injection.adapter_name: injection.config for _, _, injection in injections(model)}
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the adapters at work."""
+    layers, found = _parts(model)
+    active = {name for layer in layers for name in layer._active}
+    active |= {injection.adapter_name for _, injection in found if injection.trained and injection.in_place}
+    return [name for name in adapters(model) if name in active]
+
+
+def add_adapter(model: ModuleT, config: LoraConfig, adapter_name: str) -> ModuleT:
+    """Put a further adapter beside those that a model has; it is not at work until :func:`set_adapter` says so.
+
+    Args:
+        model: A model with or without adapters.
+        config: What to adapt and how; not necessarily the same layers as the others.
+        adapter_name: A new name.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TargetError: If the config does not fit the model, or the name is taken. Nothing is changed then.
+    """
+    before = active_adapters(model)
+    set_adapter(model, None)  # so that the new adapter copies the base's own of what it trains in full
+    try:
+        inject(model, config, adapter_name)
+    finally:
+        set_adapter(model, before)
+    return model
+
+
+def set_adapter(model: ModuleT, adapter_names: str | Sequence[str] | None) -> ModuleT:
+    """Choose which adapters are at work, at once and without touching a weight.
+
+    Args:
+        model: A model with adapters, unmerged.
+        adapter_names: One name, several (their updates add up), or ``None`` for the base alone.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If a name is unknown, the adapters are merged, or the chosen ones cannot work together. Nothing is
+            changed then.
+    """
+    layers, found = _parts(model)
+    names = _checked(adapter_names, found)
+    _require_unmerged(model, layers)
+    _require_compatible([(root, injection) for root, injection in found if injection.adapter_name in names])
+    for layer in layers:
+        layer._active[:] = [name for name in names if name in layer.lora._modules]
+    # First all of the base's own back, then the chosen ones in, which may be for the same modules.
+    for chosen in (False, True):
+        for root, injection in found:
+            if (injection.adapter_name in names) is chosen:
+                put_trained(root, injection, chosen)
+    return model
+
+
+def delete_adapter(model: ModuleT, adapter_name: str) -> ModuleT:
+    """Take one adapter out of a model and leave the others. The last one leaves the model as it was.
+
+    Raises:
+        ValueError: If there is none of this name, or the adapters are merged. Nothing is changed then.
+    """
+    layers, found = _parts(model)
+    _checked(adapter_name, found)
+    _require_unmerged(model, layers)
+    for root, injection in found:
+        if injection.adapter_name == adapter_name:
+            remove_adapter(root, injection)
+    return model
+
+
+@contextmanager
+def disabled(model: ModuleT) -> Iterator[ModuleT]:
+    """The base model alone, as long as the context lasts: no second copy of it is needed as a reference.
+
+    Raises:
+        ValueError: If there is no adapter, or the adapters are merged.
+    """
+    if not _parts(model)[1] and not is_folded(model):
+        raise ValueError(f"There is no adapter to switch off in this {type(model).__name__}: inject or load one first.")
+    with _at_work(model, []):
+        yield model
+
+
+@contextmanager
+def adapters_for(model: ModuleT, adapter_names: Sequence[str | None]) -> Iterator[ModuleT]:
+    """Give each sample of a batch its own adapter, as long as the context lasts.
+
+    The base runs once for all samples, and each adapter once for all of its own.
+
+    Example::
+
+        with adapters_for(model, ["fr", "de", None, "fr"]):
+            logits = model(input_ids).logits  # four rows
+
+    Args:
+        model: A model with these adapters, unmerged.
+        adapter_names: A name for each sample, ``None`` for the base alone. Layers may see several rows for each sample,
+            all those of the first sample first.
+
+    Raises:
+        ValueError: If a name is unknown, the adapters are merged, one has modules trained in full, which cannot
+            differ by sample, or processes share the model.
+    """
+    layers, found = _parts(model)
+    names = _checked(sorted({name for name in adapter_names if name is not None}), found)
+    _require_unmerged(model, layers)
+    for _, injection in found:
+        if injection.adapter_name in names and injection.trained:
+            raise ValueError(
+                f"The adapter {injection.adapter_name!r} has parameters trained in full (modules_to_save, bias), and "
+                "a batch cannot have several of these: run its samples by themselves, with set_adapter."
+            )
+    if is_sharded(model):
+        raise ValueError(
+            "adapters_for needs the whole model in every process, since each may have other samples: use set_adapter, "
+            "or run it on one device."
+        )
+    rows: dict[str | None, list[int]] = {}
+    for sample, name in enumerate(adapter_names):
+        rows.setdefault(name, []).append(sample)
+    chosen = {name or "": torch.tensor(samples) for name, samples in rows.items()}  # "" is no adapter's name
+    with _at_work(model, []):
+        for layer in layers:
+            layer.__dict__["_rows"] = chosen
+        try:
+            yield model
+        finally:
+            for layer in layers:
+                layer.__dict__["_rows"] = None
+
+
+@contextmanager
+def _at_work(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    layers, found = _parts(model)
+    active = {layer: list(layer._active) for layer in layers}
+    in_place = [(root, injection) for root, injection in found if injection.in_place]
+    set_adapter(model, adapter_names)
+    try:
+        yield
+    finally:
+        for layer, names in active.items():
+            layer._active[:] = names
+        for root, injection in in_place:
+            put_trained(root, injection, True)
+
+
+def _parts(model: nn.Module) -> tuple[list[LoraLayer], list[tuple[nn.Module, Injection]]]:
+    """The adapted layers of a model, and its injections with the modules that they were made on."""
+    layers: list[LoraLayer] = []
+    found: list[tuple[nn.Module, Injection]] = []
+    seen: set[nn.Module] = set()
+    waiting = [model]
+    while waiting:  # as model.modules() does, but not into the adapters, which are most of the modules
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        found += [(module, injection) for injection in injections_of(module)]
+        children = {name: child for name, child in module._modules.items() if child is not None}
+        if isinstance(module, LoraLayer):
+            layers.append(module)
+            del children["lora"]
+        waiting.extend(reversed(children.values()))
+    return layers, found
+
+
+def _checked(adapter_names: str | Sequence[str] | None, found: list[tuple[nn.Module, Injection]]) -> list[str]:
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or [])
+    known = list(dict.fromkeys(injection.adapter_name for _, injection in found))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"The model has no adapter {unknown[0]!r}; it has {', '.join(map(repr, known)) or 'none'}: inject, add or "
+            "load it first. Nothing was changed."
+        )
+    return names
+
+
+def _require_unmerged(model: nn.Module, layers: list[LoraLayer]) -> None:
+    if is_folded(model) or any(layer.merged for layer in layers):
+        raise ValueError(
+            "The adapters are merged into the weights, so there is nothing to choose from: unmerge first. Nothing was "
+            "changed."
+        )
+
+
+def _require_compatible(chosen: list[tuple[nn.Module, Injection]]) -> None:
+    """Two adapters cannot both train a parameter in full, nor share a layer if one of them is a DoRA."""
+    for (root, one), (other_root, other) in combinations(chosen, 2):
+        shared = set(one.trained) & set(other.trained)
+        if one.config.use_dora or other.config.use_dora:
+            shared |= set(one.targets) & set(other.targets)
+        if root is other_root and shared:
+            raise ValueError(
+                f"{one.adapter_name!r} and {other.adapter_name!r} cannot be at work together, since both set "
+                f"{min(shared)} as a whole: choose one of them. Nothing was changed."
+            )

@@ -1,0 +1,1 @@
+"""What Lightning needs around a run: strategies, resuming, optimizers, launchers."""

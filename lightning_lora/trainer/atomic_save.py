@@ -1,0 +1,124 @@
+"""Checkpoints that are there in full or not at all: written under another name beside their own, and then renamed.
+
+Lightning 2.6 writes a file in the directory for temporary files and moves it from there. Where that is another file
+system, moving is copying, and a process that is killed meanwhile leaves half a file in the place of the last good one.
+The directories of sharded checkpoints it writes in their place.
+"""
+
+import os
+import shutil
+from abc import ABC
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from lightning_lora.trainer.instance_mixin import mix_into
+
+
+@contextmanager
+def writing(strategy: Any, filepath: str | Path) -> Iterator[str | Path]:
+    """Have a strategy write the checkpoint in this block atomically, on all ranks.
+
+    Remote files, and what a ``CheckpointIO`` of the user's own writes, are left as they are written.
+
+    Args:
+        strategy: The Trainer's strategy.
+        filepath: Where the checkpoint belongs.
+
+    Yields:
+        The path to give to the strategy's ``save_checkpoint``.
+    """
+    if writes_directories(strategy):
+        target = Path(strategy.broadcast(filepath))
+        partial = partial_path(target)
+        if strategy.is_global_zero:
+            _remove(partial)
+        strategy.barrier("lightning_lora.trainer.atomic_save")
+        yield partial
+        if strategy.is_global_zero:  # whose write ends when all ranks have written
+            publish(partial, target)
+        return
+    checkpoint_io = strategy.checkpoint_io
+    # Some wrap another, as AsyncCheckpointIO does.
+    while getattr(checkpoint_io, "checkpoint_io", None) is not None:
+        checkpoint_io = checkpoint_io.checkpoint_io
+    # By name, so that the class of the package pytorch_lightning counts too.
+    if type(checkpoint_io).__name__ == "TorchCheckpointIO":
+        mix_into(checkpoint_io, AtomicFiles)
+    yield filepath
+
+
+class AtomicFiles(ABC):  # noqa: B024
+    """What Lightning's ``TorchCheckpointIO`` does differently. It may run in the thread of ``AsyncCheckpointIO``."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, *args: Any, **kwargs: Any) -> None:
+        target = _local(path)
+        if target is None:
+            super().save_checkpoint(checkpoint, path, *args, **kwargs)  # type: ignore[misc]
+            return
+        partial = partial_path(target)
+        try:
+            super().save_checkpoint(checkpoint, str(partial), *args, **kwargs)  # type: ignore[misc]
+            publish(partial, target)
+        finally:
+            _remove(partial)
+
+
+def partial_path(target: Path) -> Path:
+    """The name under which a checkpoint is written: one that Lightning takes for no checkpoint.
+
+    It is the same on all ranks, and in the next try, which so replaces what a killed process has left.
+    """
+    return target.with_name(f".{target.name}.partial")
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Put a file or directory that is complete in the place of another, once it is on the disk.
+
+    A file is replaced in one step. Directories cannot be: the old one is set aside as ``.<name>.previous`` for the
+    moment between two renames, and then removed.
+    """
+    for path in (partial, *partial.rglob("*")):
+        _flush(path)
+    if partial.is_dir() and os.path.lexists(target):
+        previous = target.with_name(f".{target.name}.previous")
+        _remove(previous)
+        os.replace(target, previous)
+        os.replace(partial, target)
+        _remove(previous)
+    else:
+        os.replace(partial, target)
+    _flush(target.parent)
+
+
+def writes_directories(strategy: Any) -> bool:
+    """Whether a strategy writes checkpoints as directories to which every process contributes."""
+    # FSDPStrategy and ModelParallelStrategy of Lightning 2.6 tell by these private attributes alone.
+    sharded = getattr(strategy, "_state_dict_type", None) == "sharded"
+    return sharded or bool(getattr(strategy, "_save_distributed_checkpoint", False))
+
+
+def _local(path: str | Path) -> Path | None:
+    filesystem, local = url_to_fs(str(path))
+    return Path(local) if isinstance(filesystem, LocalFileSystem) else None
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # where a directory cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,88 @@
+"""Optimizer state of parameters that processes share: whole in files, as of one process, and cut up in memory."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_lora.sharding import full_shape, full_tensor, named_tensors, shard_of
+
+_LIKE_PARAMETER = "like the parameter"
+
+
+def gathered_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """What ``optimizer.state_dict()`` would be in one process, on the CPU. All processes must call this together.
+
+    Raises:
+        RuntimeError: If the optimizer keeps tensors of other shapes than the parameters', which cannot be made whole.
+    """
+    state_dict = optimizer.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    owners = _owners(model)
+    own = {
+        index: {key: _describe(key, value, parameters[index], optimizer) for key, value in entries.items()}
+        for index, entries in state_dict["state"].items()
+    }
+    # A process that holds nothing of a parameter has no state for it either.
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    described: dict[int, dict[str, Any]] = {}
+    for theirs in everyone:
+        for index, entries in theirs.items():
+            described.setdefault(index, entries)
+    state = {}
+    for index in sorted(described):
+        entries = state_dict["state"].get(index, {})
+        state[index] = {
+            key: _whole(entries.get(key), parameters[index], value[1], owners) if _is_like(value) else value
+            for key, value in described[index].items()
+        }
+    return {"state": state, "param_groups": state_dict["param_groups"]}
+
+
+def cut_optimizer(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """What this process holds of a whole ``optimizer.state_dict()``."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    owners = _owners(model)
+    state = {}
+    for index, entries in state_dict["state"].items():
+        module, name = owners[id(parameters[index])]
+        shape = full_shape(module, name)
+        state[index] = {
+            key: shard_of(module, name, value) if _is_of_shape(value, shape) else value
+            for key, value in entries.items()
+        }
+    return {**state_dict, "state": state}
+
+
+def _is_of_shape(value: Any, shape: torch.Size) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == shape
+
+
+def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
+    return {id(getattr(module, name)): (module, name) for _, module, name in named_tensors(model)}
+
+
+def _describe(key: str, value: Any, parameter: nn.Parameter, optimizer: Optimizer) -> Any:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value.cpu() if isinstance(value, Tensor) else value
+    if value.shape != parameter.shape:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} keeps {key!r} in another shape ({tuple(value.shape)}) than its parameter's "
+            f"({tuple(parameter.shape)}), which cannot be saved where processes share the parameters: use an optimizer "
+            "such as AdamW, or ModelCheckpoint(save_weights_only=True)."
+        )
+    return _LIKE_PARAMETER, value.dtype
+
+
+def _is_like(value: Any) -> bool:
+    return isinstance(value, tuple) and value[0] == _LIKE_PARAMETER
+
+
+def _whole(
+    part: Tensor | None, parameter: nn.Parameter, dtype: torch.dtype, owners: dict[int, tuple[nn.Module, str]]
+) -> Tensor:
+    part = torch.zeros_like(parameter, dtype=dtype) if part is None else part
+    return full_tensor(*owners[id(parameter)], part).cpu()

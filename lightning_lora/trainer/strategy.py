@@ -1,0 +1,110 @@
+"""The seam to Lightning's strategies: the adapter alone in every path that saves, checks in every path that loads.
+
+Lightning 2.6 calls no callback when it saves weights only (``ModelCheckpoint(save_weights_only=True)``), so the filter
+cannot live in ``Callback.on_save_checkpoint``. Every path, with every strategy, goes through four public methods of the
+strategy: ``lightning_module_state_dict``, ``save_checkpoint``, ``load_checkpoint`` and ``load_model_state_dict``. There
+is no public way to plug into them, so the Trainer's strategy object takes on a subclass that overrides these four.
+"""
+
+from abc import ABC
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_lora.formats.checkpoint import KEY, check_checkpoint, readable
+from lightning_lora.formats.dcp import is_directory, read_directory, split_optimizer
+from lightning_lora.formats.metadata import metadata
+from lightning_lora.model.eject import unmerged_for_saving
+from lightning_lora.model.state_dict import adapter_only, adapter_state_dict
+from lightning_lora.trainer import atomic_save
+from lightning_lora.trainer.instance_mixin import mix_into
+from lightning_lora.trainer.resume import RNG_KEY, run_rng_state
+
+_SEAM = ("lightning_module_state_dict", "save_checkpoint", "load_checkpoint", "load_model_state_dict")
+
+
+def install(strategy: Any, mixin: "type[AdapterCheckpoints]") -> None:
+    """Make a Trainer's strategy save, check and load adapters alone, from now on.
+
+    Args:
+        strategy: The strategy.
+        mixin: What it is to do differently.
+
+    Raises:
+        RuntimeError: If this version of Lightning has changed the seam.
+    """
+    absent = [name for name in _SEAM if not callable(getattr(strategy, name, None))]
+    if absent:
+        raise RuntimeError(
+            f"{type(strategy).__name__} has no {', '.join(absent)}, through which lightning-lora keeps checkpoints "
+            "small: it was made for Lightning 2.6, so install that version."
+        )
+    mix_into(strategy, mixin)
+
+
+class AdapterCheckpoints(ABC):
+    """What a strategy does differently once its Trainer has a ``LoRA`` callback."""
+
+    lightning_module: Any
+
+    @classmethod
+    def require_compatible(cls, trainer: Any, lora: Any) -> None:
+        """Require that the Trainer's callbacks can work under the strategy.
+
+        Raises:
+            ValueError: If one needs the whole model in every process, and does not have it.
+        """
+        return  # every process has it
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        with unmerged_for_saving(self.lightning_module):
+            return adapter_only(self.lightning_module, super().lightning_module_state_dict())  # type: ignore[misc]
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
+        with unmerged_for_saving(self.lightning_module):
+            for holder, key in self.copies_in(checkpoint):
+                holder[key] = adapter_only(self.lightning_module, holder[key])
+            checkpoint[KEY] = metadata(self.lightning_module)
+        if "optimizer_states" in checkpoint:
+            checkpoint[KEY][RNG_KEY] = run_rng_state(self.lightning_module.trainer)
+        if atomic_save.writes_directories(self) and "optimizer_states" in checkpoint:
+            split = [split_optimizer(state_dict) for state_dict in checkpoint["optimizer_states"]]
+            checkpoint["optimizer_states"] = [tensors for tensors, _ in split]
+            checkpoint[KEY]["optimizers"] = [rest for _, rest in split]
+        with atomic_save.writing(self, filepath) as path:
+            super().save_checkpoint(checkpoint, path, *args, **kwargs)  # type: ignore[misc]
+
+    def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        with readable(checkpoint_path):
+            checkpoint = (
+                read_directory(checkpoint_path)
+                if is_directory(checkpoint_path)
+                else self.read_file(checkpoint_path, *args, **kwargs)
+            )
+        checkpoint["state_dict"] = check_checkpoint(self.lightning_module, checkpoint, str(checkpoint_path))
+        for holder, key in self.copies_in(checkpoint):
+            holder[key] = {**self.lightning_module.state_dict(), **holder[key]}  # callbacks load theirs strictly
+        return checkpoint
+
+    def read_file(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What a checkpoint of a single file holds."""
+        return super().load_checkpoint(path, *args, **kwargs)  # type: ignore[misc,no-any-return]
+
+    def copies_in(self, checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+        """Where a checkpoint holds weights of the module: a dict and a key in it.
+
+        Beside ``state_dict``, Lightning's averaging callbacks keep a second set, at the top or in their own state.
+        """
+        names = adapter_state_dict(self.lightning_module).keys()
+        for holder in (checkpoint, *checkpoint.get("callbacks", {}).values()):
+            if isinstance(holder, dict):
+                yield from ((holder, key) for key, value in list(holder.items()) if _holds(value, names))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        state_dict = adapter_only(self.lightning_module, checkpoint["state_dict"])
+        # Not strict, since the base is absent on purpose; `load_checkpoint` has required all the rest.
+        super().load_model_state_dict({**checkpoint, "state_dict": state_dict}, strict=False)  # type: ignore[misc]
+
+
+def _holds(value: Any, names: Collection[str]) -> bool:
+    return isinstance(value, Mapping) and all(name in value for name in names)
