@@ -1,18 +1,17 @@
 """What README says is so."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from helpers import ROOT
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora import LoRA, LoraConfig, eject, initialize_eva, inject
 from lightning_lora.layers import layer_class_for
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from lightning_lora.cli.main.load_base import open_on_base, tokenizer_of
+from lightning_lora.cli.load_base import open_on_base, tokenizer_of
 from lightning_lora.formats.merged import save_merged
 from lightning_lora.formats.peft import save_adapter
 from lightning_lora.formats.saved_adapter import SavedAdapter, read

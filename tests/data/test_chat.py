@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from texts import word_checkpoint, word_model, word_tokenizer
+from helpers.texts import word_checkpoint, word_model, word_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_lora.data import ChatData

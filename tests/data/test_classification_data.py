@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.texts import word_tokenizer
 from PIL import Image
-from texts import word_tokenizer
 
 from lightning_lora.data import ImageData, LabelledTextData, Seq2SeqData, TaggedWordsData
 

@@ -2,8 +2,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_resume
-import toys
+from helpers import toys
+from helpers.resuming import assert_same_run, train
 
 from lightning_lora.data.resumable import EpochSampler, ResumableDataLoader
 
@@ -64,7 +64,7 @@ def test_at_the_end_of_an_epoch_the_next_one_begins() -> None:
 @pytest.mark.parametrize("step", [3, 8, 13, 16])
 def test_a_run_resumes_exactly(tmp_path: Path, step: int) -> None:
     keep: dict[str, Any] = {"every_n_train_steps": 1}
-    whole = test_resume.train(tmp_path / "whole", make(), keep=dict(keep))
+    whole = train(tmp_path / "whole", make(), keep=dict(keep))
     path = tmp_path / "whole" / f"step={step}.ckpt"
-    resumed = test_resume.train(tmp_path / "resumed", make(), keep=dict(keep), seed=9, ckpt_path=path)
-    test_resume.assert_same_run(resumed, whole)
+    resumed = train(tmp_path / "resumed", make(), keep=dict(keep), seed=9, ckpt_path=path)
+    assert_same_run(resumed, whole)

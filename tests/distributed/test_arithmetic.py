@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from llama import build
-from processes import run_processes
+from helpers import ROOT
+from helpers.distributed.llama import build
+from helpers.distributed.processes import run_processes
+from helpers.toys import tensors_in
 from torch import Tensor
-from toys import tensors_in
 
 from benchmarks.arithmetic import FLOAT32, Run, full_run, lora_run, tables
 from lightning_lora import LoraConfig, inject
@@ -85,7 +86,7 @@ def test_a_base_in_half_precision() -> None:
 
 
 def test_readme_shows_the_tables() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     for table in tables():
         assert table in readme, f"README's table should be:\n{table}"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import end_processes, run_processes
+from helpers.distributed.processes import end_processes, run_processes
 
 from lightning_lora.formats.dcp import read_directory
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-import toys
-from processes import end_processes
+from helpers import toys
+from helpers.distributed.processes import end_processes
+from helpers.toys import Toy, assert_adapter_only, inputs, snapshot
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
-from toys import Toy, assert_adapter_only, inputs, snapshot
 
 from lightning_lora import LoRA, load_from_checkpoint
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import torch
-import toys
-from processes import run_processes
+from helpers import toys
+from helpers.distributed.processes import run_processes
 
 
 def test_all_processes_start_at_what_the_first_one_found(tmp_path: Path) -> None:

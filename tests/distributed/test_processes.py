@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import HERE, end_processes, run_processes
+from helpers import TESTS
+from helpers.distributed.processes import end_processes, run_processes
 
 
 def running(pid: int) -> bool:
@@ -44,9 +45,10 @@ def test_nothing_runs_on_after_the_limit(tmp_path: Path) -> None:
 
 
 def test_nothing_runs_on_when_the_caller_is_killed(tmp_path: Path) -> None:
-    script = f"import processes; processes.run_processes('hang_with_a_child', {str(tmp_path)!r})"
-    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
-    caller = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths})
+    script = (
+        f"from helpers.distributed import processes; processes.run_processes('hang_with_a_child', {str(tmp_path)!r})"
+    )
+    caller = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(TESTS)})
     end = time.monotonic() + 60
     while len(list(tmp_path.glob("*.pids"))) < 2 and time.monotonic() < end:
         time.sleep(0.1)

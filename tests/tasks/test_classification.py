@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from texts import word_tokenizer
+from helpers.texts import word_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertModel
 

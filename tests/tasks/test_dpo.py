@@ -6,7 +6,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from texts import word_checkpoint
+from helpers.texts import word_checkpoint
 
 from lightning_lora import BaseAsReference, LoRA
 from lightning_lora.data import PreferenceData

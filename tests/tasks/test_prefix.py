@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import toys
-from recipe_runs import SHORT, needs, run
-from texts import word_checkpoint
+from helpers import toys
+from helpers.recipe_runs import SHORT, needs, run
+from helpers.texts import word_checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRA, eject, load_from_checkpoint, unmerge

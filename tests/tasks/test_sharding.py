@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from texts import word_checkpoint
+from helpers.texts import word_checkpoint
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule

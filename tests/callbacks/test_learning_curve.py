@@ -1,0 +1,31 @@
+"""The learning curve that lies beside the checkpoints."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.recipe_runs import run
+
+
+def test_learning_curve_lies_beside_the_checkpoints(
+    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    run(tmp_path, monkeypatch, "fit", "chat_sft", *tiny)
+    folder = tmp_path / "runs/chat_sft/checkpoints"
+    rows = list(csv.DictReader((folder / "learning_curve.csv").read_text().splitlines()))
+    assert {"train_loss", "val_loss"} <= {row["metric"] for row in rows}
+    assert [row["step"] for row in rows if row["metric"] == "train_loss"] == ["0", "1"]
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_learning_curve_without_matplotlib_is_a_table(
+    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with caplog.at_level("INFO"):
+        run(tmp_path, monkeypatch, "fit", "chat_sft", *tiny)
+    folder = tmp_path / "runs/chat_sft/checkpoints"
+    assert (folder / "learning_curve.csv").exists() and not (folder / "learning_curve.png").exists()
+    assert "run pip install matplotlib" in caplog.text

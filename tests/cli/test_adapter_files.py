@@ -1,0 +1,145 @@
+"""The commands that work on files, as a user runs them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers import toys
+from helpers.models import IDS, tiny_llama
+from lightning_lora.cli.main import main
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from lightning_lora import LoRA, LoraConfig, eject, inject, load_adapter, save_adapter
+
+
+class Task(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_llama()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+@pytest.fixture(params=[{}, {"init_lora_weights": "pissa"}, {"use_dora": True}], ids=["lora", "pissa", "dora"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """A finished run: its checkpoint, its base on disk, and what it computes."""
+    lora = LoRA(r=4, target_modules=["q_proj", "v_proj"], summary=False, merge=None, **request.param)
+    trainer = toys.trainer(tmp_path, lora, max_epochs=1)
+    task = Task()
+    trainer.fit(task, DataLoader(IDS, batch_size=1))
+    tiny_llama().save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        logits = task.eval().model(IDS).logits
+    path = Path(trainer.checkpoint_callback.best_model_path)
+    return {"ckpt": str(path), "base": str(tmp_path / "base"), "logits": logits, "out": str(tmp_path / "out")}
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    return int(stop.value.code or 0)
+
+
+def test_export_then_open_anywhere(run: dict[str, Any]) -> None:
+    assert call("export", run["ckpt"], run["out"], "--base", run["base"]) == 0
+    opened = load_adapter(tiny_llama().eval(), run["out"])
+    torch.testing.assert_close(opened(IDS).logits, run["logits"], rtol=1e-4, atol=1e-5)
+    assert json.loads((Path(run["out"]) / "adapter_config.json").read_text())["base_model_name_or_path"] == run["base"]
+
+
+@pytest.mark.parametrize("by_directory", [False, True])
+def test_merge_writes_an_ordinary_model(run: dict[str, Any], by_directory: bool, tmp_path: Path) -> None:
+    arguments = [run["ckpt"], run["out"], "--base", run["base"]]
+    if by_directory:
+        assert call("export", run["ckpt"], str(tmp_path / "adapter"), "--base", run["base"]) == 0
+        arguments = [str(tmp_path / "adapter"), run["out"]]  # which names its base
+    assert call("merge", *arguments, "--max-shard-size", "20KB") == 0
+    files = sorted(path.name for path in Path(run["out"]).iterdir())
+    assert "model.safetensors.index.json" in files and len([f for f in files if f.endswith(".safetensors")]) > 1
+    model = AutoModelForCausalLM.from_pretrained(run["out"]).eval()
+    torch.testing.assert_close(model(IDS).logits, run["logits"], rtol=1e-3, atol=1e-4)
+    assert not any("lora" in name for name in model.state_dict())
+    assert call("merge", *arguments, "--dtype", "bfloat16") == 0
+    assert AutoModelForCausalLM.from_pretrained(run["out"], dtype="auto").dtype == torch.bfloat16
+
+
+def test_inspect(run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("inspect", run["ckpt"]) == 0
+    said = capsys.readouterr().out
+    for part in ("Lightning checkpoint", "step 2", "base fingerprint", "r=4", "*.self_attn.q_proj (3)"):
+        assert part in said
+    call("export", run["ckpt"], run["out"], "--base", run["base"])
+    capsys.readouterr()
+    assert call("inspect", run["out"]) == 0
+    said = capsys.readouterr().out
+    assert "in PEFT's format" in said and f"base model: {run['base']}" in said.replace("\n", "")
+
+
+def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = inject(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    toys.randomize(model)
+    save_adapter(model, tmp_path / "one")
+    assert call("diff", str(tmp_path / "one"), str(tmp_path / "one")) == 0
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.lora["default"].lora_B.mul_(1.5)
+    save_adapter(model, tmp_path / "two")
+    capsys.readouterr()
+    assert call("diff", str(tmp_path / "one"), str(tmp_path / "two")) == 1
+    said = capsys.readouterr().out
+    assert "layers.1.self_attn.q_proj" in said and "layers.0" not in said and "3.33e-01" in said
+    eject(model)
+    save_adapter(inject(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_alpha=3)), tmp_path / "three")
+    assert call("diff", str(tmp_path / "one"), str(tmp_path / "three")) == 1
+    said = capsys.readouterr().out
+    assert "lora_alpha: 16" in said and "not in" in said
+
+
+def test_a_checkpoint_and_its_export_are_the_same(tmp_path: Path) -> None:
+    trainer = toys.trainer(tmp_path, LoRA(r=2, target_modules=["q_proj"], summary=False, merge=None), max_epochs=1)
+    task = Task()
+    trainer.fit(task, DataLoader(IDS, batch_size=1))
+    save_adapter(task, tmp_path / "adapter")
+    assert call("diff", trainer.checkpoint_callback.best_model_path, str(tmp_path / "adapter")) == 1  # other spellings
+    assert call("diff", trainer.checkpoint_callback.best_model_path, trainer.checkpoint_callback.best_model_path) == 0
+
+
+@pytest.mark.parametrize("command", ["inspect", "export", "merge", "diff"])
+def test_help_and_wrong_calls(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(command, "--help") == 0
+    assert "ADAPTER" in capsys.readouterr().out
+    assert call(command) == 2
+
+
+class Pickled:
+    def __reduce__(self) -> Any:
+        return print, ("executed",)
+
+
+def test_pickled_objects_are_never_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"lightning_lora": Pickled(), "state_dict": {}}, tmp_path / "bad.ckpt")
+    for arguments in (["inspect"], ["export"], ["merge"]):
+        target = [] if arguments == ["inspect"] else [str(tmp_path / "out"), "--base", "nowhere"]
+        assert call(*arguments, str(tmp_path / "bad.ckpt"), *target) == 1
+        said = capsys.readouterr()
+        assert "executed" not in said.out and "holds more than tensors and plain types" in said.err
+
+
+def test_errors_end_with_one_line_and_code_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toys.trainer(tmp_path, None, max_epochs=1).fit(full := Task(), DataLoader(IDS, batch_size=1))
+    (path,) = tmp_path.rglob("*.ckpt")
+    assert call("inspect", str(path)) == 1
+    assert "is no adapter checkpoint" in capsys.readouterr().err
+    assert call("inspect", str(tmp_path / "nothing")) == 1
+    assert isinstance(full, nn.Module)
+    save_adapter(inject(tiny_llama(), LoraConfig(r=2)), tmp_path / "adapter")
+    assert call("merge", str(tmp_path / "adapter"), str(tmp_path / "out")) == 1
+    assert "does not say what its base model is: name it with --base" in capsys.readouterr().err

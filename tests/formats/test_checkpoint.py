@@ -1,0 +1,82 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import toys
+from helpers.toys import Toy, assert_same_tensors, inputs, loader, snapshot
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_lora import CheckpointError, LoRA, load_adapter, load_from_checkpoint
+
+
+def refused(tmp_path: Path, path: Path, match: str, model: Any = None, lora: Any = None) -> None:
+    """The checkpoint is refused with one paragraph, and the model is as it came."""
+    model = model or Toy()
+    before, classes = snapshot(model), [type(m) for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    trainer = toys.trainer(tmp_path, [lora or LoRA(r=2, summary=False)])
+    for run in (trainer.fit, trainer.test):
+        with pytest.raises(CheckpointError, match=match) as error:
+            run(model, loader(), ckpt_path=path)
+        assert "\n" not in str(error.value)
+        assert_same_tensors(model.state_dict(), before)
+        assert [type(m) for m in model.modules()] == classes
+        assert [p.requires_grad for p in model.parameters()] == flags
+        assert "configure_model" not in vars(model)
+
+
+def test_other_settings_are_refused(tmp_path: Path, adapter_checkpoint: tuple[Path, Any]) -> None:
+    refused(tmp_path, adapter_checkpoint[0], r"r \(2 saved, 4 here\)", lora=LoRA(r=4, summary=False))
+    refused(
+        tmp_path, adapter_checkpoint[0], r"lora_alpha \(16 saved, 8 here\)", lora=LoRA(r=2, lora_alpha=8, summary=False)
+    )
+    refused(
+        tmp_path, adapter_checkpoint[0], r"left over: net\.4", lora=LoRA(r=2, target_modules=["0", "6"], summary=False)
+    )
+    refused(
+        tmp_path, adapter_checkpoint[0], "'default' on the whole module", lora=LoRA(r=2, module="net", summary=False)
+    )
+
+
+def test_another_base_is_refused(tmp_path: Path, adapter_checkpoint: tuple[Path, Any]) -> None:
+    refused(tmp_path, adapter_checkpoint[0], "trained on another base model: its fingerprint", model=Toy(seed=1))
+    with pytest.raises(CheckpointError, match="another base model"):
+        load_from_checkpoint(Toy, adapter_checkpoint[0], seed=1)
+    base = Toy(seed=1)
+    with pytest.raises(CheckpointError, match="another base model"):
+        load_adapter(base, adapter_checkpoint[0])
+
+
+def test_a_full_checkpoint_is_refused(tmp_path: Path) -> None:
+    trainer = toys.trainer(tmp_path, [ModelCheckpoint(tmp_path, save_last=True)])
+    trainer.fit(Toy(), loader())
+    refused(tmp_path, tmp_path / "last.ckpt", "is no adapter checkpoint: it holds 11 tensors")
+    with pytest.raises(CheckpointError, match="is no adapter checkpoint"):
+        load_from_checkpoint(Toy, tmp_path / "last.ckpt")
+
+
+def test_a_file_cut_short_is_refused(tmp_path: Path, adapter_checkpoint: tuple[Path, Any]) -> None:
+    whole = adapter_checkpoint[0].read_bytes()
+    for size in (0, 100, len(whole) // 2, len(whole) - 10):
+        short = tmp_path / "short.ckpt"
+        short.write_bytes(whole[:size])
+        refused(tmp_path, short, "cannot be read as a checkpoint")
+        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+            load_from_checkpoint(Toy, short)
+
+
+def test_a_newer_format_is_refused(tmp_path: Path, adapter_checkpoint: tuple[Path, Any]) -> None:
+    checkpoint = torch.load(adapter_checkpoint[0], weights_only=True)
+    checkpoint["lightning_lora"]["format_version"] = 99
+    torch.save(checkpoint, tmp_path / "newer.ckpt")
+    refused(tmp_path, tmp_path / "newer.ckpt", "format version 99")
+
+
+def test_the_same_base_in_bfloat16_is_the_same_base(tmp_path: Path, adapter_checkpoint: tuple[Path, Any]) -> None:
+    model = Toy()
+    toys.trainer(tmp_path, [LoRA(r=2, summary=False)], precision="bf16-true").test(
+        model, loader(), ckpt_path=adapter_checkpoint[0]
+    )
+    model = load_adapter(Toy().bfloat16(), adapter_checkpoint[0])
+    assert torch.isfinite(model.eval()(inputs().bfloat16())).all()

@@ -1,0 +1,153 @@
+"""Adapters of other libraries: loralib itself, and the files that litgpt and torchtune write."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import loralib
+import pytest
+import torch
+import yaml
+from helpers.models import tiny_llama
+from torch import Tensor, nn
+
+from lightning_lora import CheckpointError, eject
+from lightning_lora.formats.foreign import load_foreign_adapter
+from lightning_lora.layers import LoraLayer
+
+R, ALPHA = 4, 6
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape) * 0.2
+
+
+class Plain(nn.Module):
+    """What loralib's model below is without LoRA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(10, 8)
+        self.qkv = nn.Linear(8, 24)
+        self.out = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.qkv(self.embedding(x))))
+
+
+class Theirs(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        settings = {"r": R, "lora_alpha": ALPHA, "merge_weights": False}
+        made = {
+            "embedding": loralib.Embedding(10, 8, **settings),
+            "qkv": loralib.MergedLinear(8, 24, enable_lora=[True, False, True], **settings),
+            "out": loralib.Linear(24, 3, **settings),
+        }
+        for name, layer in made.items():
+            layer.load_state_dict(getattr(self, name).state_dict(), strict=False)
+            setattr(self, name, layer)
+        for name, parameter in self.named_parameters():
+            if "lora_" in name:
+                parameter.data = random(*parameter.shape)
+
+
+def test_loralib_itself(tmp_path: Path) -> None:
+    theirs, x = Theirs(), torch.arange(6)
+    torch.save(loralib.lora_state_dict(theirs), tmp_path / "lora.pt")
+    ours = load_foreign_adapter(Plain(), tmp_path / "lora.pt", lora_alpha=ALPHA)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert not torch.allclose(ours(x), Plain()(x), atol=1e-2)
+    torch.testing.assert_close(eject(ours, merge=True)(x), theirs(x))
+
+
+def updates(model: nn.Module) -> dict[str, Tensor]:
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    return {name: layer.lora["default"].delta_weight() for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("parts", ["qv", "qkv", "k"])
+def test_litgpt(parts: str, tmp_path: Path) -> None:
+    """Two heads of queries for each of keys and values, so that the parts differ in size."""
+    torch.manual_seed(0)
+    model = tiny_llama()
+    config = model.config
+    head_dim = config.hidden_size // config.num_attention_heads
+    kv = config.num_key_value_heads * head_dim
+    sizes = {"q": config.hidden_size, "k": kv, "v": kv}
+    factors = {part: (random(R, config.hidden_size), random(sizes[part], R)) for part in parts}
+    mlp = (random(R, config.hidden_size), random(config.intermediate_size, R))
+    state = {
+        "transformer.h.1.attn.qkv.lora_A": torch.cat([A for A, _ in factors.values()]),
+        "transformer.h.1.attn.qkv.lora_B": torch.cat([B for _, B in factors.values()]),
+        "transformer.h.0.mlp.fc_2.lora_A": mlp[0],
+        "transformer.h.0.mlp.fc_2.lora_B": mlp[1],
+    }
+    torch.save({"model": state}, tmp_path / "lit_model.pth.lora")
+    settings = {"lora_r": R, "lora_alpha": ALPHA, "lora_query": "q" in parts, "lora_key": "k" in parts}
+    (tmp_path / "hyperparameters.yaml").write_text(yaml.safe_dump({**settings, "lora_value": "v" in parts}))
+    found = updates(load_foreign_adapter(model, tmp_path / "lit_model.pth.lora"))
+    expected = {f"model.layers.1.self_attn.{part}_proj": ALPHA / R * B @ A for part, (A, B) in factors.items()}
+    expected["model.layers.0.mlp.up_proj"] = ALPHA / R * mlp[1] @ mlp[0]
+    assert found.keys() == expected.keys()
+    for name, update in expected.items():
+        torch.testing.assert_close(found[name], update)
+
+
+def to_torchtune(weight: Tensor, heads: int) -> Tensor:
+    """A projection as torchtune stores it: in each head, row i of the first half next to row i of the second."""
+    by_head = weight.view(heads, 2, -1, weight.shape[1])
+    return torch.stack([by_head[:, 0], by_head[:, 1]], dim=2).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_torchtune(suffix: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tiny_llama()
+    config = model.config
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    wanted, state = {}, {}
+    for theirs, name in (("q_proj", "q_proj"), ("k_proj", "k_proj"), ("output_proj", "o_proj")):
+        weight = model.get_submodule(f"model.layers.2.self_attn.{name}").weight
+        A, B = random(R, weight.shape[1]), random(weight.shape[0], R)
+        wanted[f"model.layers.2.self_attn.{name}"] = ALPHA / R * B @ A
+        state[f"layers.2.attn.{theirs}.lora_a.weight"] = A
+        state[f"layers.2.attn.{theirs}.lora_b.weight"] = to_torchtune(B, heads[name]) if name in heads else B
+    path = tmp_path / f"adapter_0{suffix}"
+    if suffix == ".pt":
+        torch.save(state, path)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(state, path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": R, "lora_alpha": ALPHA}))
+    found = updates(load_foreign_adapter(model, path))
+    assert found.keys() == wanted.keys()
+    for name, update in wanted.items():
+        torch.testing.assert_close(found[name], update)
+
+
+class Pickled:
+    def __reduce__(self) -> Any:
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "alpha", "match"),
+    [
+        ({"out.lora_A": random(R, 24), "out.lora_B": random(3, R)}, None, "does not say its alpha"),
+        ({"out.lora_A": random(R, 24)}, 6, "one of A and B for 'out', and not the other"),
+        ({"nope.lora_A": random(R, 24), "nope.lora_B": random(3, R)}, 6, "adapts 'nope', which Plain does not have"),
+        ({"out.lora_A": random(R, 23), "out.lora_B": random(3, R)}, 6, "of another shape: .*out.lora_A"),
+        ({"out.weight": random(3, 24)}, 6, "holds 0 tensors of an adapter and 1 others"),
+        ({"out.lora_A": Pickled()}, 6, "cannot be read as a checkpoint"),
+    ],
+)
+def test_what_does_not_fit(content: Any, alpha: Any, match: str, tmp_path: Path, capsys: Any) -> None:
+    torch.save(content, tmp_path / "lora.pt")
+    model = Plain()
+    with pytest.raises(CheckpointError, match=match):
+        load_foreign_adapter(model, tmp_path / "lora.pt", lora_alpha=alpha)
+    assert "executed" not in capsys.readouterr().out
+    assert type(model.out) is nn.Linear and all(parameter.requires_grad for parameter in model.parameters())

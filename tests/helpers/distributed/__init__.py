@@ -1,0 +1,1 @@
+"""Jobs for runs in several processes, and what starts them."""

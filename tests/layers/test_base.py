@@ -1,0 +1,46 @@
+"""What every adapted layer does, whatever its kind."""
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import LoraConfig, eject, inject
+from lightning_lora.layers.base import is_finite
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_finite(dtype: torch.dtype) -> None:
+    tensor = torch.full((5, 7), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(tensor)
+    assert is_finite(tensor[:0])
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        broken = tensor.clone()
+        broken[3, 2] = bad
+        assert not is_finite(broken)
+
+
+def test_subclasses_hooks_and_references_survive() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer = Doubled(4, 4)
+    calls: list[str] = []
+    layer.register_forward_hook(lambda *_: calls.append("hook"))
+    model = nn.ModuleDict({"a": layer, "b": layer})
+    x = torch.randn(2, 4)
+    base = layer(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one layer under two names is not a tie
+        inject(model, LoraConfig(r=2, lora_alpha=3))
+    assert isinstance(layer, Doubled)
+    assert torch.equal(layer(x), base)
+    nn.init.normal_(layer.lora["default"].lora_B)
+    adapter = layer.lora["default"]
+    torch.testing.assert_close(model["b"](x), base + 1.5 * x @ adapter.lora_A.T @ adapter.lora_B.T)
+    assert calls == ["hook"] * 3
+    eject(model)
+    assert type(layer) is Doubled
+    assert torch.equal(layer(x), base)

@@ -1,0 +1,110 @@
+"""A checkpoint that is interrupted half-way never takes the place of the last good one."""
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.distributed.processes import end_processes
+from helpers.saving import HalfMove, fit
+from helpers.toys import Toy, assert_adapter_only, snapshot
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+
+from lightning_lora.trainer import atomic_save
+
+SAVED = {"last.ckpt"}
+
+
+def files(path: Path) -> set[str]:
+    return {file.name for file in path.iterdir() if file.is_file()}
+
+
+def assert_goes_on_from_step(step: int, path: Path) -> None:
+    assert_adapter_only(path / "last.ckpt", snapshot(Toy()))
+    assert torch.load(path / "last.ckpt", weights_only=True)["global_step"] == step
+    trainer = fit(path, ckpt_path="last")
+    assert trainer.global_step == 8
+    assert files(path) == SAVED  # nothing is left lying about either
+
+
+def test_a_process_killed_while_it_writes(tmp_path: Path) -> None:
+    (ended,) = end_processes("killed_while_saving", str(tmp_path), world_size=1)
+    assert ended.returncode == -signal.SIGKILL, ended.output
+    assert len(files(tmp_path)) == 2  # half a file lies there, under a name that is no checkpoint's
+    assert_goes_on_from_step(4, tmp_path)
+
+
+@pytest.mark.parametrize("plugins", [[], [AsyncCheckpointIO()], [AsyncCheckpointIO(TorchCheckpointIO())]])
+def test_a_write_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugins: list[Any]) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "move", HalfMove(times=2))
+        with pytest.raises(OSError, match="no space left"):
+            fit(tmp_path, plugins=plugins)
+    assert files(tmp_path) == SAVED
+    assert_goes_on_from_step(4, tmp_path)
+
+
+def test_a_write_goes_to_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(atomic_save.os, name)
+        monkeypatch.setattr(atomic_save.os, name, lambda *a, real=real, name=name: (events.append(name), real(*a)))
+    (tmp_path / "partial").write_text("new")
+    (tmp_path / "target").write_text("old")
+    atomic_save.publish(tmp_path / "partial", tmp_path / "target")
+    assert (tmp_path / "target").read_text() == "new"
+    assert events == ["fsync", "replace", "fsync"]
+
+
+def test_other_writers_and_remote_files_are_left_as_they_are(tmp_path: Path) -> None:
+    class Own(TorchCheckpointIO):
+        paths: list[str] = []
+
+        def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+            self.paths.append(str(path))
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    own = Own()
+    trainer = fit(tmp_path, plugins=[own])
+    assert set(own.paths) == {str(tmp_path / "last.ckpt")}
+    trainer = fit(tmp_path)
+    trainer.save_checkpoint("memory://atomic_save/remote.ckpt")
+    loaded = trainer.strategy.checkpoint_io.load_checkpoint("memory://atomic_save/remote.ckpt")
+    assert_adapter_only(loaded, snapshot(Toy()))
+    trainer.save_checkpoint(f"file://{tmp_path}/local.ckpt")
+    assert_adapter_only(tmp_path / "local.ckpt", snapshot(Toy()))
+
+
+class Sharded:
+    """Writes directories, as Lightning's strategies do that shard."""
+
+    _save_distributed_checkpoint = True
+    is_global_zero = True
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def barrier(self, name: str) -> None:
+        assert name
+
+
+def test_a_directory_takes_the_place_of_another_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "last.ckpt"
+    for turn in range(2):
+        with atomic_save.writing(Sharded(), target) as path:
+            path.mkdir()
+            (path / "0.distcp").write_text(str(turn))
+            (path / f"only-in-{turn}").write_text("")
+            assert target.exists() == (turn > 0)
+    with pytest.raises(OSError, match="no space left"), atomic_save.writing(Sharded(), target) as path:  # noqa: PT012
+        path.mkdir()
+        (path / "left-over").write_text("")
+        raise OSError("no space left")
+    assert {file.name for file in target.iterdir()} == {"0.distcp", "only-in-1"}
+    with atomic_save.writing(Sharded(), target) as path:
+        path.mkdir()
+        (path / "0.distcp").write_text("2")
+    assert {file.name for file in target.iterdir()} == {"0.distcp"}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
