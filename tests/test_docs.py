@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,7 @@ def reader(tmp_path: Path, word_model: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("page", [page for page in PAGES if steps(page)], ids=lambda page: page.stem)
 @pytest.mark.filterwarnings("ignore")
 def test_everything_on_the_page_runs(page: Path, reader: Reader) -> None:
+    warnings.filterwarnings("error", ".*no last checkpoint available")  # what says that nothing was resumed
     for number, (kind, block) in enumerate(steps(page), 1):
         where = f"{page.relative_to(ROOT)}, block {number}"
         run = reader.python if kind == "setup" else getattr(reader, kind, None)
