@@ -1,4 +1,4 @@
-"""Turn the roles in docstrings, such as ``:class:`LoRA```, into links to the API reference, or into plain code."""
+"""What docstrings have for Sphinx: turn roles, such as ``:class:`LoRA```, into links or plain code, and ``::`` into ``:``."""
 
 import re
 from typing import Any
@@ -16,4 +16,4 @@ def on_page_content(html: str, **kwargs: Any) -> str:
         found = [anchor for anchor in dict.fromkeys(anchors) if anchor == name or anchor.endswith(f".{name}")]
         return f'<a href="#{found[0]}">{code}</a>' if len(found) == 1 else code
 
-    return _ROLE.sub(link, html)
+    return _ROLE.sub(link, html).replace("Example::</p>", "Example:</p>")
