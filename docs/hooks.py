@@ -1,4 +1,4 @@
-"""What docstrings have for Sphinx: turn roles, such as ``:class:`LoRA```, into links or plain code, and ``::`` into ``:``."""
+"""What docstrings have for Sphinx: roles such as ``:class:`LoRA``` become links or plain code, and ``::`` a colon."""
 
 import re
 from typing import Any
