@@ -1,4 +1,4 @@
-"""What README says is so."""
+"""What README and the tables of the documentation say is so."""
 
 import re
 
@@ -13,6 +13,9 @@ from lightning_lora import LoRA, LoraConfig, eject, initialize_eva, inject
 from lightning_lora.layers import layer_class_for
 
 README = (ROOT / "README.md").read_text()
+VARIANTS_PAGE, SETTINGS_PAGE, RECIPES_PAGE = (
+    (ROOT / "docs" / name).read_text() for name in ("variants.md", "own-trainer.md", "recipes.md")
+)
 
 
 class Attending(nn.MultiheadAttention):
@@ -108,20 +111,20 @@ def test_the_table_of_layers_and_variants_is_true() -> None:
     for layer in LAYERS:
         lines.append(f"| {layer} | {' | '.join('yes' if works(layer, variant) else '' for variant in VARIANTS)} |")
     table = re.sub(r" +", " ", "\n".join(lines))
-    assert table in re.sub(r" +", " ", README), f"README's table should be:\n{table}"
+    assert table in re.sub(r" +", " ", VARIANTS_PAGE), f"The table of docs/variants.md should be:\n{table}"
 
 
 def test_the_table_of_settings_names_them_all() -> None:
     import inspect
 
-    named = set(re.findall(r"`(\w+)`", README.split("| setting |")[1].split("\n\n")[0]))
+    named = set(re.findall(r"`(\w+)`", SETTINGS_PAGE.split("| setting |")[1].split("\n\n")[0]))
     settings = set(inspect.signature(LoRA.__init__).parameters) - {"self", "config", "adapter_name"}
     assert settings <= named
 
 
 def test_the_recipes_are_those_that_are_there() -> None:
     recipes = {path.name for path in (ROOT / "recipes").glob("*.yaml")}
-    assert recipes == set(re.findall(r"`recipes/(\w+\.yaml)`", README))
+    assert recipes == set(re.findall(r"`recipes/(\w+\.yaml)`", RECIPES_PAGE))
     for name in recipes - {"ddp.yaml", "fsdp.yaml", "fsdp2.yaml"}:  # overlays
         assert {"trainer", "model", "data"} <= yaml.safe_load((ROOT / "recipes" / name).read_text()).keys()
 
@@ -130,3 +133,7 @@ def test_the_recipes_are_those_that_are_there() -> None:
 def test_commands_are_single_lines(marker: str) -> None:
     block = README.split(f"<!-- {marker} -->\n```bash\n")[1].split("\n```")[0]
     assert "\n" not in block
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200

@@ -1,4 +1,4 @@
-"""The paper's claims: how rates are chosen, and that README shows the figures that were measured."""
+"""The paper's claims: how rates are chosen, and that docs/paper.md shows the figures that were measured."""
 
 from types import ModuleType
 
@@ -37,12 +37,12 @@ def test_the_rate_is_chosen_in_the_search_alone(results: ModuleType) -> None:
         results.chosen_rate("encoder", "head", runs)
 
 
-def test_readme_shows_what_was_measured(results: ModuleType) -> None:
+def test_the_page_shows_what_was_measured(results: ModuleType) -> None:
     from benchmarks.paper.table import markdown
 
     folder = ROOT / "benchmarks" / "paper"
     runs, timings = results.read(folder / "runs.jsonl"), results.read(folder / "timings.jsonl")
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "paper.md").read_text()
     for task in ("encoder", "causal"):
         table = markdown(task, runs, timings)
-        assert table in readme, f"README's table should be:\n{table}"
+        assert table in page, f"The table of docs/paper.md should be:\n{table}"

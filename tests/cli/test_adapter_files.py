@@ -9,12 +9,12 @@ import pytest
 import torch
 from helpers import toys
 from helpers.models import IDS, tiny_llama
-from lightning_lora.cli.main import main
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from lightning_lora import LoRA, LoraConfig, eject, inject, load_adapter, save_adapter
+from lightning_lora.cli.main import main
 
 
 class Task(L.LightningModule):

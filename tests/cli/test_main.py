@@ -14,10 +14,10 @@ import torch
 import yaml
 from helpers import ROOT
 from helpers.recipe_runs import RECIPES, printed, run
-from lightning_lora.cli.adapter_files import NAMES
-from lightning_lora.cli.main import LoraCLI, main
 
 import lightning_lora_cli
+from lightning_lora.cli.adapter_files import NAMES
+from lightning_lora.cli.main import LoraCLI, main
 
 
 def test_help_is_quick_and_names_every_command() -> None:

@@ -85,10 +85,10 @@ def test_a_base_in_half_precision() -> None:
     assert sum(map(bytes_of, [*parameters, *gradients, *moments])) == lora_run(build(), 2).memory(1)
 
 
-def test_readme_shows_the_tables() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_page_shows_the_tables() -> None:
+    page = (ROOT / "docs" / "arithmetic.md").read_text()
     for table in tables():
-        assert table in readme, f"README's table should be:\n{table}"
+        assert table in page, f"The table of docs/arithmetic.md should be:\n{table}"
 
 
 def bytes_of(tensor: Tensor) -> int:

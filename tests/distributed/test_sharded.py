@@ -167,7 +167,7 @@ def test_runs_resume_under_other_strategies(path: Path, one: dict[str, Any], qui
 
 
 @pytest.mark.slow
-def test_the_table_in_the_readme(path: Path, one: dict[str, Any], quick: dict[str, Any]) -> None:
+def test_the_table_of_strategies(path: Path, one: dict[str, Any], quick: dict[str, Any]) -> None:
     """Every strategy with every other one's checkpoints, and every way to build the model."""
     strategies = list(WORLDS)
     found = {**run_kinds(path, [s for s in strategies if s not in QUICK], list(KINDS)), **quick}
@@ -197,9 +197,9 @@ def cell(result: dict[str, Any], passes: bool) -> str:
 
 
 def table() -> dict[str, list[str]]:
-    """The cells behind each name in README's table of strategies."""
-    readme = (ROOT / "README.md").read_text()
-    lines = readme.split("<!-- strategies -->\n")[1].split("\n\n")[0].splitlines()[2:]
+    """The cells behind each name in the table of strategies of docs/several-processes.md."""
+    page = (ROOT / "docs" / "several-processes.md").read_text()
+    lines = page.split("<!-- strategies -->\n")[1].split("\n\n")[0].splitlines()[2:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {name.split("`")[1]: cells for name, *cells in rows}
 

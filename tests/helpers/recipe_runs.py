@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
-from lightning_lora.cli.main import main
 
 from helpers import ROOT
+from lightning_lora.cli.main import main
 
 RECIPES = ROOT / "recipes"
 
