@@ -13,12 +13,13 @@ from lightning_lora.config import ALL_LINEAR, AUTO, LoraConfig
 from lightning_lora.formats.merged import ADAPTER_DIR, MERGED_DIR, save_merged
 from lightning_lora.formats.model_card import facts_of
 from lightning_lora.formats.peft import load_adapter, read_adapter, write_adapter
-from lightning_lora.model.eject import eject, is_folded
+from lightning_lora.model.eject import eject
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.inject import inject
-from lightning_lora.model.merge import unmerge
+from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.param_groups import drop_frozen
 from lightning_lora.model.record import Injection, injections, injections_of
+from lightning_lora.model.removed import MERGED, REMOVED, forget_removed, how_merged, removed_injections
 from lightning_lora.model.summary import print_summary
 from lightning_lora.sharding import is_sharded
 from lightning_lora.trainer import gradient_checks, weight_averaging
@@ -141,7 +142,7 @@ class LoRA(Callback):
         self.adapter_name = adapter_name
         self.summary = summary
         self._injected_now = False
-        self._was_folded = False
+        self._came: str | None = None
         self._running = False
         self._rng_to_restore: dict[str, Any] | None = None
         self._gradients_seen = False
@@ -164,7 +165,8 @@ class LoRA(Callback):
             if spawns(trainer.strategy) and not (self._is_in(pl_module) and self.merge is None):
                 raise no_way_back()
             self._require_ends(trainer)
-        self._injected_now = self._was_folded = self._running = self._gradients_seen = False
+        self._injected_now = self._running = self._gradients_seen = False
+        self._came = None
         install(trainer.strategy, checkpoints)
         _after_configure_model(pl_module, self)
         if weight_averaging.must_be_injected_early(trainer, pl_module, self):
@@ -173,18 +175,20 @@ class LoRA(Callback):
     def attach(self, pl_module: "pl.LightningModule") -> None:
         """Put the adapter in, right after ``configure_model`` and before the strategy wraps the model."""
         root = self._root(pl_module)
-        self._was_folded = is_folded(root)
+        beneath = self._adapters_beneath(root)
+        self._came = how_merged(root)
         unmerge(root)
         before = len(injections_of(root))
         inject(root, self.config, self.adapter_name)
         if len(injections_of(root)) > before:
             self._injected_now = True
+            self._injection(root).beneath = beneath
             if self.adapter is not None and self.adapter.is_dir():
-                read_adapter(root, self._injection(root), self.adapter)
+                read_adapter(self._injection(root), self.adapter)
             elif self.adapter is not None:
                 load_adapter(pl_module, self.adapter)
         for injection in injections_of(root):
-            fingerprint(root, injection)
+            fingerprint(injection)
 
     @override
     def on_load_checkpoint(
@@ -203,7 +207,7 @@ class LoRA(Callback):
         """Drop frozen parameters from the optimizers, let gradients and averages pass rightly, say what is trained."""
         drop_frozen(trainer.optimizers, pl_module)
         if self.adapter is None:
-            start_from_data(trainer, pl_module, self._root(pl_module), self._injection(self._root(pl_module)))
+            start_from_data(trainer, pl_module, self._injection(self._root(pl_module)))
         self._running = True
         if self._rng_to_restore is not None:
             rebuild_dataloader(trainer)
@@ -252,7 +256,7 @@ class LoRA(Callback):
         """Leave the module's methods as they were, and a model that came merged merged again."""
         self._release(pl_module)
         if stage != "fit":
-            self._refold(pl_module)
+            self._merge_again(pl_module)
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
@@ -261,7 +265,7 @@ class LoRA(Callback):
         if not self._running and self._injected_now and injections_of(self._root(pl_module)):
             eject(self._root(pl_module))
         elif not self._running:
-            self._refold(pl_module)
+            self._merge_again(pl_module)
 
     def _require_room(self, trainer: "pl.Trainer") -> None:
         for other in _lora_callbacks(trainer):
@@ -286,9 +290,21 @@ class LoRA(Callback):
         if self.export_dir is not None and trainer.is_global_zero:
             self.export_dir.mkdir(parents=True, exist_ok=True)
 
-    def _refold(self, pl_module: "pl.LightningModule") -> None:
-        if self._was_folded and injections_of(self._root(pl_module)):
-            eject(self._root(pl_module), merge=True)
+    def _merge_again(self, pl_module: "pl.LightningModule") -> None:
+        root = self._root(pl_module)
+        if self._came == REMOVED and injections_of(root):
+            eject(root, merge=True)
+        elif self._came == MERGED and injections_of(root):
+            merge(root)
+
+    def _adapters_beneath(self, root: nn.Module) -> list[dict[str, Any]]:
+        """The adapters of an earlier stage that are merged into the base for good, if this is a new one."""
+        earlier = removed_injections(root)
+        if not earlier or any(
+            found.adapter_name == self.adapter_name and found.config == self.config for found in earlier
+        ):
+            return []
+        return forget_removed(root)
 
     def _release(self, pl_module: "pl.LightningModule") -> None:
         pl_module.__dict__.pop("configure_model", None)
@@ -297,7 +313,7 @@ class LoRA(Callback):
     def _export_adapter(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self.export_dir is not None
         root = self._root(pl_module)
-        write_adapter(root, self._injection(root), self.export_dir / ADAPTER_DIR, facts_of(trainer))
+        write_adapter(self._injection(root), self.export_dir / ADAPTER_DIR, facts_of(trainer))
 
     def _export_merged(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         assert self.export_dir is not None
@@ -309,7 +325,7 @@ class LoRA(Callback):
         return next(found for found in injections_of(root) if self._is_mine(found))
 
     def _is_in(self, pl_module: "pl.LightningModule") -> bool:
-        return any(self._is_mine(found) for _, _, found in injections(pl_module))
+        return any(self._is_mine(found) for found in injections(pl_module))
 
     def _is_mine(self, found: Injection) -> bool:
         return (found.config, found.adapter_name) == (self.config, self.adapter_name)

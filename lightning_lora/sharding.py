@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
+from torch.distributed.fsdp._common_utils import TrainingState  # which the type of the public attribute is
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_lora.fqn import clean_fqn
@@ -28,10 +29,10 @@ _FLAT = ("_param_infos", "_shapes", "_shard_param_infos", "_shared_param_infos")
 
 @dataclasses.dataclass(frozen=True)
 class FlatShard:
-    """How a parameter is cut up by FSDP.
+    """Which slice of FSDP's flat parameter a parameter is.
 
     Attributes:
-        shape: Of the whole parameter.
+        shape: Of the full parameter.
         lengths: How many of its numbers each process of the group holds, in the order of their ranks.
         rank: Of this process in the group.
         group: The processes over which it is sharded.
@@ -46,8 +47,8 @@ class FlatShard:
 
 
 # Kept here and not on the modules, so that a copied or pickled model carries no process groups.
-_stretches: "weakref.WeakKeyDictionary[nn.Module, dict[str, FlatShard]]" = weakref.WeakKeyDictionary()
-_units: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]]" = weakref.WeakKeyDictionary()
+_flat_shards: "weakref.WeakKeyDictionary[nn.Module, dict[str, FlatShard]]" = weakref.WeakKeyDictionary()
+_units: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]]" = weakref.WeakKeyDictionary()
 
 
 def unwrap_fsdp(module: nn.Module) -> nn.Module:
@@ -61,17 +62,14 @@ def register_sharding(model: nn.Module) -> None:
     Args:
         model: The whole of it, with what the strategy has put around it.
     """
-    for unit in model.modules():
+    for unit in model.modules():  # outer ones first, so that each module is left with the innermost around it
         if isinstance(unit, (FSDP, FSDPModule)):
-            for module in unit.modules():
-                units = _units.setdefault(module, [])
-                if all(known() is not unit for known in units):
-                    units.append(weakref.ref(unit))
+            _units.update((module, weakref.ref(unit)) for module in unit.modules())
         if isinstance(unit, FSDP):
-            _note_stretches(unit)
+            _register_flat_shards(unit)
 
 
-def _note_stretches(unit: FSDP) -> None:
+def _register_flat_shards(unit: FSDP) -> None:
     # torch 2.13 says in private attributes alone how a flat parameter is cut up; there they are since 2.1.
     handle = unit._handle
     if handle is None:
@@ -99,17 +97,17 @@ def _note_stretches(unit: FSDP) -> None:
     dist.all_gather(gathered, numels, group=group)
     lengths = torch.stack(gathered, 1).tolist()
     by_owner = {}
-    for info, shape, cut in zip(flat._param_infos, flat._shapes, lengths):
-        by_owner[info.module, info.param_name] = FlatShard(shape, cut, rank, group, device)
+    for info, shape, own in zip(flat._param_infos, flat._shapes, lengths):
+        by_owner[info.module, info.param_name] = FlatShard(shape, own, rank, group, device)
     for shared in flat._shared_param_infos:
         by_owner[shared.module, shared.param_name] = by_owner[shared.prim_module, shared.prim_param_name]
-    for (module, name), stretch in by_owner.items():
-        _stretches.setdefault(module, {})[name] = stretch
-    _warn_if_mixed([(getattr(module, name), stretch) for (module, name), stretch in by_owner.items()])
+    for (module, name), flat_shard in by_owner.items():
+        _flat_shards.setdefault(module, {})[name] = flat_shard
+    _warn_if_mixed([(getattr(module, name), flat_shard) for (module, name), flat_shard in by_owner.items()])
 
 
 def _warn_if_mixed(parameters: list[tuple[nn.Parameter, FlatShard]]) -> None:
-    frozen = sum(stretch.shape.numel() for parameter, stretch in parameters if not parameter.requires_grad)
+    frozen = sum(flat_shard.shape.numel() for parameter, flat_shard in parameters if not parameter.requires_grad)
     if frozen > _MIXED and any(parameter.requires_grad for parameter, _ in parameters):
         rank_zero_warn(
             f"FSDP keeps trained and {frozen:,} frozen numbers in one flat parameter, for all of which gradients are "
@@ -118,20 +116,33 @@ def _warn_if_mixed(parameters: list[tuple[nn.Parameter, FlatShard]]) -> None:
         )
 
 
-def reshard(model: nn.Module) -> None:
-    """Let go of what a forward pass has left whole, so that every process holds its parts alone."""
-    found = {id(unit): unit for module in model.modules() for ref in _units.get(module, ()) if (unit := ref())}
-    found |= {id(module): module for module in model.modules() if isinstance(module, FSDPModule)}
-    for unit in found.values():
+def _reshard(modules: Iterable[nn.Module]) -> None:
+    """Reshard the FSDP units around these modules that a forward pass left unsharded."""
+    if not dist.is_initialized():
+        return
+    for unit in {id(unit): unit for module in modules if (unit := _unit_of(module)) is not None}.values():
         if isinstance(unit, FSDPModule):
             unit.reshard()
-        elif isinstance(unit, FSDP) and _is_whole(unit):
+        elif isinstance(unit, FSDP) and _is_unsharded(unit):
+            if unit.training_state is not TrainingState.IDLE:
+                raise RuntimeError(
+                    "FSDP has the parameters of a unit in use, as inside of training_step those of the outermost one "
+                    "are, so they cannot be read, stored or exchanged now: do it outside of the forward pass, or let "
+                    "auto_wrap_policy give their module a unit of its own."
+                )
             # There is no public way but to gather it, which it is, and let go of it.
             with FSDP.summon_full_params(unit, recurse=False, writeback=False):
                 pass
 
 
-def _is_whole(unit: FSDP) -> bool:
+def _unit_of(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, (FSDP, FSDPModule)):
+        return module
+    found = _units.get(module)
+    return found() if found is not None else None
+
+
+def _is_unsharded(unit: FSDP) -> bool:
     handle = unit._handle
     if handle is None or not hasattr(handle.flat_param, "_full_param_padded"):  # not even initialized
         return False
@@ -139,8 +150,13 @@ def _is_whole(unit: FSDP) -> bool:
 
 
 def is_shard(module: nn.Module, name: str) -> bool:
-    """Whether a parameter or buffer of this very module is cut up, or is a stretch of a flat parameter."""
-    return name in _stretches.get(module, ()) or isinstance(getattr(module, name), DTensor)
+    """Whether this process holds only a shard: a ``DTensor``, or a slice of an FSDP flat parameter.
+
+    Args:
+        module: The very module that has the parameter or buffer.
+        name: Its name there.
+    """
+    return name in _flat_shards.get(module, ()) or isinstance(getattr(module, name), DTensor)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -158,12 +174,16 @@ def is_writer(model: nn.Module) -> bool:
 
 def full_shape(module: nn.Module, name: str) -> torch.Size:
     """The shape of a whole parameter."""
-    stretch = _stretches.get(module, {}).get(name)
-    return getattr(module, name).shape if stretch is None else stretch.shape
+    flat_shard = _flat_shards.get(module, {}).get(name)
+    return getattr(module, name).shape if flat_shard is None else flat_shard.shape
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Every parameter and persistent buffer under each of its names: its clean name, its module and its name there."""
+    """Every parameter and persistent buffer under each of its names: its clean name, its module and its name there.
+
+    They are shards then, where processes share them, also after a forward pass that left units unsharded.
+    """
+    _reshard(model.modules())
     for module_name, module in model.named_modules(remove_duplicate=False):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and name not in module._non_persistent_buffers_set:
@@ -171,46 +191,53 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 @torch.no_grad()
-def full_tensor(module: nn.Module, name: str, part: Tensor | None = None) -> Tensor:
-    """A whole tensor.
+def full_tensor(module: nn.Module, name: str, shard: Tensor | None = None) -> Tensor:
+    """The full tensor.
 
     Args:
         module: The module that has the parameter or buffer.
         name: Its name there.
-        part: What this process holds of it, or of another tensor that is cut up like it. By default, its own.
+        shard: What this process holds of it, or of another tensor that is sharded like it. By default, its own.
 
     Returns:
-        Its own tensor, if every process has it whole, else a new one.
+        Its own tensor, if every process has the full one, else a new one.
     """
-    part = (getattr(module, name) if part is None else part).detach()
-    if isinstance(part, DTensor):
-        on_mesh: Any = part.to(part.device_mesh.device_type)  # from where it may be offloaded to
+    _reshard([module])
+    shard = (getattr(module, name) if shard is None else shard).detach()
+    if isinstance(shard, DTensor):
+        on_mesh: Any = shard.to(shard.device_mesh.device_type)  # from where it may be offloaded to
         return on_mesh.full_tensor()  # type: ignore[no-any-return]
-    stretch = _stretches.get(module, {}).get(name)
-    if stretch is None:
-        return part
-    result = torch.empty(stretch.shape.numel(), dtype=part.dtype, device=stretch.device)
-    for rank, piece in enumerate(torch.split(result, stretch.lengths)):
+    flat_shard = _flat_shards.get(module, {}).get(name)
+    if flat_shard is None or shard.shape == flat_shard.shape:
+        return shard
+    result = torch.empty(flat_shard.shape.numel(), dtype=shard.dtype, device=flat_shard.device)
+    for rank, piece in enumerate(torch.split(result, flat_shard.lengths)):
         if piece.numel():
-            if rank == stretch.rank:
-                piece.copy_(part.flatten())
-            dist.broadcast(piece, dist.get_global_rank(stretch.group, rank), group=stretch.group)
-    return result.view(stretch.shape)
+            if rank == flat_shard.rank:
+                piece.copy_(shard.flatten())
+            dist.broadcast(piece, dist.get_global_rank(flat_shard.group, rank), group=flat_shard.group)
+    return result.view(flat_shard.shape)
 
 
 @torch.no_grad()
 def shard_of(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """What this process holds of a whole tensor that is cut up like a parameter, whose name may be dotted."""
+    """What this process holds of a tensor that is sharded like a parameter.
+
+    Args:
+        module: The module that has the parameter or buffer.
+        name: Its name there, which may be dotted.
+        tensor: The full tensor; a shard of it is returned as it is.
+    """
     module, name = _owner(module, name)
     like = getattr(module, name)
     if isinstance(tensor, DTensor):
         return tensor
     if isinstance(like, DTensor):
         return _distribute(tensor, like)
-    stretch = _stretches.get(module, {}).get(name)
-    if stretch is None:
+    flat_shard = _flat_shards.get(module, {}).get(name)
+    if flat_shard is None or tensor.shape != flat_shard.shape:
         return tensor
-    return torch.split(tensor.flatten(), stretch.lengths)[stretch.rank].clone()
+    return torch.split(tensor.flatten(), flat_shard.lengths)[flat_shard.rank].clone()
 
 
 def _distribute(tensor: Tensor, like: DTensor) -> Tensor:
@@ -220,31 +247,56 @@ def _distribute(tensor: Tensor, like: DTensor) -> Tensor:
 
 @torch.no_grad()
 def copy_full_(destination: Tensor, tensor: Tensor) -> None:
-    """Copy a whole tensor into one of a kind; into a ``DTensor``, what this process holds of it."""
+    """Copy a full tensor into another; into a ``DTensor``, what this process holds of it."""
     destination.copy_(_distribute(tensor, destination) if isinstance(destination, DTensor) else tensor)
 
 
 @torch.no_grad()
-def load_full(module: nn.Module, name: str, tensor: Tensor, part: Tensor | None = None) -> None:
-    """Give a parameter or buffer, or what is cut up like it, the values of a whole tensor; see :func:`full_tensor`."""
-    (getattr(module, name) if part is None else part).detach().copy_(shard_of(module, name, tensor))
+def load_full(module: nn.Module, name: str, tensor: Tensor, shard: Tensor | None = None) -> None:
+    """Give a parameter or buffer, or what is sharded like it, the values of a full tensor; see :func:`full_tensor`."""
+    _reshard([module])
+    (getattr(module, name) if shard is None else shard).detach().copy_(shard_of(module, name, tensor))
 
 
 @torch.no_grad()
-def swap_parameters(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
-    """Put a parameter, or what this process holds of it, in the place of another, whose name may be dotted.
+def swap_parameters(module: nn.Module, name: str, other: Tensor) -> Tensor:
+    """Put another parameter, or other values of it, in the place of a module's own.
+
+    The other takes on dtype and device of what it replaces, for the model may have been cast or moved meanwhile.
+
+    Args:
+        module: The module.
+        name: Name of the parameter or buffer, which may be dotted.
+        other: An ``nn.Parameter`` is put in the place of the object that is there. Any other tensor, full or what this
+            process holds of it, is only put under that object, so that all that hangs on it stays: hooks, attributes,
+            ties, places in optimizers. Shards are always exchanged so, since the strategy keeps the objects.
 
     Returns:
-        What was there: the very object, or a copy of it if a strategy keeps that and so must find the new values in it.
+        What was there, to be put back by this function.
+
+    Raises:
+        ValueError: If the other has no values, as it is on the meta device.
     """
     module, name = _owner(module, name)
-    before: nn.Parameter = getattr(module, name)
-    if not is_shard(module, name):
-        setattr(module, name, parameter)
-        return before
-    kept = nn.Parameter(before.detach().clone(), requires_grad=before.requires_grad)
-    before.detach().copy_(parameter)
-    return kept
+    _reshard([module])
+    here: Tensor = getattr(module, name)
+    if other.is_meta and not here.is_meta:
+        raise ValueError(
+            f"The values of {name!r} in a {type(module).__name__} were put aside while it was on the meta device, so "
+            "there are none to put back: load the weights before the adapter is injected. Nothing was changed."
+        )
+    if is_shard(module, name):
+        before = here.detach().clone()
+        here.detach().copy_(shard_of(module, name, other.detach()))
+        return nn.Parameter(before, here.requires_grad) if isinstance(other, nn.Parameter) else before
+    if other.is_floating_point() and (other.dtype, other.device) != (here.dtype, here.device):
+        other.data = other.data.to(here.device, here.dtype)
+    if isinstance(other, nn.Parameter):
+        setattr(module, name, other)
+        return here
+    before = here.data
+    here.data = other  # which neither makes a new object nor counts as a change of one that autograd has saved
+    return before
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -254,7 +306,9 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 @contextmanager
 def unsharded(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Have modules show their own parameters whole meanwhile, to be read and not changed."""
+    """Have modules show their own parameters in full meanwhile, to be read and not changed."""
+    modules = list(modules)
+    _reshard(modules)
     shown: list[tuple[nn.Module, str]] = []
     try:
         for module in modules:

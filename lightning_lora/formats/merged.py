@@ -11,7 +11,7 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from lightning_lora.model.targets import pretrained_models
-from lightning_lora.sharding import full_shape, full_tensor, is_sharded, is_writer, named_tensors, reshard
+from lightning_lora.sharding import full_shape, full_tensor, is_sharded, is_writer, named_tensors
 
 ADAPTER_DIR = "adapter"
 MERGED_DIR = "merged"
@@ -57,7 +57,6 @@ def save_merged(
 
 def _save_gathered(model: nn.Module, directory: Path, max_shard_size: str) -> None:
     """Write a model that processes share, in files of a given size, as transformers lays them out."""
-    reshard(model)
     parts: dict[int, tuple[str, nn.Module, str]] = {}
     for name, module, inner in named_tensors(model):
         parts.setdefault(id(getattr(module, inner)), (name, module, inner))  # what is tied once

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.model.fingerprint import fingerprint
-from lightning_lora.model.record import injections
+from lightning_lora.model.record import named_injections
 from lightning_lora.model.state_dict import CheckpointError
 
 FORMAT_VERSION = 1
@@ -28,9 +28,10 @@ def metadata(model: nn.Module) -> dict[str, Any]:
                 "module": name,
                 "adapter_name": injection.adapter_name,
                 "config": injection.config.to_dict(),
-                "base_fingerprint": fingerprint(root, injection),
+                "base_fingerprint": fingerprint(injection),
+                **({"beneath": injection.beneath} if injection.beneath else {}),
             }
-            for name, root, injection in injections(model)
+            for name, injection in named_injections(model)
         ],
     }
 
@@ -47,16 +48,16 @@ def check_metadata(model: nn.Module, meta: Mapping[str, Any], source: str) -> No
         meta["adapters"], key=lambda entry: _identity(entry["module"], entry["adapter_name"], entry["config"])
     )
     here = sorted(
-        injections(model), key=lambda item: _identity(item[0], item[2].adapter_name, item[2].config.to_dict())
+        named_injections(model), key=lambda item: _identity(item[0], item[1].adapter_name, item[1].config.to_dict())
     )
     saved_names = [(entry["adapter_name"], entry["module"]) for entry in saved]
-    names_here = [(injection.adapter_name, name) for name, _, injection in here]
+    names_here = [(injection.adapter_name, name) for name, injection in here]
     if saved_names != names_here:
         raise CheckpointError(
             f"{source} holds the adapters {_describe(saved_names)}, but this model has {_describe(names_here)}: give "
             "the LoRA callback the same module and adapter_name. Nothing was loaded."
         )
-    for entry, (_, root, injection) in zip(saved, here):
+    for entry, (_, injection) in zip(saved, here):
         there, here_too = _binding(LoraConfig.from_dict(entry["config"])), _binding(injection.config)
         different = [
             f"{name} ({there[name]!r} saved, {here_too[name]!r} here)"
@@ -68,11 +69,14 @@ def check_metadata(model: nn.Module, meta: Mapping[str, Any], source: str) -> No
                 f"{source} was saved with other LoRA settings: {', '.join(different)}. The adapter would compute "
                 "something else, so use the settings with which it was saved. Nothing was loaded."
             )
-        if entry["base_fingerprint"] != fingerprint(root, injection):
+        if entry["base_fingerprint"] != fingerprint(injection):
+            beneath = ", ".join(f"{each['adapter_name']!r}" for each in entry.get("beneath", []))
             raise CheckpointError(
                 f"{source} was trained on another base model: its fingerprint is {entry['base_fingerprint']}, this "
-                f"model's is {fingerprint(root, injection)}. Build the model from the pretrained weights that the "
-                "adapter was trained on; if this very model was merged before, unmerge it first. Nothing was loaded."
+                f"model's is {fingerprint(injection)}. Build the model from the pretrained weights that the "
+                "adapter was trained on; if this very model was merged before, unmerge it first. "
+                + (f"Into that base, the adapter {beneath} had been merged for good. " if beneath else "")
+                + "Nothing was loaded."
             )
 
 

@@ -23,22 +23,20 @@ from lightning_lora.formats.checkpoint import KEY, inject_from_checkpoint, read_
 from lightning_lora.formats.metadata import check_metadata
 from lightning_lora.formats.model_card import write_card
 from lightning_lora.formats.peft_config import CONFIG_FILE, config_from_peft, peft_adapters, peft_config, vera_config
-from lightning_lora.fqn import clean_fqn
 from lightning_lora.layers import LoraAdapter, TokenAdapter, VeraAdapter
-from lightning_lora.model.eject import unmerged_for_saving
 from lightning_lora.model.fingerprint import base_tensors, fingerprint_of
 from lightning_lora.model.inject import inject
 from lightning_lora.model.multi_adapter import adapters, add_adapter, delete_adapter
-from lightning_lora.model.record import Injection, adapted_layers, injections
+from lightning_lora.model.record import Injection, injections
+from lightning_lora.model.removed import restored
 from lightning_lora.model.state_dict import (
     CheckpointError,
     adapter_tensors,
     check_tensors,
     load_adapter_state_dict,
-    saved_buffers,
 )
 from lightning_lora.model.targets import pretrained_models
-from lightning_lora.sharding import full_tensor, is_writer, load_full, named_tensors, reshard, unsharded
+from lightning_lora.sharding import full_tensor, is_writer, load_full, named_tensors, unsharded
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -61,35 +59,34 @@ def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str | No
     Raises:
         ValueError: If the model has no such adapter, or several to choose from.
     """
-    with unmerged_for_saving(model):
-        return write_adapter(*_find_injection(model, adapter_name), Path(directory))
+    with restored(model):
+        return write_adapter(_find_injection(model, adapter_name), Path(directory))
 
 
-def write_adapter(root: nn.Module, injection: Injection, directory: Path, run: Mapping[str, Any] | None = None) -> Path:
-    """Write the adapter of one injection, made on ``root``, and a card; see :func:`save_adapter`.
+def write_adapter(injection: Injection, directory: Path, run: Mapping[str, Any] | None = None) -> Path:
+    """Write the adapter of one injection, and a card; see :func:`save_adapter`.
 
     Args:
-        root: The module.
         injection: The injection.
         directory: Made if it is not there.
         run: What the card says of the training run: names and values.
     """
-    prefix = _peft_root(root, injection)
-    with _whole_adapters(root, injection):
+    prefix = _peft_root(injection)
+    with _whole_adapters(injection):
         tensors = {
             # Cloned where they share memory, which safetensors refuses.
             PREFIX + peft_name[len(prefix) :]: tensor.detach().cpu().contiguous().clone()
-            for peft_name, tensor in _peft_state_dict(root, injection, plain=True).items()
+            for peft_name, tensor in _peft_state_dict(injection, plain=True).items()
         }
-    tensors.update({name: tensor.clone() for name, tensor in _projections(root, injection).items()})
-    meta = {"format": "pt", _FINGERPRINT: _fingerprint(root, injection, prefix)}
+    tensors.update({name: tensor.clone() for name, tensor in _projections(injection).items()})
+    meta = {"format": "pt", _FINGERPRINT: _fingerprint(injection, prefix)}
     if injection.config.quantizes_base:
         meta[_BASE] = str(injection.config.init_lora_weights)
-    if not is_writer(root):
+    if not is_writer(injection.root):
         return directory
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / WEIGHTS_FILE, meta)
-    settings = (vera_config if injection.config.use_vera else peft_config)(root, injection, prefix)
+    settings = (vera_config if injection.config.use_vera else peft_config)(injection, prefix)
     (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     write_card(directory, settings, run)
     return directory
@@ -122,10 +119,10 @@ def load_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = 
             hf_models = list(pretrained_models(model).values())
             inject(hf_models[0] if len(hf_models) == 1 else model, config, name)
         elif name not in before:
-            add_adapter(_find_injection(model, before[0])[0], config, name)
+            add_adapter(_find_injection(model, before[0]).root, config, name)
     with _taken_out_again(model, before):
         if path.is_dir():
-            _load_tensors(*_find_injection(model, name), path, config)
+            _load_tensors(_find_injection(model, name), path, config)
         else:
             _load_checkpoint(model, path, fresh=not before)
     return model
@@ -142,25 +139,25 @@ def _taken_out_again(model: nn.Module, before: list[str]) -> Iterator[None]:
         raise
 
 
-def read_adapter(root: nn.Module, injection: Injection, directory: Path) -> None:
-    """Load a directory's tensors into the adapter of one injection, made on ``root``; see :func:`load_adapter`."""
-    _load_tensors(root, injection, directory, _read_config(directory))
+def read_adapter(injection: Injection, directory: Path) -> None:
+    """Load a directory's tensors into the adapter of one injection; see :func:`load_adapter`."""
+    _load_tensors(injection, directory, _read_config(directory))
 
 
-def _load_tensors(root: nn.Module, injection: Injection, directory: Path, saved: LoraConfig) -> None:
+def _load_tensors(injection: Injection, directory: Path, saved: LoraConfig) -> None:
     tensors, meta = read_tensors(directory)
     _require_same_quantization(injection.config, meta, directory)
-    _require_tokens(root, injection, directory, saved)
+    _require_tokens(injection, directory, saved)
     _require_same_kind(injection.config, directory, saved)
-    _require_scaling(root, injection, directory, saved)
-    prefix = _peft_root(root, injection)
-    base = _fingerprint(root, injection, prefix)
+    _require_scaling(injection, directory, saved)
+    prefix = _peft_root(injection)
+    base = _fingerprint(injection, prefix)
     if meta.get(_FINGERPRINT, base) != base:
         raise CheckpointError(
             f"{directory} was trained on another base model: its fingerprint is {meta[_FINGERPRINT]}, this model's is "
             f"{base}. Load it onto the pretrained weights that it was trained on. Nothing was loaded."
         )
-    _put_tensors(root, injection, tensors, str(directory))
+    _put_tensors(injection, tensors, str(directory))
 
 
 def load_tensors(
@@ -174,16 +171,17 @@ def load_tensors(
     before = list(adapters(root))
     inject(root, config, adapter_name)
     with _taken_out_again(root, before):
-        found, injection = _find_injection(root, adapter_name)
-        _put_tensors(found, injection, {PREFIX + name: tensor for name, tensor in tensors.items()}, source)
+        _put_tensors(
+            _find_injection(root, adapter_name), {PREFIX + name: tensor for name, tensor in tensors.items()}, source
+        )
     return root
 
 
-def _put_tensors(root: nn.Module, injection: Injection, tensors: dict[str, Tensor], source: str) -> None:
+def _put_tensors(injection: Injection, tensors: dict[str, Tensor], source: str) -> None:
     """Require that tensors under PEFT's names are those of the adapter, then take them over."""
-    prefix = _peft_root(root, injection)
-    with _whole_adapters(root, injection):
-        expected = _peft_state_dict(root, injection)
+    prefix = _peft_root(injection)
+    with _whole_adapters(injection):
+        expected = _peft_state_dict(injection)
     expected = {PREFIX + name[len(prefix) :]: tensor for name, tensor in expected.items()}
     # With an adapted input or output embedding, PEFT writes the base's weight of it too.
     of_base = {
@@ -192,7 +190,7 @@ def _put_tensors(root: nn.Module, injection: Injection, tensors: dict[str, Tenso
         for wrapper in ("", ".token_adapter")
     }
     tensors = {name: tensor for name, tensor in tensors.items() if name not in of_base}
-    for name, projection in _projections(root, injection).items():
+    for name, projection in _projections(injection).items():
         if not _same_but_for_rounding(tensors.pop(name, projection), projection):
             raise CheckpointError(
                 f"{source} has another {name} than seed={injection.config.seed} and r={injection.config.r} give here, "
@@ -201,9 +199,9 @@ def _put_tensors(root: nn.Module, injection: Injection, tensors: dict[str, Tenso
             )
     check_tensors(expected, tensors, source)
     own: list[tuple[nn.Module, str, Tensor, Tensor | None]] = []
-    for name, (module, attribute, part) in _saved_in_full(root, injection).items():
+    for name, (module, attribute, part) in _saved_in_full(injection).items():
         own.append((module, attribute, tensors[PREFIX + name[len(prefix) :]], part))
-    for name, adapter in peft_adapters(root, injection):
+    for name, adapter in peft_adapters(injection):
         full_names = {inner: f"{name}.{inner}".lstrip(".")[len(prefix) :] for inner in adapter.peft_tensors()}
         theirs = {inner: tensors[PREFIX + full_name] for inner, full_name in full_names.items()}
         try:
@@ -215,9 +213,8 @@ def _put_tensors(root: nn.Module, injection: Injection, tensors: dict[str, Tenso
 
 
 @contextmanager
-def _whole_adapters(root: nn.Module, injection: Injection) -> Iterator[None]:
-    reshard(root)
-    with unsharded(module for _, layer in adapted_layers(root, injection) for module in layer.lora.modules()):
+def _whole_adapters(injection: Injection) -> Iterator[None]:
+    with unsharded(module for _, layer in injection.layers() for module in layer.lora.modules()):
         yield
 
 
@@ -248,10 +245,10 @@ def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=eps, atol=1e-6)
 
 
-def _require_scaling(root: nn.Module, injection: Injection, directory: Path, saved: LoraConfig) -> None:
+def _require_scaling(injection: Injection, directory: Path, saved: LoraConfig) -> None:
     """Require that A and B are scaled here as they were there."""
-    prefix = _peft_root(root, injection)
-    for _, adapter in peft_adapters(root, injection):
+    prefix = _peft_root(injection)
+    for _, adapter in peft_adapters(injection):
         if isinstance(adapter, LoraAdapter):
             theirs = saved.scaling(adapter.layer_name[len(prefix) :])
             if not math.isclose(theirs, adapter.scaling, rel_tol=1e-6):
@@ -262,11 +259,11 @@ def _require_scaling(root: nn.Module, injection: Injection, directory: Path, sav
                 )
 
 
-def _require_tokens(root: nn.Module, injection: Injection, directory: Path, saved: LoraConfig) -> None:
+def _require_tokens(injection: Injection, directory: Path, saved: LoraConfig) -> None:
     """Require that the rows in a directory are those of the tokens whose rows are trained here, in this order."""
     chosen = saved.trainable_token_indices or []
     there = sorted(chosen.values() if isinstance(chosen, dict) else [chosen] if chosen else [])
-    here = sorted(list(a.tokens) for _, a in peft_adapters(root, injection) if isinstance(a, TokenAdapter))
+    here = sorted(list(a.tokens) for _, a in peft_adapters(injection) if isinstance(a, TokenAdapter))
     if there != here:
         raise CheckpointError(
             f"{directory} holds rows of the tokens {', '.join(map(str, there)) or 'none'}, but those trained here are "
@@ -330,11 +327,11 @@ def _open(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _find_injection(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module, Injection]:
-    every = [(root, injection) for _, root, injection in injections(model)]
-    found = [(root, injection) for root, injection in every if adapter_name in (None, injection.adapter_name)]
+def _find_injection(model: nn.Module, adapter_name: str | None) -> Injection:
+    every = injections(model)
+    found = [injection for injection in every if adapter_name in (None, injection.adapter_name)]
     if len(found) != 1:
-        names = ", ".join(repr(injection.adapter_name) for _, injection in every)
+        names = ", ".join(repr(injection.adapter_name) for injection in every)
         raise ValueError(
             f"PEFT's format holds one adapter, and this {type(model).__name__} has {len(found)}"
             + (f" named {adapter_name!r}" if adapter_name else "")
@@ -347,49 +344,53 @@ def _find_injection(model: nn.Module, adapter_name: str | None) -> tuple[nn.Modu
     return found[0]
 
 
-def _fingerprint(root: nn.Module, injection: Injection, prefix: str) -> str:
+def _fingerprint(injection: Injection, prefix: str) -> str:
     """The base's fingerprint under the names that it has in the model that PEFT would wrap."""
-    tensors = base_tensors(root, injection)
+    tensors = base_tensors(injection)
     return fingerprint_of((name[len(prefix) :], tensor) for name, tensor in tensors if name.startswith(prefix))
 
 
-def _peft_state_dict(root: nn.Module, injection: Injection, plain: bool = False) -> dict[str, Tensor]:
+def _peft_state_dict(injection: Injection, plain: bool = False) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names, before the prefix."""
     tensors: dict[str, Tensor] = {}
-    for name, adapter in peft_adapters(root, injection):
+    for name, adapter in peft_adapters(injection):
         for peft_name, tensor in (adapter.plain_tensors() if plain else adapter.peft_tensors()).items():
             tensors[f"{name}.{peft_name}".lstrip(".")] = tensor
-    saved = _saved_in_full(root, injection)
+    saved = _saved_in_full(injection)
     return {**tensors, **{name: full_tensor(*found) for name, found in saved.items()}}
 
 
-def _saved_in_full(root: nn.Module, injection: Injection) -> dict[str, tuple[nn.Module, str, Tensor]]:
+def _saved_in_full(injection: Injection) -> dict[str, tuple[nn.Module, str, Tensor | None]]:
     """What is trained in full, under PEFT's names: its module, its name there, and what this process holds of it."""
-    found: dict[str, tuple[nn.Module, str, Tensor]] = {}
+    found: dict[str, tuple[nn.Module, str, Tensor | None]] = {}
     # PEFT wraps an adapted layer, whose own bias then is one level down.
     wrapped = {
         f"{name}{inner}": f"{name}{peft_inner}"
-        for name, layer in adapted_layers(root, injection)
+        for name, layer in injection.layers()
         for inner, peft_inner in layer.peft_wrapped().items()
     }
-    parts = {**injection.trained, **{clean_fqn(name): buffer for name, buffer in saved_buffers(root, injection)}}
-    for name, module, inner in named_tensors(root):
-        if name in parts:
+    names = {*injection.trained, *(name for name in injection.aside if injection.saves(name))}
+    for name, module, inner in named_tensors(injection.root):
+        if name in names:
             owner, _, attribute = name.rpartition(".")
-            found[f"{wrapped.get(owner, owner)}.{attribute}".lstrip(".")] = module, inner, parts[name]
+            found[f"{wrapped.get(owner, owner)}.{attribute}".lstrip(".")] = (
+                module,
+                inner,
+                None if injection.in_place else injection.aside[name],
+            )
     return found
 
 
-def _peft_root(root: nn.Module, injection: Injection) -> str:
+def _peft_root(injection: Injection) -> str:
     """The name, with a dot, of the transformers model that holds all that the injection trains; else none."""
     names = [*injection.targets, *injection.trained]
-    for hf_name in pretrained_models(root):
+    for hf_name in pretrained_models(injection.root):
         if hf_name and all(name.startswith(f"{hf_name}.") for name in names):
             return f"{hf_name}."
     return ""
 
 
-def _projections(root: nn.Module, injection: Injection) -> dict[str, Tensor]:
+def _projections(injection: Injection) -> dict[str, Tensor]:
     """The pair that the layers of a VeRA share, under PEFT's names."""
-    shared = [adapter.projections for _, adapter in peft_adapters(root, injection) if isinstance(adapter, VeraAdapter)]
+    shared = [adapter.projections for _, adapter in peft_adapters(injection) if isinstance(adapter, VeraAdapter)]
     return {f"base_model.{name}": tensor.cpu() for name, tensor in shared[0].tensors().items()} if shared else {}

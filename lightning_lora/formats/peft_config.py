@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers import Adapter, LoraAdapter, LoraParameters, TokenAdapter
-from lightning_lora.model.record import Injection, adapted_layers
+from lightning_lora.model.record import Injection
 from lightning_lora.model.state_dict import (
     CheckpointError,
 )
@@ -27,10 +25,10 @@ _SHARED = (
 )  # fmt: skip
 
 
-def _ranks(root: nn.Module, injection: Injection) -> dict[str, Any]:
+def _ranks(injection: Injection) -> dict[str, Any]:
     """The rank of each adapter in the export, and the alpha that gives its scaling: the most common, and the others."""
     ranks, alphas = {}, {}
-    for _, adapter in peft_adapters(root, injection):
+    for _, adapter in peft_adapters(injection):
         if not isinstance(adapter, LoraAdapter):
             continue
         rank = ranks[adapter.layer_name] = adapter.r * adapter.rank_factor
@@ -47,11 +45,11 @@ def _ranks(root: nn.Module, injection: Injection) -> dict[str, Any]:
     }
 
 
-def peft_config(root: nn.Module, injection: Injection, prefix: str) -> dict[str, Any]:
+def peft_config(injection: Injection, prefix: str) -> dict[str, Any]:
     config = injection.config
-    base = root.get_submodule(prefix.rstrip("."))
-    layers = list(adapted_layers(root, injection))
-    tokens = {name: a.tokens for name, a in peft_adapters(root, injection) if isinstance(a, TokenAdapter)}
+    base = injection.root.get_submodule(prefix.rstrip("."))
+    layers = list(injection.layers())
+    tokens = {name: a.tokens for name, a in peft_adapters(injection) if isinstance(a, TokenAdapter)}
     names = sorted(name[len(prefix) :] for name, layer in layers if layer.is_module_target)
     base_name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
     return {
@@ -60,7 +58,7 @@ def peft_config(root: nn.Module, injection: Injection, prefix: str) -> dict[str,
         "task_type": None,
         "inference_mode": True,
         **{name: getattr(config, name) for name in _SHARED},
-        **_ranks(root, injection),
+        **_ranks(injection),
         # The names themselves, so that globs and regular expressions mean the same to PEFT.
         "target_modules": names or ([] if config.target_parameters else _NO_LAYERS),
         "target_parameters": sorted(
@@ -80,9 +78,9 @@ def peft_config(root: nn.Module, injection: Injection, prefix: str) -> dict[str,
     }
 
 
-def vera_config(root: nn.Module, injection: Injection, prefix: str) -> dict[str, Any]:
+def vera_config(injection: Injection, prefix: str) -> dict[str, Any]:
     """The same for VeRA, which PEFT has a type of its own for."""
-    config, plain = injection.config, peft_config(root, injection, prefix)
+    config, plain = injection.config, peft_config(injection, prefix)
     kept = ("base_model_name_or_path", "task_type", "inference_mode", "target_modules", "modules_to_save")
     return {
         "peft_type": "VERA",
@@ -141,10 +139,10 @@ def config_from_peft(settings: dict[str, Any], directory: Path) -> LoraConfig:
 CONFIG_FILE = "adapter_config.json"
 
 
-def peft_adapters(root: nn.Module, injection: Injection) -> Iterator[tuple[str, Adapter]]:
+def peft_adapters(injection: Injection) -> Iterator[tuple[str, Adapter]]:
     """The adapters of one injection, each under the name that its layer has in PEFT, the first if it has several."""
     seen = set()
-    for name, layer in adapted_layers(root, injection):
+    for name, layer in injection.layers():
         for suffix, adapter in layer.peft_adapters(injection.adapter_name).items():
             if adapter not in seen:
                 seen.add(adapter)

@@ -1,7 +1,7 @@
 """What every adapted layer shares: the adapter module, and the class that a base layer takes on while adapted."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers.functional import add_low_rank_by_sample
 from lightning_lora.layers.init import fill_
+from lightning_lora.layers.seal import Seal
 from lightning_lora.sharding import shard_of, swap_parameters, unsharded, unwrap_fsdp
 
 
@@ -192,8 +193,11 @@ class LoraLayer(nn.Module):
 
     lora: nn.ModuleDict
     weight: nn.Parameter
-    _base_weights: dict[str, nn.Parameter]  # while adapters are folded in: by name, the parameters before
-    _active: list[str]  # names of the adapters at work
+    # What forward looks at is replaced and never changed in place, so that compiled code has guards on it.
+    _active: tuple[str, ...]  # names of the active adapters
+    _merged: bool  # whether they are merged into the weights
+    _aside: dict[str, Tensor]  # meanwhile, by name, the base's own parameters or their values
+    _seals: dict[str, Seal]  # by the same names, seals on the merged ones
     _rows: dict[str, Tensor] | None  # for a batch of several adapters' samples: by adapter, the samples
 
     @classmethod
@@ -229,7 +233,7 @@ class LoraLayer(nn.Module):
         out: Tensor = super().forward(x, *args, **kwargs)
         if self._rows is not None:
             return self._add_by_sample(x, out, self._rows)
-        if not self.merged:
+        if not self._merged:
             for name in self._active:
                 out = self.lora[name](x, out, self)
         return out
@@ -268,15 +272,24 @@ class LoraLayer(nn.Module):
         return {"": ".base_layer"}
 
     @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the active adapters."""
+        return self._active
+
+    @active.setter
+    def active(self, names: Iterable[str]) -> None:
+        self.__dict__["_active"] = tuple(names)
+
+    @property
     def merged(self) -> bool:
-        """Whether the adapters are folded into the weights."""
-        return bool(self._base_weights)
+        """Whether the active adapters are merged into the weights."""
+        return self._merged
 
     @torch.no_grad()
-    def merged_weights(self) -> dict[str, nn.Parameter]:
-        """By name, the parameters with all adapters folded in, each rounded once to the parameter's dtype.
+    def merged_weights(self) -> dict[str, Tensor]:
+        """By name, the parameters with all active adapters merged in, each rounded once to the parameter's dtype.
 
-        Of a parameter that processes share, each gets what it holds of it.
+        Of a parameter that processes share, each gets its shard.
 
         Raises:
             ValueError: If one holds a NaN or an infinity.
@@ -288,29 +301,47 @@ class LoraLayer(nn.Module):
                 for adapter in self.adapters_on(name):
                     total = adapter.fold(total)
                 merged[name] = total.to(parameter.dtype)
+                if merged[name] is parameter:  # no adapter is active
+                    merged[name] = parameter.detach().clone()
                 if not is_finite(merged[name]):
                     raise ValueError(
                         f"Folding the adapter into a {type(self).__name__} of {parameter.dtype} gives a NaN or an "
                         "infinity: the adapter has diverged, or the weight's dtype is too narrow. Nothing was "
                         "changed. Take an earlier checkpoint, or merge in float32."
                     )
-        return {
-            name: nn.Parameter(shard_of(self, name, tensor), requires_grad=False) for name, tensor in merged.items()
-        }
+        return {name: shard_of(self, name, tensor) for name, tensor in merged.items()}
 
-    def merge(self, merged_weights: dict[str, nn.Parameter]) -> None:
-        """Put merged parameters in the place of the base's, which are kept as they are for :meth:`unmerge`."""
-        # New parameters, not changes of the old ones: a layer tied to this one keeps the base weight.
+    def merge(self, merged_weights: Mapping[str, Tensor]) -> None:
+        """Put merged parameters, or the values of them, in the place of the base's, which are kept for :meth:`unmerge`."""
         for name, merged in merged_weights.items():
-            self._base_weights[name] = swap_parameters(self, name, merged)
+            self._aside[name] = swap_parameters(self, name, merged)
+            self._seals[name] = Seal(self._parameter(name))
+        self.__dict__["_merged"] = True
+
+    def merge_like(self, other: "LoraLayer") -> None:
+        """Be merged by what was done to another layer, with which this one shares adapters and parameters."""
+        self.__dict__.update(_aside=other._aside, _seals=other._seals, _merged=True)
 
     def unmerge(self) -> None:
         """Put the base's parameters back, bit for bit."""
-        for name, base_weight in self._base_weights.items():
-            merged = swap_parameters(self, name, base_weight)
-            # It was out of sight if the model moved to another device meanwhile.
-            base_weight.data = base_weight.data.to(merged.device)
-        self._base_weights.clear()
+        for name, base_weight in self._aside.items():
+            swap_parameters(self, name, base_weight)
+        self.forget_base()
+
+    def forget_base(self) -> None:
+        """Take the weights as they are now for the base's."""
+        self._aside.clear()  # which layers that are merged like this one share
+        self._seals.clear()
+        self.__dict__.update(_aside={}, _seals={}, _merged=False)
+
+    def is_as_merged(self) -> bool:
+        """Whether the weights are still those that :meth:`merge` put there."""
+        return all(seal.fits(self._parameter(name)) for name, seal in self._seals.items())
+
+    def _parameter(self, name: str) -> Tensor:
+        owner_name, _, attribute = name.rpartition(".")
+        found: Tensor = getattr(self.get_submodule(owner_name), attribute)
+        return found
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name.startswith("lora."):

@@ -133,7 +133,7 @@ class LoraLinear(LoraLayer):
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether base and adapter can run as one: a single LoRA on the forward of ``nn.Linear``."""
-        if self.merged or len(self._active) != 1 or self._rows is not None or type(self.weight) not in _PLAIN:
+        if self._merged or len(self._active) != 1 or self._rows is not None or type(self.weight) not in _PLAIN:
             return False
         adapter = self.lora[self._active[0]]
         return (

@@ -115,7 +115,7 @@ class LoraParameters(LoraLayer):
                 f"adapters_for cannot choose an adapter for each sample in a {base_class(self).__name__}, which reads "
                 "its weights as a whole: run the samples of each adapter by themselves, with set_adapter."
             )
-        with nullcontext() if self.merged else self._reading_effective():
+        with nullcontext() if self._merged else self._reading_effective():
             return super(LoraLayer, self).forward(*args, **kwargs)  # the base's, to which nothing is added
 
     @contextmanager

@@ -60,7 +60,7 @@ def _has_tokens(layer: LoraLayer) -> bool:
 
 
 def _active_in(layers: dict[str, LoraLayer]) -> set[str]:
-    return {name for layer in layers.values() for name in layer._active}
+    return {name for layer in layers.values() for name in layer.active}
 
 
 def warn_of_ties(model: nn.Module, targets: dict[str, Target]) -> None:

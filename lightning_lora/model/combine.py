@@ -11,7 +11,7 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.layers import LoraAdapter
 from lightning_lora.layers.init import generator_for
 from lightning_lora.model.multi_adapter import add_adapter
-from lightning_lora.model.record import Injection, adapted_layers, injections
+from lightning_lora.model.record import Injection, injections
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -57,10 +57,10 @@ def combine_adapters(
     """
     factors = list(weights) if weights is not None else [1.0] * len(adapter_names)
     _check_settings(adapter_names, factors, method, density)
-    root, chosen = _find(model, adapter_names)
+    chosen = _find(model, adapter_names)
     parts: dict[str, list[tuple[LoraAdapter, float]]] = {}
     for injection, factor in zip(chosen, factors):
-        for name, layer in adapted_layers(root, injection):
+        for name, layer in injection.layers():
             adapter = layer.lora[injection.adapter_name]
             _require_factors(name, adapter, method)
             parts.setdefault(name, []).append((adapter, factor))  # type: ignore[arg-type]
@@ -76,8 +76,8 @@ def combine_adapters(
         target_modules=list(made),
         modules_to_save=None,
     )
-    add_adapter(root, config, new_name)
-    for name, layer in adapted_layers(root, _find(model, [new_name])[1][0]):
+    add_adapter(chosen[0].root, config, new_name)
+    for name, layer in _find(model, [new_name])[0].layers():
         new: Any = layer.lora[new_name]
         for parameter, value in zip((new.lora_A, new.lora_B), made[name]):
             parameter.copy_(value)
@@ -163,24 +163,23 @@ def _check_settings(names: Sequence[str], weights: list[float], method: str, den
         raise ValueError(f"density is {density!r}, but it must lie in (0, 1]: 0.5 keeps half of the values.")
 
 
-def _find(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, list[Injection]]:
-    found = {injection.adapter_name: (root, injection) for _, root, injection in injections(model)}
+def _find(model: nn.Module, names: Sequence[str]) -> list[Injection]:
+    found = {injection.adapter_name: injection for injection in injections(model)}
     unknown = [name for name in names if name not in found]
     if unknown:
         raise ValueError(
             f"The model has no adapter {unknown[0]!r}; it has {', '.join(map(repr, found)) or 'none'}: load it first."
         )
-    roots = [found[name][0] for name in names]
-    chosen = [found[name][1] for name in names]
-    full = [injection.adapter_name for injection in chosen if injection.trained or injection.whole]
-    if full or any(root is not roots[0] for root in roots):
+    chosen = [found[name] for name in names]
+    full = [injection.adapter_name for injection in chosen if injection.aside]
+    if full or any(injection.root is not chosen[0].root for injection in chosen):
         raise ValueError(
             f"{full[0]!r} trains parameters in full or starts at a part of the base, which cannot be combined."
             if full
             else f"The adapters {', '.join(map(repr, names))} were put into different modules of the model: combine "
             "those of one module."
         )
-    return roots[0], chosen
+    return chosen
 
 
 def _require_equal_ranks(parts: dict[str, list[tuple[LoraAdapter, float]]], method: str) -> None:

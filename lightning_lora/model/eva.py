@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_lora.eval_mode import evaluating
 from lightning_lora.layers import LoraAdapter, LoraLayer
-from lightning_lora.model.record import Injection, adapted_layers, injections
+from lightning_lora.model.record import Injection, injections
 
 KIND = "eva"
 TAU = 0.99
@@ -53,7 +53,7 @@ def initialize_eva(
         ValueError: If there is no such adapter, if it is trained already, or if no layer saw any input. No adapter is
             changed then.
     """
-    wanted = [(root, found) for _, root, found in injections(model) if found.config.init_lora_weights == KIND]
+    wanted = [found for found in injections(model) if found.config.init_lora_weights == KIND]
     if not wanted:
         raise ValueError(
             f"There is no adapter in this {type(model).__name__} that starts from data: inject one with "
@@ -72,31 +72,31 @@ def initialize_eva(
     return model
 
 
-def is_untrained(root: nn.Module, injection: Injection) -> bool:
+def is_untrained(injection: Injection) -> bool:
     """Whether an adapter still changes nothing."""
-    return not any(adapter.lora_B.any() for _, _, adapter in _adapters(root, injection))
+    return not any(adapter.lora_B.any() for _, _, adapter in _adapters(injection))
 
 
 class EvaStart:
     """The start of adapters, while their layers' inputs go by.
 
     Args:
-        wanted: The injections, each with the module that it was made on.
+        wanted: The injections.
         tau: See :func:`initialize_eva`.
 
     Raises:
         ValueError: If one of the adapters is trained already.
     """
 
-    def __init__(self, wanted: list[tuple[nn.Module, Injection]], tau: float = TAU) -> None:
-        trained = [injection.adapter_name for root, injection in wanted if not is_untrained(root, injection)]
+    def __init__(self, wanted: list[Injection], tau: float = TAU) -> None:
+        trained = [injection.adapter_name for injection in wanted if not is_untrained(injection)]
         if trained:
             raise ValueError(
                 f"The adapter {trained[0]!r} is trained already, and another A would change what it computes: "
                 "initialize it right after injecting it, before training and loading."
             )
-        self._injections = [injection for _, injection in wanted]
-        found = [item for root, injection in wanted for item in _adapters(root, injection)]
+        self._injections = wanted
+        found = [item for injection in wanted for item in _adapters(injection)]
         self._layers: dict[str, LoraLayer] = {name: layer for name, layer, _ in found}
         self._adapters: dict[str, LoraAdapter] = {name: adapter for name, _, adapter in found}
         self._tau = tau
@@ -259,8 +259,8 @@ def _largest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, right.t()
 
 
-def _adapters(root: nn.Module, injection: Injection) -> Iterator[tuple[str, LoraLayer, LoraAdapter]]:
-    for name, layer in adapted_layers(root, injection):
+def _adapters(injection: Injection) -> Iterator[tuple[str, LoraLayer, LoraAdapter]]:
+    for name, layer in injection.layers():
         adapter = layer.lora[injection.adapter_name]
         assert isinstance(adapter, LoraAdapter)
         yield name, layer, adapter

@@ -4,18 +4,17 @@ import hashlib
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
+from lightning_lora.fqn import clean_fqn
 from lightning_lora.layers import LoraLayer
-from lightning_lora.model.record import Injection, adapted_layers, injections_of
-from lightning_lora.model.state_dict import is_saved
-from lightning_lora.sharding import full_shape, full_tensor, named_tensors, reshard
+from lightning_lora.model.record import Injection, injections_of
+from lightning_lora.sharding import full_tensor, named_tensors
 
 _SAMPLES = 16
 
 
-def fingerprint(root: nn.Module, injection: Injection) -> str:
+def fingerprint(injection: Injection) -> str:
     """A short number for the frozen base under an injection, computed once.
 
     It covers the name and shape of every frozen parameter and persistent buffer, and 16 values spread evenly over
@@ -23,10 +22,9 @@ def fingerprint(root: nn.Module, injection: Injection) -> str:
     Trainer casts it to bfloat16.
     """
     if injection.fingerprint is None:
-        reshard(root)
-        if any(tensor.is_meta for tensor in root.parameters()):
+        if any(tensor.is_meta for tensor in injection.root.parameters()):
             return "unknown until the model is materialized"
-        injection.fingerprint = fingerprint_of(base_tensors(root, injection))
+        injection.fingerprint = fingerprint_of(base_tensors(injection))
     return injection.fingerprint
 
 
@@ -50,30 +48,21 @@ def _samples(tensor: Tensor) -> bytes:
     return flat[where.long().to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
 
 
-def base_tensors(root: nn.Module, injection: Injection) -> Iterator[tuple[str, Tensor]]:
+def base_tensors(injection: Injection) -> Iterator[tuple[str, Tensor]]:
     """The frozen parameters and persistent buffers under an injection, as they are when nothing is merged.
 
-    Where processes share them, each is made whole as it comes.
+    Where processes share them, each is made full as it comes.
     """
-    unmerged: dict[str, Tensor] = {
-        f"{name}.{parameter}".lstrip("."): base_weight
-        for name, layer in adapted_layers(root, injection)
-        for parameter, base_weight in layer._base_weights.items()
-    }
+    root = injection.root
+    layers = [(clean_fqn(name), module) for name, module in root.named_modules() if isinstance(module, LoraLayer)]
+    of_base = {f"{name}.{inner}".lstrip("."): base for name, layer in layers for inner, base in layer._aside.items()}
     for each in injections_of(root):
-        unmerged.update(each.whole)
-        unmerged.update({} if each is injection else each.originals)  # what it trains is base to this one
-    adapters = {id(p) for m in root.modules() if isinstance(m, LoraLayer) for p in m.lora.parameters()}
+        if each.in_place:
+            of_base.update(each.aside)
+    # What this injection trains is none of its base; what another one trains is.
+    trained = {id(injection.tensor(name)) for name in injection.trained}
+    trained |= {id(parameter) for _, layer in layers for parameter in layer.lora.parameters()}
     for name, module, inner in named_tensors(root):
-        if inner in module._parameters:
-            if id(getattr(module, inner)) not in adapters and name not in injection.trained:
-                yield name, _whole(module, inner, unmerged.get(name))
-        elif not is_saved(name, injection):
-            yield name, full_tensor(module, inner)
-
-
-def _whole(module: nn.Module, name: str, tensor: Tensor | None) -> Tensor:
-    """A whole tensor, given what this process holds of it or, as before it was sharded, all."""
-    if tensor is not None and tensor.shape == full_shape(module, name) and not isinstance(tensor, DTensor):
-        return tensor
-    return full_tensor(module, name, tensor)
+        is_buffer = inner in module._buffers
+        if id(getattr(module, inner)) not in trained and not (is_buffer and injection.saves(name)):
+            yield name, full_tensor(module, inner, of_base.get(name))

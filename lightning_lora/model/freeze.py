@@ -1,13 +1,14 @@
 """Freeze a base and thaw it: parameters, running statistics, and torch's fused encoder path."""
 
+import weakref
 from functools import cache
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_lora.fqn import is_submodule
-from lightning_lora.model.record import Injection, parameters_by_name
+from lightning_lora.fqn import clean_fqn, is_submodule
+from lightning_lora.model.record import Injection, base_parameters, parameters_by_name
 from lightning_lora.model.targets import modules_by_name
 
 _ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -16,16 +17,17 @@ _ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 class FrozenNorm(nn.Module):
     """A normalization layer of the base with running statistics: it uses them, and no training step moves them.
 
-    Whatever mode is asked for, the layer works as in evaluation. The mode asked for is what it has when it is thawed.
+    Whatever its mode, it runs as in evaluation. The mode itself is the one that was asked for, so that whoever notes
+    modes and puts them back, as Lightning does around a validation, puts back the right one.
     """
 
-    @property
-    def training(self) -> bool:
-        return False
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        self.__dict__["training"] = mode
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mode = self.training
+        self.training = False
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.training = mode
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]
@@ -42,35 +44,53 @@ def _new_frozen_norm(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def freeze_norms(model: nn.Module, injection: Injection) -> None:
-    for name, module in modules_by_name(model).items():
-        inside_saved = any(is_submodule(name, saved) for saved in injection.saved)
+def freeze(injection: Injection) -> None:
+    """Freeze the base under an injection: what it does not train gets no gradient, and its statistics stand still."""
+    for name, parameter in base_parameters(injection.root):
+        if parameter.requires_grad:
+            injection.frozen.append(clean_fqn(name))
+            parameter.requires_grad_(False)
+    freeze_norms(injection)
+    _leave_fused_path(injection)
+
+
+def freeze_norms(injection: Injection) -> None:
+    """Freeze the running statistics of normalization layers, also of those that have come since an earlier call."""
+    for name, module in modules_by_name(injection.root).items():
         tracks = isinstance(module, _NormBase) and module.track_running_stats
-        if tracks and not inside_saved and not isinstance(module, FrozenNorm):
-            injection.frozen_norms.append(name)
+        if tracks and not injection.saves(name) and not isinstance(module, FrozenNorm):
             module.__class__ = _frozen_norm_class(type(module))  # type: ignore[arg-type]
+            injection.frozen_norms.add(module)
 
 
-def leave_fused_path(model: nn.Module, injection: Injection) -> None:
+def _leave_fused_path(injection: Injection) -> None:
     """Have torch's transformer encoders call their layers in eval mode too, where they else read the weights alone."""
-    for name, module in modules_by_name(model).items():
+    for name, module in modules_by_name(injection.root).items():
         if isinstance(module, _ENCODERS) and any(is_submodule(target, name) for target in injection.targets):
             for switch in ("activation_relu_or_gelu", "use_nested_tensor"):
                 if getattr(module, switch, False):
-                    injection.fused[f"{name}.{switch}"] = getattr(module, switch)
+                    injection.fused.append((weakref.ref(module), switch, getattr(module, switch)))
                     setattr(module, switch, False)
 
 
-def thaw(model: nn.Module, injection: Injection) -> None:
-    parameters = parameters_by_name(model)
-    for name in injection.frozen:
-        parameters[name].requires_grad_(True)
-    modules = modules_by_name(model)
-    for name in injection.frozen_norms:
-        norm = modules[name]
-        norm.__class__ = type(norm).__bases__[1]
-    injection.frozen_norms = []
-    for name, value in injection.fused.items():
-        owner, _, switch = name.rpartition(".")
-        setattr(modules[owner], switch, value)
-    injection.fused = {}
+def thaw(injection: Injection) -> None:
+    """Undo :func:`freeze`."""
+    parameters = parameters_by_name(injection.root)
+    for name in (*injection.trained, *injection.frozen):
+        if name in parameters:  # pruning and parametrizations rename
+            parameters[name].requires_grad_(name in injection.frozen)
+    for norm in injection.frozen_norms:
+        if isinstance(norm, FrozenNorm):
+            norm.__class__ = type(norm).__bases__[1]
+    for module, switch, value in injection.fused:
+        if (found := module()) is not None:
+            setattr(found, switch, value)
+    injection.frozen, injection.fused = [], []
+    injection.frozen_norms.clear()
+
+
+def hand_over(injection: Injection, other: Injection) -> None:
+    """Leave it to another injection to thaw what this one has frozen."""
+    other.frozen += injection.frozen
+    other.frozen_norms |= injection.frozen_norms
+    other.fused += injection.fused

@@ -1,35 +1,21 @@
-"""Put adapters into a model and take them out: swap layers' classes, freeze and thaw.
+"""Put adapters into a model: check, build, freeze the base, and give the layers their new classes.
 
-Everything that an injection did is noted in one :class:`Injection` on the module that it was made on, so that taking it
-out restores the very objects that were there before.
+Everything that is done is noted in an :class:`~lightning_lora.model.record.Injection`, so that it can be undone.
 """
 
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import clean_fqn
-from lightning_lora.layers import (
-    LoraLayer,
-    Target,
-    adapted_class,
-    share_projections,
-)
+from lightning_lora.layers import LoraLayer, Target, adapted_class, share_projections
 from lightning_lora.model.checks import require_room, warn_of_ties
-from lightning_lora.model.freeze import freeze_norms, leave_fused_path
-from lightning_lora.model.record import (
-    ATTRIBUTE,
-    Injection,
-    base_parameters,
-    injections,
-    injections_of,
-    parameters_by_name,
-)
+from lightning_lora.model.freeze import freeze
+from lightning_lora.model.record import Injection, base_parameters, injections_of, keep_record, parameters_by_name
 from lightning_lora.model.shard_adapters import require_joinable, shard_adapters
 from lightning_lora.model.targets import find_modules_to_save, find_targets
 from lightning_lora.model.token_targets import find_token_targets
-from lightning_lora.sharding import is_shard, is_sharded, load_full, swap_parameters
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -62,7 +48,6 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     every = {**targets, **tokens}
     require_room(every, config, adapter_name, present)
     require_joinable(model, config, every.values())
-    injection = Injection(config, adapter_name, targets=list(every), saved=list(saved))
     warn_of_ties(model, targets)
 
     # Built before anything is changed, so that an error leaves the model as it was.
@@ -72,30 +57,30 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
         if target.tied_to is None
     }
     share_projections(adapters.values(), config)
-    trained = _parameters_to_train(model, modules, saved, config.bias)
-    rest = {}
+    residuals = {}
     if config.takes_from_base:
-        rest = {name: nn.Parameter(adapters[name].init_from_weight(m.weight), False) for name, m in modules.items()}  # type: ignore
+        residuals = {
+            f"{name}.weight".lstrip("."): adapters[name].init_from_weight(module.weight)  # type: ignore[operator]
+            for name, module in modules.items()
+        }
+    injection = Injection(model, config, adapter_name, saved)
+    trained = _names_to_train(model, modules, saved, config.bias)
 
-    injection.frozen = [clean_fqn(name) for name, parameter in base_parameters(model) if parameter.requires_grad]
-    for _, parameter in base_parameters(model):
-        parameter.requires_grad_(False)
     for name, target in every.items():
         layer = _adapted(target)
-        layer._active.append(adapter_name)
+        layer.active = (*layer.active, adapter_name)
         if target.tied_to is None:
             layer.lora[adapter_name] = adapters[name]
     shard_adapters(model, [target.module for target in targets.values()], adapter_name)  # type: ignore[misc]
     for target in tokens.values():
         if target.tied_to is not None:
             target.module.lora = tokens[target.tied_to].module.lora
-    for name, weight in rest.items():
-        full_name = f"{name}.weight".lstrip(".")
-        injection.whole[full_name], injection.rest[full_name] = swap_parameters(modules[name], "weight", weight), weight
-    _train_in_full(model, trained, injection)
-    freeze_norms(model, injection)
-    leave_fused_path(model, injection)
-    model.__dict__.setdefault(ATTRIBUTE, []).append(injection)
+    injection.add_layers({name: target.module for name, target in every.items()})  # type: ignore[misc]
+    freeze(injection)
+    for name, residual in residuals.items():
+        injection.put_aside(name, residual)
+    _train_in_full(injection, trained)
+    keep_record(injection)
     return model
 
 
@@ -104,63 +89,44 @@ def _adapted(target: Target) -> LoraLayer:
     layer: Any = target.module
     if not isinstance(layer, LoraLayer):
         layer.__class__ = adapted_class(target.layer_class, type(layer))  # type: ignore[arg-type]
-        layer.__dict__.update(_base_weights={}, _active=[], _rows=None)  # not in the module's own state dict
+        # Not in the module's own state dict.
+        layer.__dict__.update(_active=(), _merged=False, _aside={}, _seals={}, _rows=None)
         layer.lora = nn.ModuleDict()
     return layer  # type: ignore[no-any-return]
 
 
-def put_trained(root: nn.Module, injection: Injection, in_place: bool) -> None:
-    """Put what an injection trains in full, or has left of the base, into the model; or the base's own back."""
-    if in_place != injection.in_place:
-        mine, of_base = {**injection.trained, **injection.rest}, {**injection.originals, **injection.whole}
-        put_parameters(root, mine if in_place else of_base)
-        injection.in_place = in_place
-
-
-def find_again(model: nn.Module) -> None:
-    """Take note of the parameters that sharding or materializing has put in the place of those trained in full."""
-    for _, root, injection in injections(model):
-        if injection.in_place:
-            parameters = parameters_by_name(root)
-            for mine in (injection.trained, injection.rest):
-                mine.update({name: parameters[name] for name in mine})
-
-
-def _parameters_to_train(
+def _names_to_train(
     model: nn.Module, targets: dict[str, nn.Module], saved: dict[str, nn.Module], bias: str
-) -> dict[str, nn.Parameter]:
+) -> list[str]:
+    """The parameters to train in full, as far as no other injection does."""
     names = [clean_fqn(f"{saved_name}.{name}") for saved_name, m in saved.items() for name, _ in m.named_parameters()]
     if bias == "lora_only":
         names += [f"{name}.bias" for name, module in targets.items() if getattr(module, "bias", None) is not None]
     parameters = parameters_by_name(model)
     if bias == "all":
         names += [name for name in parameters if name.split(".")[-1] == "bias"]
-    free = {id(parameter) for _, parameter in base_parameters(model)}  # another injection may train some already
-    wanted = {name.lstrip("."): parameters[name.lstrip(".")] for name in names}
-    return {name: parameter for name, parameter in wanted.items() if id(parameter) in free}
+    free = {id(parameter) for _, parameter in base_parameters(model)}
+    wanted = dict.fromkeys(name.lstrip(".") for name in names)
+    return [name for name in wanted if id(parameters[name]) in free]
 
 
-def _train_in_full(model: nn.Module, trained: dict[str, nn.Parameter], injection: Injection) -> None:
-    """Train copies, so that the base's own parameters stay as they are."""
-    copies = {id(parameter): nn.Parameter(parameter.detach().clone()) for parameter in trained.values()}
-    injection.originals = trained
-    injection.trained = {name: copies[id(parameter)] for name, parameter in trained.items()}
-    if is_sharded(model):  # the strategy keeps the very objects, so the copies are what stays as it is
-        injection.originals, injection.trained = injection.trained, injection.originals
-    put_parameters(model, injection.trained)
-    for parameter in injection.trained.values():
-        parameter.requires_grad_(True)
-
-
-def put_parameters(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-    if not parameters:
-        return
-    modules = {clean_fqn(name): module for name, module in model.named_modules(remove_duplicate=False)}
-    for name, parameter in parameters.items():
-        module_name, _, attribute = name.rpartition(".")
-        owner = modules[module_name]
-        if is_shard(owner, attribute):
-            load_full(owner, attribute, parameter)
-        else:
-            parameter.data = parameter.data.to(getattr(owner, attribute).device)
-            setattr(owner, attribute, parameter)
+def _train_in_full(injection: Injection, names: list[str]) -> None:
+    """Train the parameters of these names and keep the base's values, and those of their modules' buffers."""
+    injection.trained = names
+    parameters = parameters_by_name(injection.root)
+    wanted = {id(parameters[name]) for name in names}
+    elsewhere = {name for name, p in parameters.items() if id(p) in wanted} - set(names)
+    tied = {id(parameters[name]): name for name in elsewhere}
+    copies: dict[int, Tensor] = {}
+    for name in names:
+        parameter = parameters[name]
+        if id(parameter) not in copies:
+            copy = parameter.detach().clone()
+            # What is tied to other parts of the base gets a parameter of its own, since they stay as they are.
+            copies[id(parameter)] = nn.Parameter(copy) if id(parameter) in tied else copy
+        injection.put_aside(name, copies[id(parameter)])
+    for name, buffer in injection.root.named_buffers():
+        if injection.saves(clean_fqn(name)):
+            injection.put_aside(clean_fqn(name), buffer.detach().clone())
+    for name in names:
+        injection.tensor(name).requires_grad_(True)

@@ -1,27 +1,29 @@
-"""Fold adapters into the weights, and bring the base weights back bit for bit."""
+"""Merge adapters into the weights, and bring the base weights back bit for bit."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_lora.model.eject import is_folded, merged_weights, restore_folded
+from lightning_lora.fqn import clean_fqn
+from lightning_lora.layers import LoraLayer
 from lightning_lora.model.multi_adapter import set_adapter
-from lightning_lora.model.record import adapted_layers, injections
-from lightning_lora.sharding import reshard
+from lightning_lora.model.record import Injection, injections
+from lightning_lora.model.removed import is_removed, let_go, require_adapters, restore
+from lightning_lora.sharding import is_sharded
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None) -> ModuleT:
-    """Fold the adapters into the weights, in place: ``W = W0 + scaling * B A``, so that inference costs nothing extra.
+    """Merge the adapters into the weights, in place: ``W = W0 + scaling * B A``, so that inference costs nothing extra.
 
-    The adapters stay in their layers, at rest, and the base weights stay in memory for :func:`unmerge`. To get a model
+    The adapters stay in their layers, inactive, and the base weights stay in memory for :func:`unmerge`. To get a model
     with no trace of LoRA in it, use ``eject(model, merge=True)``. Merging twice changes nothing.
 
     Args:
         model: A model with adapters.
-        adapter_names: Which to fold in, one or several; they are at work from now on. ``None`` is those that are.
+        adapter_names: Which to merge, one or several; they are active from now on. ``None`` is those that are.
 
     Returns:
         The same model.
@@ -30,23 +32,19 @@ def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None) -> M
         ValueError: If there is no adapter, a name is unknown, or a merged weight holds a NaN or an infinity. Nothing is
             changed then.
     """
-    found = list(injections(model))
-    if not found:
-        if is_folded(model):
-            return model
-        raise ValueError(f"There is no adapter to merge in this {type(model).__name__}: inject or load one first.")
+    if is_removed(model) and not injections(model):
+        return model
+    found = require_adapters(model, "to merge")
     if adapter_names is not None:
         set_adapter(model, adapter_names)
-    layers = [layer for _, root, injection in found for _, layer in adapted_layers(root, injection) if not layer.merged]
-    reshard(model)
-    merged = merged_weights(model, layers)
-    for layer in {id(layer): layer for layer in layers}.values():
-        layer.merge(merged[id(layer.lora)])
+    merge_layers(model, layers_of(found))
     return model
 
 
 def unmerge(model: ModuleT) -> ModuleT:
     """Bring the base weights back, bit for bit, and the adapters to work, after :func:`merge` or ``eject(merge=True)``.
+
+    Where merged weights were changed since, by training or loading, the adapters are let go and the weights stay.
 
     Args:
         model: A merged model; one that is not merged is left as it is.
@@ -54,9 +52,55 @@ def unmerge(model: ModuleT) -> ModuleT:
     Returns:
         The same model.
     """
-    restore_folded(model)
-    for _, root, injection in injections(model):
-        for _, layer in adapted_layers(root, injection):
-            if layer.merged:
-                layer.unmerge()
+    restore(model)
+    for root in {id(injection.root): injection.root for injection in injections(model)}.values():
+        layers = layers_of(injection for injection in injections(model) if injection.root is root)
+        if all(layer.is_as_merged() for layer in layers):
+            for layer in layers:
+                if layer.merged:
+                    layer.unmerge()
+        else:
+            let_go(root)
     return model
+
+
+def layers_of(found: Iterable[Injection]) -> list[LoraLayer]:
+    """The adapted layers of some injections, each once."""
+    return list({id(layer): layer for injection in found for _, layer in injection.layers()}.values())
+
+
+def merge_layers(model: nn.Module, layers: list[LoraLayer]) -> None:
+    """Merge the layers that are not merged yet, all of them or, after an error, none."""
+    layers = [layer for layer in layers if not layer.merged]
+    leaders = {id(layer.lora): layer for layer in reversed(layers)}  # layers that share adapters share their weights
+    elsewhere = _tied_elsewhere(model, layers)
+    if is_sharded(model) and elsewhere:
+        raise ValueError(
+            f"{next(iter(elsewhere.values()))!r} is tied to an adapted weight, and where processes share the "
+            "parameters, merging would change it too. Use merge=None, and merge the adapter on one device: "
+            "load_adapter, then eject(model, merge=True). Nothing was changed."
+        )
+    merged = {key: layer.merged_weights() for key, layer in leaders.items()}
+    for key, layer in leaders.items():
+        own = layer.adapted_parameters()
+        # What is tied to a layer without this adapter gets a parameter of its own, for that layer stays as it is.
+        layer.merge({name: _for(own[name], values, elsewhere) for name, values in merged[key].items()})
+    for layer in layers:
+        if layer is not leaders[id(layer.lora)]:
+            layer.merge_like(leaders[id(layer.lora)])
+
+
+def _for(parameter: nn.Parameter, values: Tensor, elsewhere: dict[int, str]) -> Tensor:
+    return nn.Parameter(values, requires_grad=False) if id(parameter) in elsewhere else values
+
+
+def _tied_elsewhere(model: nn.Module, layers: list[LoraLayer]) -> dict[int, str]:
+    """By identity, the adapted parameters that another module has too, and its name."""
+    adapted = {id(parameter): layer for layer in layers for parameter in layer.adapted_parameters().values()}
+    inside = {id(inner): id(layer.lora) for layer in layers for inner in layer.modules()}
+    return {
+        id(parameter): clean_fqn(name)
+        for name, module in model.named_modules()
+        for parameter in module._parameters.values()
+        if id(parameter) in adapted and inside.get(id(module)) != id(adapted[id(parameter)].lora)
+    }

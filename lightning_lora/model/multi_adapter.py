@@ -10,9 +10,9 @@ from torch import nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers import LoraLayer
-from lightning_lora.model.eject import is_folded, remove_adapter
-from lightning_lora.model.inject import inject, put_trained
+from lightning_lora.model.inject import inject
 from lightning_lora.model.record import Injection, injections, injections_of
+from lightning_lora.model.removed import is_removed, remove_adapter
 from lightning_lora.sharding import is_sharded
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -20,14 +20,14 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 def adapters(model: nn.Module) -> dict[str, LoraConfig]:
     """The adapters in a model: their names and settings, in the order in which they were put in."""
-    return {injection.adapter_name: injection.config for _, _, injection in injections(model)}
+    return {injection.adapter_name: injection.config for injection in injections(model)}
 
 
 def active_adapters(model: nn.Module) -> list[str]:
     """The names of the adapters at work."""
     layers, found = _parts(model)
-    active = {name for layer in layers for name in layer._active}
-    active |= {injection.adapter_name for _, injection in found if injection.trained and injection.in_place}
+    active = {name for layer in layers for name in layer.active}
+    active |= {injection.adapter_name for injection in found if injection.trained and injection.in_place}
     return [name for name in adapters(model) if name in active]
 
 
@@ -71,14 +71,14 @@ def set_adapter(model: ModuleT, adapter_names: str | Sequence[str] | None) -> Mo
     layers, found = _parts(model)
     names = _checked(adapter_names, found)
     _require_unmerged(model, layers)
-    _require_compatible([(root, injection) for root, injection in found if injection.adapter_name in names])
+    _require_compatible([injection for injection in found if injection.adapter_name in names])
     for layer in layers:
-        layer._active[:] = [name for name in names if name in layer.lora._modules]
+        layer.active = (name for name in names if name in layer.lora._modules)
     # First all of the base's own back, then the chosen ones in, which may be for the same modules.
     for chosen in (False, True):
-        for root, injection in found:
+        for injection in found:
             if (injection.adapter_name in names) is chosen:
-                put_trained(root, injection, chosen)
+                injection.switch(chosen)
     return model
 
 
@@ -91,9 +91,9 @@ def delete_adapter(model: ModuleT, adapter_name: str) -> ModuleT:
     layers, found = _parts(model)
     _checked(adapter_name, found)
     _require_unmerged(model, layers)
-    for root, injection in found:
+    for injection in found:
         if injection.adapter_name == adapter_name:
-            remove_adapter(root, injection)
+            remove_adapter(injection)
     return model
 
 
@@ -104,7 +104,7 @@ def disabled(model: ModuleT) -> Iterator[ModuleT]:
     Raises:
         ValueError: If there is no adapter, or the adapters are merged.
     """
-    if not _parts(model)[1] and not is_folded(model):
+    if not _parts(model)[1] and not is_removed(model):
         raise ValueError(f"There is no adapter to switch off in this {type(model).__name__}: inject or load one first.")
     with _at_work(model, []):
         yield model
@@ -133,7 +133,7 @@ def adapters_for(model: ModuleT, adapter_names: Sequence[str | None]) -> Iterato
     layers, found = _parts(model)
     names = _checked(sorted({name for name in adapter_names if name is not None}), found)
     _require_unmerged(model, layers)
-    for _, injection in found:
+    for injection in found:
         if injection.adapter_name in names and injection.trained:
             raise ValueError(
                 f"The adapter {injection.adapter_name!r} has parameters trained in full (modules_to_save, bias), and "
@@ -161,22 +161,22 @@ def adapters_for(model: ModuleT, adapter_names: Sequence[str | None]) -> Iterato
 @contextmanager
 def _at_work(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     layers, found = _parts(model)
-    active = {layer: list(layer._active) for layer in layers}
-    in_place = [(root, injection) for root, injection in found if injection.in_place]
+    active = {layer: layer.active for layer in layers}
+    in_place = [injection for injection in found if injection.in_place]
     set_adapter(model, adapter_names)
     try:
         yield
     finally:
         for layer, names in active.items():
-            layer._active[:] = names
-        for root, injection in in_place:
-            put_trained(root, injection, True)
+            layer.active = names
+        for injection in in_place:
+            injection.switch(True)
 
 
-def _parts(model: nn.Module) -> tuple[list[LoraLayer], list[tuple[nn.Module, Injection]]]:
-    """The adapted layers of a model, and its injections with the modules that they were made on."""
+def _parts(model: nn.Module) -> tuple[list[LoraLayer], list[Injection]]:
+    """The adapted layers of a model, and its injections."""
     layers: list[LoraLayer] = []
-    found: list[tuple[nn.Module, Injection]] = []
+    found: list[Injection] = []
     seen: set[nn.Module] = set()
     waiting = [model]
     while waiting:  # as model.modules() does, but not into the adapters, which are most of the modules
@@ -184,7 +184,7 @@ def _parts(model: nn.Module) -> tuple[list[LoraLayer], list[tuple[nn.Module, Inj
         if module in seen:
             continue
         seen.add(module)
-        found += [(module, injection) for injection in injections_of(module)]
+        found += injections_of(module)
         children = {name: child for name, child in module._modules.items() if child is not None}
         if isinstance(module, LoraLayer):
             layers.append(module)
@@ -193,9 +193,9 @@ def _parts(model: nn.Module) -> tuple[list[LoraLayer], list[tuple[nn.Module, Inj
     return layers, found
 
 
-def _checked(adapter_names: str | Sequence[str] | None, found: list[tuple[nn.Module, Injection]]) -> list[str]:
+def _checked(adapter_names: str | Sequence[str] | None, found: list[Injection]) -> list[str]:
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or [])
-    known = list(dict.fromkeys(injection.adapter_name for _, injection in found))
+    known = list(dict.fromkeys(injection.adapter_name for injection in found))
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(
@@ -206,20 +206,20 @@ def _checked(adapter_names: str | Sequence[str] | None, found: list[tuple[nn.Mod
 
 
 def _require_unmerged(model: nn.Module, layers: list[LoraLayer]) -> None:
-    if is_folded(model) or any(layer.merged for layer in layers):
+    if is_removed(model) or any(layer.merged for layer in layers):
         raise ValueError(
             "The adapters are merged into the weights, so there is nothing to choose from: unmerge first. Nothing was "
             "changed."
         )
 
 
-def _require_compatible(chosen: list[tuple[nn.Module, Injection]]) -> None:
+def _require_compatible(chosen: list[Injection]) -> None:
     """Two adapters cannot both train a parameter in full, nor share a layer if one of them is a DoRA."""
-    for (root, one), (other_root, other) in combinations(chosen, 2):
+    for one, other in combinations(chosen, 2):
         shared = set(one.trained) & set(other.trained)
         if one.config.use_dora or other.config.use_dora:
             shared |= set(one.targets) & set(other.targets)
-        if root is other_root and shared:
+        if one.root is other.root and shared:
             raise ValueError(
                 f"{one.adapter_name!r} and {other.adapter_name!r} cannot be at work together, since both set "
                 f"{min(shared)} as a whole: choose one of them. Nothing was changed."

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.fqn import clean_fqn, is_submodule
+from lightning_lora.fqn import clean_fqn
 from lightning_lora.layers import LoraLayer
-from lightning_lora.model.record import Injection, injections
-from lightning_lora.sharding import full_shape, full_tensor, is_sharded, load_full, named_tensors, reshard
+from lightning_lora.model.record import Injection, named_injections
+from lightning_lora.sharding import full_shape, full_tensor, is_sharded, load_full, named_tensors
 
 
 class CheckpointError(RuntimeError):
@@ -64,13 +64,11 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def gathered(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
     """Whole tensors of a model that processes share, one after the other, so that only these are ever whole."""
-    reshard(model)
     return {name: full_tensor(module, inner) for name, module, inner in named_tensors(model) if name in names}
 
 
 def scatter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Load whole tensors, by their clean names, into a model that processes share."""
-    reshard(model)
     for name, module, inner in named_tensors(model):
         if name in state_dict:
             load_full(module, inner, state_dict[name])
@@ -85,7 +83,7 @@ def adapter_only(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, A
 def saved_names(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Which of the clean names of a model's tensors are those of adapters, or outside of where they were injected."""
     adapter = set(_adapter_names(model))
-    roots = [f"{name}." if name else "" for name, _, _ in injections(model)]
+    roots = [f"{name}." if name else "" for name, _ in named_injections(model)]
     return [name for name in names if name in adapter or not any(name.startswith(root) for root in roots)]
 
 
@@ -118,19 +116,18 @@ def _adapter_names(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield from (clean_fqn(f"{name}.lora.{inner}".lstrip(".")) for inner, _, _ in named_tensors(module.lora))
-    for root_name, root, injection in injections(model):
-        buffers = [clean_fqn(name) for name, _ in saved_buffers(root, injection)]
-        trained = injection.trained if injection.in_place else {}
-        yield from (f"{root_name}.{name}".lstrip(".") for name in [*trained, *buffers])
+    for root_name, injection in named_injections(model):
+        yield from (f"{root_name}.{name}".lstrip(".") for name in own_names(injection))
 
 
-def saved_buffers(root: nn.Module, injection: Injection) -> list[tuple[str, Tensor]]:
-    """The buffers of the modules that an injection trains in full."""
-    return [(name, buffer) for name, buffer in root.named_buffers() if is_saved(name, injection)]
-
-
-def is_saved(name: str, injection: Injection) -> bool:
-    return any(is_submodule(clean_fqn(name), saved) for saved in injection.saved)
+def own_names(injection: Injection) -> list[str]:
+    """The names, in its root, of the parameters and buffers that an injection trains in full, if they are in place."""
+    if not injection.in_place:
+        return []
+    return [
+        *injection.trained,
+        *(name for name in injection.aside if injection.saves(name) and name not in injection.trained),
+    ]
 
 
 def _shorten(names: list[str] | tuple[str, ...], limit: int = 5) -> str:

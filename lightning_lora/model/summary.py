@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_lora.fqn import clean_fqn
 from lightning_lora.layers import LoraAdapter, TokenAdapter
-from lightning_lora.model.record import adapted_layers, injections
+from lightning_lora.model.record import injections, named_injections
 from lightning_lora.model.state_dict import adapter_tensors
 from lightning_lora.sharding import full_shape, named_tensors
 
@@ -25,8 +25,8 @@ def print_summary(model: nn.Module) -> None:
     groups: Counter[tuple[str, str, str]] = Counter()
     parameters: Counter[tuple[str, str, str]] = Counter()
     counted: set[nn.Parameter] = set()  # what is tied counts once
-    for root_name, root, injection in injections(model):
-        for name, layer in adapted_layers(root, injection):
+    for root_name, injection in named_injections(model):
+        for name, layer in injection.layers():
             adapter = layer.adapter(injection.adapter_name)
             pattern = re.sub(r"\.\d+(?=\.)", ".*", f"{root_name}.{name}".strip("."))
             ranks = {part.r for part in adapter.modules() if isinstance(part, LoraAdapter)}
@@ -64,8 +64,8 @@ def _totals(model: nn.Module) -> list[str]:
         id(t): t for name, module, inner in named_tensors(model) if name in names for t in [getattr(module, inner)]
     }
     size = sum(sizes[key] * tensor.element_size() for key, tensor in stored.items())
-    saved = [f"{root}.{name}".strip(".") for root, _, injection in injections(model) for name in injection.saved]
-    biases = sum(len(injection.trained) for _, _, injection in injections(model) if injection.config.bias != "none")
+    saved = [f"{root}.{name}".strip(".") for root, injection in named_injections(model) for name in injection.saved]
+    biases = sum(len(injection.trained) for injection in injections(model) if injection.config.bias != "none")
     lines = [
         f"trainable {trainable:,} | frozen {total - trainable:,} | total {total:,} | "
         f"{100 * trainable / max(total, 1):.3f}% trained | {size / 1e6:.2f} MB on disk",

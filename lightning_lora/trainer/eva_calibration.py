@@ -31,7 +31,7 @@ _INSTEAD = (
 )
 
 
-def start_from_data(trainer: "pl.Trainer", pl_module: "pl.LightningModule", root: nn.Module, mine: Injection) -> None:
+def start_from_data(trainer: "pl.Trainer", pl_module: "pl.LightningModule", mine: Injection) -> None:
     """Start a fresh EVA adapter at what training batches bring to its layers; other adapters stay as they are.
 
     ``training_step`` runs in eval mode without gradients on at most 100 batches. Optimizers, schedulers, loggers,
@@ -41,7 +41,7 @@ def start_from_data(trainer: "pl.Trainer", pl_module: "pl.LightningModule", root
     Raises:
         ValueError: If the module's ``training_step`` or data cannot be used so.
     """
-    is_fresh = mine.config.init_lora_weights == KIND and not mine.from_data and is_untrained(root, mine)
+    is_fresh = mine.config.init_lora_weights == KIND and not mine.from_data and is_untrained(mine)
     if not is_fresh or trainer.ckpt_path is not None or trainer.limit_train_batches == 0:
         return
     step = pl_module.training_step
@@ -51,7 +51,7 @@ def start_from_data(trainer: "pl.Trainer", pl_module: "pl.LightningModule", root
             f"it for init_lora_weights={KIND!r}. {_INSTEAD}"
         )
     has_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
-    start = EvaStart([(root, mine)])
+    start = EvaStart([mine])
     with _without_trace(trainer, pl_module):
         for index, batch in enumerate(_batches(trainer, lambda: start.converged)):
             on_device = _to_device(trainer, pl_module, batch)

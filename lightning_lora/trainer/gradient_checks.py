@@ -6,7 +6,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_lora.model.record import adapted_layers, injections
+from lightning_lora.model.record import injections
 from lightning_lora.model.targets import pretrained_models
 from lightning_lora.sharding import is_sharded
 
@@ -54,11 +54,7 @@ def require_some(model: nn.Module) -> None:
     Raises:
         RuntimeError: If it reached none.
     """
-    layers = {
-        name: layer
-        for root_name, root, injection in injections(model)
-        for name, layer in adapted_layers(root, injection)
-    }
+    layers = {name: layer for injection in injections(model) for name, layer in injection.layers()}
     reached = [any(p.grad is not None for p in layer.lora.parameters()) for layer in layers.values()]
     if is_sharded(model):
         reached = _anywhere(reached)

@@ -10,9 +10,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N81
 from torch.distributed.tensor import DTensor
 
 from lightning_lora.fqn import clean_fqn
-from lightning_lora.model.eject import unmerged_for_saving
 from lightning_lora.model.eva import KIND
-from lightning_lora.model.inject import find_again
+from lightning_lora.model.removed import restored
 from lightning_lora.model.state_dict import gathered, saved_names, scatter
 from lightning_lora.sharding import named_tensors, register_sharding
 from lightning_lora.trainer.fsdp_wrap_policy import AdapterWrapPolicy
@@ -91,14 +90,13 @@ class ShardedCheckpoints(AdapterCheckpoints):
 
     def _take_note(self) -> None:
         register_sharding(self.model)
-        find_again(self.model)
         mesh = self.lightning_module.device_mesh
         if mesh is not None and mesh["data_parallel"].size() > 1:
             _require_averaged(self.lightning_module)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         module = self.lightning_module
-        with unmerged_for_saving(module):
+        with restored(module):
             names = set(saved_names(module, [name for name, _, _ in named_tensors(module)]))
             return {name: tensor.cpu() for name, tensor in gathered(module, names).items()}
 

@@ -14,7 +14,7 @@ from typing import Any
 from lightning_lora.formats.checkpoint import KEY, check_checkpoint, readable
 from lightning_lora.formats.dcp import is_directory, read_directory, split_optimizer
 from lightning_lora.formats.metadata import metadata
-from lightning_lora.model.eject import unmerged_for_saving
+from lightning_lora.model.removed import restored
 from lightning_lora.model.state_dict import adapter_only, adapter_state_dict
 from lightning_lora.trainer import atomic_save
 from lightning_lora.trainer.instance_mixin import mix_into
@@ -57,11 +57,11 @@ class AdapterCheckpoints(ABC):
         return  # every process has it
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        with unmerged_for_saving(self.lightning_module):
+        with restored(self.lightning_module):
             return adapter_only(self.lightning_module, super().lightning_module_state_dict())  # type: ignore[misc]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
-        with unmerged_for_saving(self.lightning_module):
+        with restored(self.lightning_module):
             for holder, key in self.copies_in(checkpoint):
                 holder[key] = adapter_only(self.lightning_module, holder[key])
             checkpoint[KEY] = metadata(self.lightning_module)

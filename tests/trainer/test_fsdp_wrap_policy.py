@@ -52,7 +52,7 @@ def test_flat_parameters_alone_are_refused() -> None:
 @pytest.mark.parametrize(("frozen", "warns"), [(2_000_000, True), (1000, False)])
 def test_mixing_many_frozen_numbers_with_trained_ones_is_told(frozen: int, warns: bool) -> None:
     def part(numel: int, requires_grad: bool) -> Any:
-        stretch = sharding._Stretch(torch.Size([numel]), [numel], 0, None, torch.device("cpu"))
+        stretch = sharding.FlatShard(torch.Size([numel]), [numel], 0, None, torch.device("cpu"))
         return SimpleNamespace(requires_grad=requires_grad), stretch
 
     with warnings.catch_warnings(record=True) as told:
