@@ -71,6 +71,8 @@ class LoraConfig:
             while training; the others are scaled by ``1 / (1 - rank_dropout)``.
         seed: Seed of the initial weights. Each tensor depends on this seed and on its own name only, so all ranks and
             any order of injection agree.
+        adapter_kind: Name of the kind of adapter: ``"lora"``, or one that was registered with
+            :func:`~lightning_lora.layers.register_adapter_kind`. ``use_dora`` and ``use_vera`` choose theirs.
 
     Raises:
         ValueError: If a value is out of range or of no known kind.
@@ -98,6 +100,7 @@ class LoraConfig:
     vera_d_initial: float = 0.1
     rank_dropout: float = 0.0
     seed: int = 0
+    adapter_kind: str = "lora"
 
     def __post_init__(self) -> None:
         _require_rank("r", self.r)
@@ -147,6 +150,10 @@ class LoraConfig:
                 f"init_lora_weights is {self.init_lora_weights!r}, but it must be one of "
                 f"{', '.join(map(repr, _INITS))}, 'pissa_niter_<number of iterations>', 'loftq_<4 or 8 bits>' or "
                 "'loftq_<4 or 8 bits>_niter_<number of iterations>'."
+            )
+        if self.adapter_kind not in ("lora", self.kind):
+            raise ValueError(
+                f"{self.kind_setting} and adapter_kind={self.adapter_kind!r} do not go together: leave one of them out."
             )
         if self.use_dora and self.takes_from_base:
             raise ValueError(
@@ -202,6 +209,16 @@ class LoraConfig:
                     "of at least 0 and there once, or a dict of such lists by the name of the embedding: correct it, "
                     "or pass None for none."
                 )
+
+    @property
+    def kind(self) -> str:
+        """Name of the kind of adapter."""
+        return "dora" if self.use_dora else "vera" if self.use_vera else self.adapter_kind
+
+    @property
+    def kind_setting(self) -> str:
+        """The setting that chooses the kind of adapter."""
+        return "use_dora" if self.use_dora else "use_vera" if self.use_vera else f"adapter_kind={self.adapter_kind!r}"
 
     @property
     def takes_from_base(self) -> bool:

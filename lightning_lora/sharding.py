@@ -208,7 +208,7 @@ def full_tensor(module: nn.Module, name: str, shard: Tensor | None = None) -> Te
         on_mesh: Any = shard.to(shard.device_mesh.device_type)  # from where it may be offloaded to
         return on_mesh.full_tensor()  # type: ignore[no-any-return]
     flat_shard = _flat_shards.get(module, {}).get(name)
-    if flat_shard is None or shard.shape == flat_shard.shape:
+    if flat_shard is None:
         return shard
     result = torch.empty(flat_shard.shape.numel(), dtype=shard.dtype, device=flat_shard.device)
     for rank, piece in enumerate(torch.split(result, flat_shard.lengths)):

@@ -24,7 +24,12 @@ from lightning_lora.model.state_dict import CheckpointError
 from lightning_lora.model.targets import TargetError
 
 NAMES = ("inspect", "export", "merge", "diff")
-_DTYPES: dict[str, Any] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES: dict[str, Any] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def run(arguments: list[str]) -> int:

@@ -15,7 +15,7 @@ FORMAT_VERSION = 1
 
 _BINDING = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fused_qkv",
-    "trainable_token_indices", "use_vera",
+    "trainable_token_indices", "use_vera", "adapter_kind",
 )  # fmt: skip
 
 

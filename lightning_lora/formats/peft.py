@@ -6,7 +6,6 @@ the transformers model where there is one. https://huggingface.co/docs/peft/deve
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +21,8 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.formats.checkpoint import KEY, inject_from_checkpoint, read_checkpoint
 from lightning_lora.formats.metadata import check_metadata
 from lightning_lora.formats.model_card import write_card
-from lightning_lora.formats.peft_config import CONFIG_FILE, config_from_peft, peft_adapters, peft_config, vera_config
-from lightning_lora.layers import LoraAdapter, TokenAdapter, VeraAdapter
+from lightning_lora.formats.peft_config import CONFIG_FILE, config_from_peft, peft_adapters, peft_config
+from lightning_lora.layers import kind_of
 from lightning_lora.model.fingerprint import base_tensors, fingerprint_of
 from lightning_lora.model.inject import inject
 from lightning_lora.model.multi_adapter import adapters, add_adapter, delete_adapter
@@ -86,7 +85,7 @@ def write_adapter(injection: Injection, directory: Path, run: Mapping[str, Any] 
         return directory
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / WEIGHTS_FILE, meta)
-    settings = (vera_config if injection.config.use_vera else peft_config)(injection, prefix)
+    settings = peft_config(injection, prefix)
     (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     write_card(directory, settings, run)
     return directory
@@ -147,9 +146,7 @@ def read_adapter(injection: Injection, directory: Path) -> None:
 def _load_tensors(injection: Injection, directory: Path, saved: LoraConfig) -> None:
     tensors, meta = read_tensors(directory)
     _require_same_quantization(injection.config, meta, directory)
-    _require_tokens(injection, directory, saved)
-    _require_same_kind(injection.config, directory, saved)
-    _require_scaling(injection, directory, saved)
+    _require_same_kind(injection, directory, saved)
     prefix = _peft_root(injection)
     base = _fingerprint(injection, prefix)
     if meta.get(_FINGERPRINT, base) != base:
@@ -229,46 +226,26 @@ def _require_same_quantization(config: LoraConfig, meta: dict[str, str], directo
         )
 
 
-def _require_same_kind(here: LoraConfig, directory: Path, saved: LoraConfig) -> None:
-    """Require that both are VeRA, and then of one seed, or neither."""
-    kinds = [f"a VeRA of seed={c.seed}" if c.use_vera else "a LoRA" for c in (saved, here)]
-    if kinds[0] != kinds[1]:
+def _require_same_kind(injection: Injection, directory: Path, saved: LoraConfig) -> None:
+    """Require that the saved tensors would compute the same here as they did there."""
+    prefix, adapters = _peft_root(injection), [adapter for _, adapter in peft_adapters(injection)]
+    kinds = [adapters[0].describe(config) for config in (saved, injection.config)]
+    if saved.kind != injection.config.kind or kinds[0] != kinds[1]:
+        theirs = kind_of(saved).describe(saved)
         raise CheckpointError(
-            f"{directory} holds {kinds[0]}, and this model's adapter is {kinds[1]}: use the use_vera and seed "
-            "(projection_prng_key) with which it was saved. Nothing was loaded."
+            f"{directory} holds {theirs}, and this model's adapter is {kinds[1]}: use the use_vera and seed "
+            "(projection_prng_key), or adapter_kind, with which it was saved. Nothing was loaded."
         )
+    for adapter in adapters:
+        problem = adapter.mismatch(saved, adapter.layer_name[len(prefix) :])
+        if problem:
+            raise CheckpointError(f"{directory} does not fit: {problem}. Nothing was loaded.")
 
 
 def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal up to the precision of the coarser dtype."""
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (one, other))
     return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=eps, atol=1e-6)
-
-
-def _require_scaling(injection: Injection, directory: Path, saved: LoraConfig) -> None:
-    """Require that A and B are scaled here as they were there."""
-    prefix = _peft_root(injection)
-    for _, adapter in peft_adapters(injection):
-        if isinstance(adapter, LoraAdapter):
-            theirs = saved.scaling(adapter.layer_name[len(prefix) :])
-            if not math.isclose(theirs, adapter.scaling, rel_tol=1e-6):
-                raise CheckpointError(
-                    f"{directory} scales the update of {adapter.layer_name} by {theirs:g}, and this model's adapter by "
-                    f"{adapter.scaling:g}: use the r, lora_alpha and use_rslora with which it was saved. Nothing was "
-                    "loaded."
-                )
-
-
-def _require_tokens(injection: Injection, directory: Path, saved: LoraConfig) -> None:
-    """Require that the rows in a directory are those of the tokens whose rows are trained here, in this order."""
-    chosen = saved.trainable_token_indices or []
-    there = sorted(chosen.values() if isinstance(chosen, dict) else [chosen] if chosen else [])
-    here = sorted(list(a.tokens) for _, a in peft_adapters(injection) if isinstance(a, TokenAdapter))
-    if there != here:
-        raise CheckpointError(
-            f"{directory} holds rows of the tokens {', '.join(map(str, there)) or 'none'}, but those trained here are "
-            f"{', '.join(map(str, here)) or 'none'}: use its trainable_token_indices. Nothing was loaded."
-        )
 
 
 def _load_checkpoint(model: nn.Module, path: Path, fresh: bool) -> None:
@@ -391,6 +368,11 @@ def _peft_root(injection: Injection) -> str:
 
 
 def _projections(injection: Injection) -> dict[str, Tensor]:
-    """The pair that the layers of a VeRA share, under PEFT's names."""
-    shared = [adapter.projections for _, adapter in peft_adapters(injection) if isinstance(adapter, VeraAdapter)]
-    return {f"base_model.{name}": tensor.cpu() for name, tensor in shared[0].tensors().items()} if shared else {}
+    """What the adapters of a kind share and PEFT stores once, under PEFT's names."""
+    adapters = [adapter for _, adapter in peft_adapters(injection)]
+    shared = {
+        name: tensor
+        for adapter_class in {type(adapter): None for adapter in adapters}
+        for name, tensor in adapter_class.shared_tensors([a for a in adapters if type(a) is adapter_class]).items()
+    }
+    return {f"base_model.{name}": tensor for name, tensor in shared.items()}

@@ -1,52 +1,114 @@
-"""The layers that can be adapted, one file a kind."""
+"""The layers that can be adapted and the kinds of adapters for them, one file a kind; here is their registry."""
+
+from collections.abc import Mapping
 
 from torch import nn
 
+from lightning_lora.config import LoraConfig
+from lightning_lora.layers.adapter import Adapter, LoraAdapter
 from lightning_lora.layers.attention import LoraMultiheadAttention
-from lightning_lora.layers.base import Adapter, LoraAdapter, LoraLayer, Target, adapted_class, class_without_adapter
-from lightning_lora.layers.conv import CONVOLUTIONS, LoraConv
+from lightning_lora.layers.base import LoraLayer, Target, adapted_class, class_without_adapter
+from lightning_lora.layers.conv import LoraConv
+from lightning_lora.layers.dora import DORA
 from lightning_lora.layers.embedding import LoraEmbedding
 from lightning_lora.layers.linear import LoraConv1D, LoraLinear
 from lightning_lora.layers.parameters import LoraParameters
-from lightning_lora.layers.tokens import LoraTokens, TokenAdapter
-from lightning_lora.layers.vera import VeraAdapter, share_projections
+from lightning_lora.layers.tokens import LoraTokens
+from lightning_lora.layers.vera import VERA
 
 __all__ = [
-    "SUPPORTED",
     "Adapter",
     "LoraAdapter",
     "LoraLayer",
     "LoraParameters",
     "LoraTokens",
     "Target",
-    "TokenAdapter",
-    "VeraAdapter",
     "adapted_class",
+    "adapter_class_for",
     "class_without_adapter",
+    "kind_of",
+    "kind_of_peft_type",
     "layer_class_for",
-    "share_projections",
+    "new_adapter",
+    "register_adapter_kind",
+    "register_layer_kind",
+    "supported_modules",
+    "unsupported_reason",
 ]
 
-SUPPORTED = (
-    "torch.nn.Linear, Embedding, Conv1d, Conv2d, Conv3d and MultiheadAttention, transformers.pytorch_utils.Conv1D"
-)
+_layer_kinds: list[type[LoraLayer]] = [LoraLinear, LoraEmbedding, LoraConv, LoraMultiheadAttention, LoraConv1D]
+# Of a name in _PLAIN, each layer class has its own adapter class.
+_PLAIN = "lora"
+_adapter_kinds: dict[str, Mapping[type[LoraLayer], type[Adapter]]] = {_PLAIN: {}, "dora": DORA, "vera": VERA}
+
+
+def register_layer_kind(layer_class: type[LoraLayer]) -> None:
+    """Have modules of a further class adapted.
+
+    Args:
+        layer_class: What they become while they are adapted. Its ``adapts`` says which modules it is for, before those
+            of the kinds that are there.
+    """
+    if layer_class not in _layer_kinds:
+        _layer_kinds.insert(0, layer_class)
+
+
+def register_adapter_kind(name: str, classes: Mapping[type[LoraLayer], type[Adapter]]) -> None:
+    """Make a further kind of adapter one that settings can ask for, by ``LoraConfig(adapter_kind=name)``.
+
+    Args:
+        name: Its name.
+        classes: Its class for each kind of layer that can have it.
+
+    Raises:
+        ValueError: If another kind has this name.
+    """
+    if _adapter_kinds.setdefault(name, classes) != classes:
+        raise ValueError(f"There is another kind of adapter named {name!r} already: give this one a name of its own.")
 
 
 def layer_class_for(module: nn.Module) -> type[LoraLayer] | None:
-    """The class that adapts this module, ``None`` if its kind is not supported.
+    """The class that adapts this module, ``None`` if its kind is not supported."""
+    return next((layer_class for layer_class in _layer_kinds if layer_class.adapts(module)), None)
 
-    Transformers' ``Conv1D`` is recognized by name, so that transformers need not be imported.
-    """
-    if isinstance(module, nn.Linear):
-        return LoraLinear
-    if isinstance(module, nn.Embedding):
-        return LoraEmbedding
-    if isinstance(module, CONVOLUTIONS):
-        return LoraConv
-    if isinstance(module, nn.MultiheadAttention):
-        return LoraMultiheadAttention
-    if any(
-        f"{cls.__module__}.{cls.__qualname__}" == "transformers.pytorch_utils.Conv1D" for cls in type(module).__mro__
-    ):
-        return LoraConv1D
-    return None
+
+def supported_modules() -> str:
+    """The modules that can be adapted, in words."""
+    return ", ".join(layer_class.supported for layer_class in _layer_kinds)
+
+
+def adapter_class_for(layer_class: type[LoraLayer], config: LoraConfig) -> type[Adapter] | None:
+    """The class of adapter that a config asks for in layers of a kind, ``None`` if they cannot have it."""
+    if layer_class.has_one_kind or config.kind == _PLAIN:
+        return layer_class.adapter_class
+    return _adapter_kinds.get(config.kind, {}).get(layer_class)
+
+
+def kind_of_peft_type(peft_type: str) -> type[Adapter] | None:
+    """The first class of the kind of adapter that has this type in PEFT, ``None`` if there is none."""
+    every = (adapter_class for classes in _adapter_kinds.values() for adapter_class in classes.values())
+    return next((adapter_class for adapter_class in every if adapter_class.peft_type == peft_type), None)
+
+
+def kind_of(config: LoraConfig) -> type[Adapter]:
+    """The first class of the kind of adapter that a config asks for."""
+    return next(iter(_adapter_kinds.get(config.kind, {}).values()), LoraAdapter)
+
+
+def unsupported_reason(target: Target, config: LoraConfig) -> str | None:
+    """Why a module cannot be adapted as the config asks, ``None`` if it can."""
+    reason = target.layer_class.unsupported_reason(target, config)
+    if reason is None and adapter_class_for(target.layer_class, config) is None:
+        if config.kind not in _adapter_kinds:
+            return (
+                f"there is no kind of adapter named {config.kind!r}; there are {', '.join(map(repr, _adapter_kinds))}"
+            )
+        return f"{config.kind_setting} is not for this kind of layer"
+    return reason
+
+
+def new_adapter(target: Target, config: LoraConfig, adapter_name: str) -> nn.Module:
+    """An adapter for one module that can have it, ready to be put in."""
+    adapter_class = adapter_class_for(target.layer_class, config)
+    assert adapter_class is not None
+    return target.layer_class.new_adapter(adapter_class, target, config, adapter_name).train(target.module.training)

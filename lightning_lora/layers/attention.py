@@ -4,15 +4,20 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.layers.base import LoraAdapter
+from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.parameters import LoraParameters
 
 
 class LoraMultiheadAttention(LoraParameters):
     """``nn.MultiheadAttention``: the projections of query, key and value, fused or split, and the output projection."""
 
+    supported = "torch.nn.MultiheadAttention"
     is_linear = True
-    is_module_target = True
+    by_parameter = False
+
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.MultiheadAttention)
 
     @classmethod
     def parameters_of(cls, module: nn.Module) -> tuple[str, ...]:
@@ -21,7 +26,7 @@ class LoraMultiheadAttention(LoraParameters):
         inputs = ("in_proj_weight",) if fused else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         return (*inputs, "out_proj.weight")
 
-    def peft_adapters(self, adapter_name: str) -> dict[str, LoraAdapter]:
+    def peft_adapters(self, adapter_name: str) -> dict[str, Adapter]:
         adapters: Any = self.lora[adapter_name]
         if "in_proj_weight" not in adapters:
             raise ValueError(
@@ -29,6 +34,9 @@ class LoraMultiheadAttention(LoraParameters):
                 "PEFT's format has no place: keep the checkpoint, or the merged model."
             )
         return {"": adapters["in_proj_weight"], ".base_layer.out_proj": adapters["out_proj_weight"]}
+
+    def peft_targets(self, name: str) -> dict[str, list[str]]:
+        return {"target_modules": [name]}
 
     def peft_wrapped(self) -> dict[str, str]:
         return {"": ".base_layer", ".out_proj": ".base_layer.out_proj.base_layer"}

@@ -1,4 +1,4 @@
-"""What every adapted layer shares: the adapter module, and the class that a base layer takes on while adapted."""
+"""What every adapted layer shares: the class that a base layer takes on while it is adapted."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
+from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.functional import add_low_rank_by_sample
-from lightning_lora.layers.init import fill_
 from lightning_lora.layers.seal import Seal
 from lightning_lora.sharding import shard_of, swap_parameters, unsharded, unwrap_fsdp
 
@@ -38,145 +38,6 @@ class Target:
     tied_to: str | None = None
 
 
-class Adapter(nn.Module):
-    """The trained tensors of one adapter, and how they go into the base weight and into PEFT's files."""
-
-    peft_names: ClassVar[dict[str, str]]
-
-    layer_name: str
-
-    def fold(self, weight: Tensor) -> Tensor:
-        """The base weight, in float32 or better, with this adapter in it."""
-        raise NotImplementedError
-
-    def peft_tensors(self) -> dict[str, Tensor]:
-        """The trained tensors as PEFT names and shapes them."""
-        return {peft_name: getattr(self, attribute) for attribute, peft_name in self.peft_names.items()}
-
-    def from_peft(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """By attribute, the trained tensors of what :meth:`peft_tensors` gave, here or in PEFT.
-
-        Raises:
-            ValueError: If this adapter cannot hold what they compute.
-        """
-        return {attribute: tensors[peft_name] for attribute, peft_name in self.peft_names.items()}
-
-    def is_plain_lora(self) -> bool:
-        """Whether it adds ``scaling * B A`` of the input to the output and nothing else."""
-        return False
-
-    def plain_tensors(self) -> dict[str, Tensor]:
-        """The same for the base weight as it was before; a plain LoRA has ``rank_factor`` times the rank then."""
-        return self.peft_tensors()
-
-
-class LoraAdapter(Adapter):
-    """The trained matrices of one adapter on one parameter, a module of its own.
-
-    It is a module, and its forward computes the whole low-rank path, so that strategies which shard or gather by
-    module can treat the few trained parameters apart from the frozen weight beside them.
-
-    Args:
-        weight: The parameter to adapt, whose device the adapter shares. Half-precision bases get float32 adapters,
-            since small updates would be lost in half precision; a ``"bf16-true"`` Trainer still casts them.
-        config: Rank, scaling, dropout and initial values.
-        layer_name: Qualified name of the layer, for patterns and for the seed.
-        adapter_name: Name of the adapter, for the seed.
-        layout: Attributes that this class of adapter needs to know its shapes.
-    """
-
-    peft_names: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
-
-    # Whether A and B are factors of one matrix, which some starts need.
-    is_matrix: ClassVar[bool] = False
-    out_dim: ClassVar[int] = 0  # the dimension of the base weight that counts outputs
-    rank_dim: ClassVar[int] = 1  # the dimension of B that counts rank components
-    random_factor: ClassVar[str] = "lora_A"  # the factor that starts at random, while the other starts at zero
-    rank_factor: int = 1  # the rank of the exported adapter over this one's
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-
-    def __init__(self, weight: Tensor, config: LoraConfig, layer_name: str, adapter_name: str, **layout: Any) -> None:
-        super().__init__()
-        for name, value in layout.items():
-            setattr(self, name, value)
-        self.r = config.rank(layer_name)
-        self.scaling = config.scaling(layer_name)
-        self.dropout = nn.Dropout(config.lora_dropout)
-        self.rank_dropout = config.rank_dropout
-        self.d_initial = config.vera_d_initial
-        self._init = config.init_lora_weights
-        self._seed = config.seed
-        self.layer_name = layer_name
-        self._qualified_name = f"{layer_name}.{adapter_name}"
-        self.make_parameters(weight)
-        if config.freeze_A:
-            self.get_parameter(self.random_factor).requires_grad_(False)
-        self.reset_parameters()
-
-    def make_parameters(self, weight: Tensor) -> None:
-        """Make the trained tensors, without values."""
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        shape_A, shape_B = self.shapes(weight)
-        self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=dtype, device=weight.device))
-        self.lora_B = nn.Parameter(torch.empty(shape_B, dtype=dtype, device=weight.device))
-
-    def shapes(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B for this parameter."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor, out: Tensor, layer: nn.Module) -> Tensor:
-        """Add the low-rank path of the layer's input ``x`` to the base layer's output ``out``."""
-        return self.add_path(self.dropout(x), out, layer, self.drop_ranks(self.lora_B, self.rank_dim))
-
-    def drop_ranks(self, factor: Tensor, dim: int) -> Tensor:
-        """While training with ``rank_dropout``, zero whole rank components and scale up the others.
-
-        Args:
-            factor: A tensor that the update is linear in; one is enough, and B costs nothing of the input's size.
-            dim: Its dimension that counts the components.
-        """
-        if not (self.training and self.rank_dropout):
-            return factor
-        keep = nn.functional.dropout(factor.new_ones(factor.shape[dim]), self.rank_dropout)
-        shape = [1] * factor.dim()
-        shape[dim] = len(keep)
-        return factor * keep.view(shape)
-
-    def add_path(self, x: Tensor, out: Tensor, layer: nn.Module, lora_B: Tensor) -> Tensor:
-        """Add the path of A and the given B to ``out``."""
-        raise NotImplementedError
-
-    def base_product(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """The base layer's output for ``x``, without its bias."""
-        raise NotImplementedError
-
-    def rows(self, weight: Tensor) -> Tensor:
-        """The base weight, or one in its layout, as a matrix with a row for each output; a view."""
-        return weight.movedim(self.out_dim, 0).flatten(1)
-
-    def delta_weight(self) -> Tensor:
-        """The update of the base weight, in the base weight's layout, in float32 or better."""
-        raise NotImplementedError
-
-    def fold(self, weight: Tensor) -> Tensor:
-        return weight + self.delta_weight()
-
-    def reset_parameters(self) -> None:
-        """Draw the initial values, the same ones each time."""
-        kind_A, kind_B = self.initial_kinds()
-        fill_(self.lora_A, kind_A, self._seed, f"{self._qualified_name}.lora_A", self.r)
-        fill_(self.lora_B, kind_B, self._seed, f"{self._qualified_name}.lora_B", self.r)
-
-    def initial_kinds(self) -> tuple[str, str]:
-        """The distributions that A and B start from; see :func:`~lightning_lora.layers.init.fill_`."""
-        return "gaussian" if self._init == "gaussian" else "kaiming", "kaiming" if self._init is False else "zeros"
-
-    def extra_repr(self) -> str:
-        return f"r={self.r}, scaling={self.scaling:g}"
-
-
 class LoraLayer(nn.Module):
     """A base layer with adapters: the class that the layer takes on while it is adapted.
 
@@ -184,12 +45,10 @@ class LoraLayer(nn.Module):
     hooks, and every reference that other modules hold to it. Taking the adapters out gives the class back.
     """
 
-    adapter_class: ClassVar[type[LoraAdapter]]
-    dora_class: ClassVar[type[LoraAdapter]]
-    vera_class: ClassVar[type[LoraAdapter] | None] = None
+    adapter_class: ClassVar[type[Adapter]]  # its plain kind of adapter, "lora"
+    has_one_kind: ClassVar[bool] = False  # whatever kind the settings ask for
+    supported: ClassVar[str] = ""  # the modules that it adapts, for errors
     is_linear: ClassVar[bool] = True  # one that "all-linear" means
-    is_module_target: ClassVar[bool] = True  # one that target_modules means, not target_parameters
-    calls_adapters: ClassVar[bool] = True  # rather than read their tensors
 
     lora: nn.ModuleDict
     weight: nn.Parameter
@@ -201,31 +60,30 @@ class LoraLayer(nn.Module):
     _rows: dict[str, Tensor] | None  # for a batch of several adapters' samples: by adapter, the samples
 
     @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        """Whether it is for modules of this class; never, if settings and not classes choose its modules."""
+        return False
+
+    @classmethod
     def parameters_of(cls, module: nn.Module) -> tuple[str, ...]:
         """Names of the parameters that are adapted in this very module."""
         return ("weight",)
 
     @classmethod
-    def new_adapter(cls, target: Target, config: LoraConfig, adapter_name: str) -> nn.Module:
+    def new_adapter(
+        cls, adapter_class: type[Adapter], target: Target, config: LoraConfig, adapter_name: str
+    ) -> nn.Module:
         """An adapter for one module, ready to be put in."""
-        weight: Tensor = target.module.weight  # type: ignore[assignment]
-        return cls.adapter_class_for(config)(weight, config, target.name, adapter_name)
-
-    @classmethod
-    def adapter_class_for(cls, config: LoraConfig) -> type[LoraAdapter]:
-        """The class of adapter that a config asks for."""
-        if config.use_vera and cls.vera_class is not None:
-            return cls.vera_class
-        return cls.dora_class if config.use_dora else cls.adapter_class
+        make: Any = adapter_class
+        adapter: nn.Module = make(target.module.weight, config, target.name, adapter_name)
+        return adapter
 
     @classmethod
     def unsupported_reason(cls, target: Target, config: LoraConfig) -> str | None:
         """Why this very module cannot be adapted as the config asks, ``None`` if it can."""
         if "weight" not in target.module._parameters:
             return "its weight is computed of others (a parametrization), so nothing can be folded into it"
-        if config.use_vera and cls.vera_class is None:
-            return "use_vera is for linear layers alone"
-        if not cls.adapter_class.is_matrix and config.needs_matrix:
+        if config.needs_matrix and not getattr(cls.adapter_class, "is_matrix", False):
             return f"init_lora_weights={config.init_lora_weights!r} is not for this kind of layer"
         return None
 
@@ -252,16 +110,24 @@ class LoraLayer(nn.Module):
         return out
 
     def adapters_on(self, parameter: str) -> Sequence[Adapter]:
-        """The adapters at work on one of the parameters."""
+        """The active adapters of one of the parameters."""
         return [self.adapter(name) for name in self._active]  # type: ignore[misc]
 
     def adapter(self, name: str) -> nn.Module:
-        """One of its adapters, to be looked at: what a strategy has put around it works only where it is called."""
+        """The adapter without its FSDP wrapper. For reading only: forward must call self.lora[name], so that FSDP's hooks run."""
         return unwrap_fsdp(self.lora[name])
 
     def adapted_parameters(self) -> dict[str, nn.Parameter]:
         """The adapted parameters, as they are now, by name."""
         return {"weight": self.weight}
+
+    def parts(self, adapter_name: str) -> Sequence[Adapter]:
+        """All that one adapter has in this layer."""
+        return [self.adapter(adapter_name)]  # type: ignore[list-item]
+
+    def peft_targets(self, name: str) -> dict[str, list[str]]:
+        """What PEFT's config lists of this layer, whose name is given: by the setting, names."""
+        return {"target_modules": [name]}
 
     def peft_adapters(self, adapter_name: str) -> Mapping[str, Adapter]:
         """One adapter's parts, by what PEFT adds to the layer's name for each."""

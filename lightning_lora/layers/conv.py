@@ -1,12 +1,14 @@
 """LoRA on ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.layers.base import LoraAdapter, LoraLayer, Target
-from lightning_lora.layers.dora import DoraAdapter
+from lightning_lora.layers.adapter import Adapter, LoraAdapter
+from lightning_lora.layers.base import LoraLayer, Target
 from lightning_lora.layers.functional import low_rank_product
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -70,21 +72,24 @@ class ConvAdapter(LoraAdapter):
         return rows, rows // (self.r // self.groups)
 
 
-class DoraConvAdapter(DoraAdapter, ConvAdapter):
-    """DoRA on a convolution: a magnitude for each output channel."""
-
-
 class LoraConv(LoraLayer):
     """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, and subclasses that leave the forward as it is."""
 
     adapter_class = ConvAdapter
-    dora_class = DoraConvAdapter
+    supported = "torch.nn.Conv1d, Conv2d and Conv3d"
     is_linear = False
 
     @classmethod
-    def new_adapter(cls, target: Target, config: LoraConfig, adapter_name: str) -> nn.Module:
-        weight: Tensor = target.module.weight  # type: ignore[assignment]
-        return cls.adapter_class_for(config)(weight, config, target.name, adapter_name, groups=target.module.groups)
+    def adapts(cls, module: nn.Module) -> bool:
+        return isinstance(module, CONVOLUTIONS)
+
+    @classmethod
+    def new_adapter(
+        cls, adapter_class: type[Adapter], target: Target, config: LoraConfig, adapter_name: str
+    ) -> nn.Module:
+        make: Any = adapter_class
+        adapter: nn.Module = make(target.module.weight, config, target.name, adapter_name, groups=target.module.groups)
+        return adapter
 
     @classmethod
     def unsupported_reason(cls, target: Target, config: LoraConfig) -> str | None:

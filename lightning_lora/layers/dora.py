@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.layers.base import LoraAdapter
+from lightning_lora.layers.adapter import Adapter, LoraAdapter
+from lightning_lora.layers.base import LoraLayer
+from lightning_lora.layers.conv import ConvAdapter, LoraConv
+from lightning_lora.layers.embedding import EmbeddingAdapter, LoraEmbedding
+from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter, LoraConv1D, LoraLinear
 
 
 class DoraAdapter(LoraAdapter):
@@ -21,6 +25,10 @@ class DoraAdapter(LoraAdapter):
     """
 
     peft_names = {**LoraAdapter.peft_names, "lora_magnitude_vector": "lora_magnitude_vector"}
+
+    sets_whole_weight = True
+    reads_weight = True
+    follows_tensor_parallel = False
 
     lora_magnitude_vector: nn.Parameter
 
@@ -68,3 +76,29 @@ class DoraAdapter(LoraAdapter):
         norm: Tensor = (squares + 2 * cross + update).sqrt()
         # A row of zeros has no direction; it stays zero.
         return norm.clamp_min(torch.finfo(dtype).tiny)
+
+
+class DoraLinearAdapter(DoraAdapter, LinearAdapter):
+    """DoRA on ``nn.Linear``."""
+
+
+class DoraConv1DAdapter(DoraAdapter, Conv1DAdapter):
+    """DoRA on ``Conv1D``."""
+
+
+class DoraConvAdapter(DoraAdapter, ConvAdapter):
+    """DoRA on a convolution: a magnitude for each output channel."""
+
+
+class DoraEmbeddingAdapter(DoraAdapter, EmbeddingAdapter):
+    """DoRA on an embedding: a magnitude for each dimension, as in PEFT."""
+
+    peft_names = {**EmbeddingAdapter.peft_names, "lora_magnitude_vector": "lora_magnitude_vector"}
+
+
+DORA: dict[type[LoraLayer], type[Adapter]] = {
+    LoraLinear: DoraLinearAdapter,
+    LoraConv1D: DoraConv1DAdapter,
+    LoraConv: DoraConvAdapter,
+    LoraEmbedding: DoraEmbeddingAdapter,
+}

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.layers.base import LoraAdapter, LoraLayer, Target
-from lightning_lora.layers.dora import DoraAdapter
+from lightning_lora.layers.adapter import LoraAdapter
+from lightning_lora.layers.base import LoraLayer, Target
 from lightning_lora.layers.functional import low_rank_product
 
 
@@ -45,18 +45,16 @@ class EmbeddingAdapter(LoraAdapter):
         return "normal" if self._init is False else "zeros", "normal"
 
 
-class DoraEmbeddingAdapter(DoraAdapter, EmbeddingAdapter):
-    """DoRA on an embedding: a magnitude for each dimension, as in PEFT."""
-
-    peft_names = {**EmbeddingAdapter.peft_names, "lora_magnitude_vector": "lora_magnitude_vector"}
-
-
 class LoraEmbedding(LoraLayer):
     """``nn.Embedding``, and its subclasses that multiply the rows by a number, ``embed_scale``."""
 
     adapter_class = EmbeddingAdapter
-    dora_class = DoraEmbeddingAdapter
+    supported = "torch.nn.Embedding"
     is_linear = False
+
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding)
 
     @classmethod
     def unsupported_reason(cls, target: Target, config: LoraConfig) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
+from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import Target
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter, LoraLinear
 
@@ -25,6 +26,7 @@ class FusedAdapter(LinearAdapter):
     """
 
     is_matrix = False
+    follows_tensor_parallel = False
 
     parts: list[Tensor]  # of each chosen part, the outputs that it has
     out_features: int
@@ -85,13 +87,22 @@ class LoraFusedLinear(LoraLinear):
     adapter_class = FusedAdapter
 
     @classmethod
-    def new_adapter(cls, target: Target, config: LoraConfig, adapter_name: str) -> nn.Module:
+    def adapts(cls, module: nn.Module) -> bool:
+        return False  # fused_qkv chooses
+
+    @classmethod
+    def new_adapter(
+        cls, adapter_class: type[Adapter], target: Target, config: LoraConfig, adapter_name: str
+    ) -> nn.Module:
         rows = qkv_rows(target.module, target.parent)
         assert rows is not None and config.fused_qkv is not None
         parts = [rows[part] for part in ("q", "k", "v") if part in config.fused_qkv]
-        weight: Tensor = target.module.weight  # type: ignore[assignment]
+        make: Any = adapter_class
         out_features = sum(map(len, rows.values()))
-        return cls.adapter_class(weight, config, target.name, adapter_name, parts=parts, out_features=out_features)
+        adapter: nn.Module = make(
+            target.module.weight, config, target.name, adapter_name, parts=parts, out_features=out_features
+        )
+        return adapter
 
 
 class LoraFusedConv1D(LoraFusedLinear):

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LOFTQ
-from lightning_lora.layers.base import LoraAdapter, LoraLayer, base_class
-from lightning_lora.layers.dora import DoraAdapter
+from lightning_lora.layers.adapter import LoraAdapter
+from lightning_lora.layers.base import LoraLayer, base_class
 from lightning_lora.layers.functional import add_low_rank, low_rank_linear, low_rank_product
 from lightning_lora.layers.init import from_weight, orthogonal, require_part
 from lightning_lora.layers.loftq import loftq
-from lightning_lora.layers.vera import VeraAdapter, VeraConv1DAdapter
 from lightning_lora.sharding import copy_full_
 
 _PLAIN = (Tensor, nn.Parameter)  # not a DTensor, which the processes of tensor parallelism share
@@ -21,6 +20,7 @@ class LinearAdapter(LoraAdapter):
     """``out + scaling * B A dropout(x)`` with A of shape ``(r, in_features)`` and B of shape ``(out_features, r)``."""
 
     is_matrix = True
+    follows_tensor_parallel = True
 
     def shapes(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         out_features, in_features = self.rows(weight).shape
@@ -105,23 +105,19 @@ class LinearAdapter(LoraAdapter):
 class Conv1DAdapter(LinearAdapter):
     """The same for a weight of shape ``(in_features, out_features)``."""
 
+    follows_tensor_parallel = False
     out_dim = 1
-
-
-class DoraLinearAdapter(DoraAdapter, LinearAdapter):
-    """DoRA on ``nn.Linear``."""
-
-
-class DoraConv1DAdapter(DoraAdapter, Conv1DAdapter):
-    """DoRA on ``Conv1D``."""
 
 
 class LoraLinear(LoraLayer):
     """``nn.Linear`` and its subclasses."""
 
     adapter_class = LinearAdapter
-    dora_class = DoraLinearAdapter
-    vera_class = VeraAdapter
+    supported = "torch.nn.Linear"
+
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not self._is_plain(x):
@@ -149,5 +145,10 @@ class LoraConv1D(LoraLayer):
     """``transformers.pytorch_utils.Conv1D``."""
 
     adapter_class = Conv1DAdapter
-    dora_class = DoraConv1DAdapter
-    vera_class = VeraConv1DAdapter
+    supported = "transformers.pytorch_utils.Conv1D"
+
+    @classmethod
+    def adapts(cls, module: nn.Module) -> bool:
+        # By name, so that transformers need not be imported.
+        names = {f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__}
+        return "transformers.pytorch_utils.Conv1D" in names

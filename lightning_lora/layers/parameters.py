@@ -4,15 +4,16 @@ Nothing is called here that an adapter could add its path to, so the module read
 ``W`` while its forward runs. That makes a tensor of the parameter's size for each forward pass, as in PEFT.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.layers.base import LoraAdapter, LoraLayer, Target, base_class
+from lightning_lora.layers.adapter import Adapter, LoraAdapter
+from lightning_lora.layers.base import LoraLayer, Target, base_class
 from lightning_lora.layers.functional import low_rank_product
 from lightning_lora.layers.init import fill_
 
@@ -25,6 +26,7 @@ class ParameterAdapter(LoraAdapter):
     """
 
     rank_dim = -1
+    is_called = False  # the module reads its tensors
 
     parameter: str  # its name in the module
     is_transposed: bool  # whether its last dimension counts outputs
@@ -75,21 +77,23 @@ class ParameterAdapter(LoraAdapter):
 class LoraParameters(LoraLayer):
     """Any module of which parameters are adapted. Each of its adapters is a ``ModuleDict`` of one by parameter."""
 
-    adapter_class = dora_class = ParameterAdapter
+    adapter_class = ParameterAdapter
     is_linear = False
-    is_module_target = False
-    calls_adapters = False
+    by_parameter: ClassVar[bool] = True  # whether settings name the parameters, and not the module
 
     @classmethod
-    def new_adapter(cls, target: Target, config: LoraConfig, adapter_name: str) -> nn.Module:
+    def new_adapter(
+        cls, adapter_class: type[Adapter], target: Target, config: LoraConfig, adapter_name: str
+    ) -> nn.Module:
+        make: Any = adapter_class
         is_transposed = getattr(target.module, "is_transposed", False)
         adapters = {}
         for parameter in target.parameters:
             weight = target.module.get_parameter(parameter)
-            adapters[parameter.replace(".", "_")] = ParameterAdapter(  # a module's name holds no dot
+            adapters[parameter.replace(".", "_")] = make(  # a module's name holds no dot
                 weight,
                 config,
-                target.name if cls.is_module_target else f"{target.name}.{parameter}".lstrip("."),
+                f"{target.name}.{parameter}".lstrip(".") if cls.by_parameter else target.name,
                 f"{adapter_name}.{parameter}",
                 parameter=parameter,
                 is_transposed=is_transposed and weight.dim() == 3,
@@ -139,7 +143,13 @@ class LoraParameters(LoraLayer):
             for holder, attribute in shadowed:
                 del holder[attribute]
 
-    def peft_adapters(self, adapter_name: str) -> dict[str, LoraAdapter]:
+    def parts(self, adapter_name: str) -> list[Adapter]:
+        return list(self.lora[adapter_name].values())  # type: ignore[operator]
+
+    def peft_targets(self, name: str) -> dict[str, list[str]]:
+        return {"target_parameters": [f"{name}.{parameter}" for parameter in self.adapted_parameters()]}
+
+    def peft_adapters(self, adapter_name: str) -> Mapping[str, Adapter]:
         """PEFT wraps once for each parameter, the first innermost."""
         adapters: Any = self.lora[adapter_name]
         return {".base_layer" * depth: adapter for depth, adapter in enumerate(reversed(adapters.values()))}
@@ -147,9 +157,9 @@ class LoraParameters(LoraLayer):
     def peft_wrapped(self) -> dict[str, str]:
         return {"": ".base_layer" * len(self.adapted_parameters())}
 
-    def adapters_on(self, parameter: str) -> list[LoraAdapter]:
-        at_work = [adapter for name in self._active for adapter in self.lora[name].values()]  # type: ignore[operator]
-        return [adapter for adapter in at_work if adapter.parameter == parameter]
+    def adapters_on(self, parameter: str) -> list[Adapter]:
+        active: list[Any] = [adapter for name in self._active for adapter in self.parts(name)]
+        return [adapter for adapter in active if adapter.parameter == parameter]
 
     def adapted_parameters(self) -> dict[str, nn.Parameter]:
         names = [adapter.parameter for adapters in self.lora.values() for adapter in adapters.values()]  # type: ignore

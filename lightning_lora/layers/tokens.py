@@ -4,14 +4,16 @@ A row is replaced, not added to: the adapter holds what the row becomes. Where o
 as output heads often are, they share its adapter, so that a trained row is one and the same on both sides.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.layers.base import Adapter, LoraLayer, Target
+from lightning_lora.layers.adapter import Adapter
+from lightning_lora.layers.base import LoraLayer, Target
 from lightning_lora.layers.embedding import embed_scale, lookup_unsupported_reason
 
 
@@ -26,6 +28,8 @@ class TokenAdapter(Adapter):
     """
 
     peft_names: ClassVar[dict[str, str]] = {"trainable_tokens": "token_adapter.trainable_tokens_delta"}
+    shares_layer = False
+    reads_weight = True
 
     index: Tensor
     sorted_index: Tensor
@@ -67,6 +71,24 @@ class TokenAdapter(Adapter):
     def fold(self, weight: Tensor) -> Tensor:
         return weight.index_copy(0, self.index, self.trainable_tokens.to(weight.dtype))
 
+    def size(self) -> str:
+        return f"{len(self.tokens)} rows"
+
+    def mismatch(self, saved: LoraConfig, peft_layer_name: str) -> str | None:
+        chosen = saved.trainable_token_indices or []
+        there = list(chosen.values()) if isinstance(chosen, dict) else [chosen]
+        if list(self.tokens) in there:
+            return None
+        return (
+            f"it holds rows of the tokens {', '.join(map(str, there)) or 'none'}, but those trained here are "
+            f"{list(self.tokens)}: use its trainable_token_indices"
+        )
+
+    @classmethod
+    def peft_settings(cls, adapters: Mapping[str, Adapter], config: LoraConfig) -> dict[str, Any]:
+        tokens = {name: list(adapter.tokens) for name, adapter in adapters.items()}  # type: ignore[arg-type]
+        return {"trainable_token_indices": tokens}
+
     def extra_repr(self) -> str:
         return f"tokens={len(self.tokens)}"
 
@@ -74,11 +96,14 @@ class TokenAdapter(Adapter):
 class LoraTokens(LoraLayer):
     """``nn.Embedding`` or ``nn.Linear`` of which rows are trained: an embedding, and the heads that are tied to it."""
 
+    adapter_class = TokenAdapter
+    has_one_kind = True
     is_linear = False
-    is_module_target = False
 
     @classmethod
-    def new_adapter(cls, target: Target, config: LoraConfig, adapter_name: str) -> nn.Module:
+    def new_adapter(
+        cls, adapter_class: type[Adapter], target: Target, config: LoraConfig, adapter_name: str
+    ) -> nn.Module:
         return TokenAdapter(target.module.weight, target.tokens, target.name)  # type: ignore[arg-type]
 
     @classmethod
@@ -96,6 +121,9 @@ class LoraTokens(LoraLayer):
         if reason is None and module.weight.is_meta:
             return "its weight is on the meta device, and the rows start at its values: load the weights first"
         return reason
+
+    def peft_targets(self, name: str) -> dict[str, list[str]]:
+        return {}
 
     def peft_wrapped(self) -> dict[str, str]:
         return {"": ".token_adapter.base_layer"}

@@ -5,14 +5,17 @@ Source: Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", arXiv 23
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.layers.base import LoraAdapter
+from lightning_lora.layers.adapter import Adapter, LoraAdapter
+from lightning_lora.layers.base import LoraLayer
 from lightning_lora.layers.functional import add_from_rank, low_rank_product
+from lightning_lora.layers.linear import LoraConv1D, LoraLinear
 
 
 class Projections(nn.Module):
@@ -52,6 +55,7 @@ class VeraAdapter(LoraAdapter):
     """``out + b * (B (d * (A dropout(x))))`` with the vectors d, of shape ``(r,)``, and b, ``(out_features,)``."""
 
     peft_names = {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"}
+    peft_type = "VERA"
 
     projections: Projections
     vera_lambda_b: nn.Parameter
@@ -87,6 +91,56 @@ class VeraAdapter(LoraAdapter):
         lora_A, lora_B = self.vera_lambda_d.unsqueeze(1) * vera_A, self.vera_lambda_b.unsqueeze(1) * vera_B
         return low_rank_product(lora_A, lora_B, 1.0).movedim(0, self.out_dim)
 
+    @classmethod
+    def connect(cls, adapters: Sequence[Adapter], config: LoraConfig) -> None:
+        every: Sequence[Any] = adapters
+        widest_in, widest_out = max(each.in_features for each in every), max(each.out_features for each in every)
+        shared = Projections(config.r, widest_in, widest_out, config.seed, every[0].vera_lambda_b.device)
+        for adapter in every:
+            adapter.projections = shared
+
+    @classmethod
+    def shared_tensors(cls, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+        first: Any = adapters[0]
+        return {name: tensor.cpu() for name, tensor in first.projections.tensors().items()}
+
+    @classmethod
+    def to_peft_config(cls, settings: dict[str, Any], config: LoraConfig) -> dict[str, Any]:
+        kept = (
+            "base_model_name_or_path", "task_type", "inference_mode", "target_modules", "modules_to_save",
+            "fan_in_fan_out",
+        )  # fmt: skip
+        return {
+            "peft_type": cls.peft_type,
+            **{name: settings[name] for name in kept},
+            "r": config.r,
+            "d_initial": config.vera_d_initial,
+            "projection_prng_key": config.seed,
+            "save_projection": True,
+            "vera_dropout": config.lora_dropout,
+            "bias": config.bias.replace("lora_only", "vera_only"),
+            "init_weights": True,
+        }
+
+    @classmethod
+    def from_peft_config(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "r": settings["r"],
+            "lora_dropout": settings.get("vera_dropout", 0.0),
+            "target_modules": settings["target_modules"],
+            "layers_to_transform": settings.get("layers_to_transform"),
+            "layers_pattern": settings.get("layers_pattern"),
+            "modules_to_save": settings.get("modules_to_save"),
+            "bias": settings.get("bias", "none").replace("vera_only", "lora_only"),
+            "seed": settings.get("projection_prng_key", 0),
+            "use_vera": True,
+            "vera_d_initial": settings.get("d_initial", 0.1),
+        }
+
+    @classmethod
+    def describe(cls, config: LoraConfig) -> str:
+        return f"a VeRA of seed={config.seed}"
+
 
 class VeraConv1DAdapter(VeraAdapter):
     """The same for a weight of shape ``(in_features, out_features)``."""
@@ -94,11 +148,4 @@ class VeraConv1DAdapter(VeraAdapter):
     out_dim = 1
 
 
-def share_projections(adapters: Iterable[nn.Module], config: LoraConfig) -> None:
-    """Give the adapters of one injection the pair that they share."""
-    every = [adapter for adapter in adapters if isinstance(adapter, VeraAdapter)]
-    if every:
-        widest_in, widest_out = max(a.in_features for a in every), max(a.out_features for a in every)
-        shared = Projections(config.r, widest_in, widest_out, config.seed, every[0].vera_lambda_b.device)
-        for adapter in every:
-            adapter.projections = shared
+VERA: dict[type[LoraLayer], type[Adapter]] = {LoraLinear: VeraAdapter, LoraConv1D: VeraConv1DAdapter}

@@ -1,15 +1,13 @@
 """What must hold before an adapter is put in; nothing here changes a model."""
 
+from collections.abc import Iterable, Iterator
+
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import clean_fqn
-from lightning_lora.layers import (
-    LoraLayer,
-    Target,
-    TokenAdapter,
-)
+from lightning_lora.layers import Adapter, LoraLayer, Target, adapter_class_for
 from lightning_lora.model.record import Injection
 from lightning_lora.model.targets import TargetError
 
@@ -27,24 +25,31 @@ def require_room(targets: dict[str, Target], config: LoraConfig, adapter_name: s
             + f", and a second one named {adapter_name!r} cannot be put over it: eject the first, use the same "
             "settings, or give each adapter a name or layers of its own. Nothing was changed."
         )
-    tokens = [
-        name for name, target in targets.items() if name in layers and (target.tokens or _has_tokens(layers[name]))
+    new = {name: adapter_class_for(targets[name].layer_class, config) for name in layers}
+    apart = [
+        name
+        for name, layer in layers.items()
+        if not all(adapter.shares_layer for adapter in (new[name], *_parts(layer)) if adapter is not None)
     ]
-    if tokens:
+    if apart:
         raise TargetError(
-            f"Rows of {tokens[0]} are trained as a part of its weight (trainable_token_indices), and several adapters "
-            "cannot share such a layer: give each adapter layers of its own. Nothing was changed."
+            f"Rows of {apart[0]} are trained as a part of its weight (trainable_token_indices), or its adapter is of "
+            "another kind that cannot share a layer: give each adapter layers of its own. Nothing was changed."
         )
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise TargetError(
             f"{merged[0]} is merged, so no adapter can be put into it: unmerge first. Nothing was changed."
         )
-    at_work = [injection.config.use_dora for injection in present if injection.adapter_name in _active_in(layers)]
-    if at_work and (config.use_dora or any(at_work)):
+    whole = [
+        name
+        for name, layer in layers.items()
+        if layer.active and any(a.sets_whole_weight for a in (new[name], *_parts(layer, layer.active)) if a is not None)
+    ]
+    if whole:
         raise TargetError(
-            f"DoRA sets the magnitude of whole weights, so no other adapter can be at work in {next(iter(layers))} "
-            "with it: use add_adapter, which leaves the choice to set_adapter. Nothing was changed."
+            f"DoRA, or another kind of adapter here, sets the whole weight of {whole[0]}, so no other can be active with "
+            "it: use add_adapter, which leaves the choice to set_adapter. Nothing was changed."
         )
     loners = [injection.adapter_name for injection in present if injection.config.takes_from_base]
     if layers and (loners or config.takes_from_base):
@@ -55,12 +60,9 @@ def require_room(targets: dict[str, Target], config: LoraConfig, adapter_name: s
         )
 
 
-def _has_tokens(layer: LoraLayer) -> bool:
-    return any(isinstance(adapter, TokenAdapter) for adapter in layer.lora.values())
-
-
-def _active_in(layers: dict[str, LoraLayer]) -> set[str]:
-    return {name for layer in layers.values() for name in layer.active}
+def _parts(layer: LoraLayer, names: Iterable[str] | None = None) -> Iterator[Adapter]:
+    for name in layer.lora if names is None else names:
+        yield from layer.parts(name)
 
 
 def warn_of_ties(model: nn.Module, targets: dict[str, Target]) -> None:

@@ -193,8 +193,7 @@ def _require_equal_ranks(parts: dict[str, list[tuple[LoraAdapter, float]]], meth
 
 
 def _require_factors(name: str, adapter: nn.Module, method: str) -> None:
-    plain = isinstance(adapter, LoraAdapter) and adapter.peft_names.keys() == {"lora_A", "lora_B"}
-    if not plain or adapter.lora_B.shape[1] != adapter.r or len(adapter.lora_A) != adapter.r:  # type: ignore[arg-type,index]
+    if not isinstance(adapter, LoraAdapter) or adapter.low_rank_factors() is None:
         raise ValueError(
             f"The adapter of {name!r} is a {type(adapter).__name__}, which is not one A and one B of its rank, so it "
             f"cannot be combined by {method!r}: merge it, or leave it out."

@@ -3,13 +3,14 @@
 Everything that is done is noted in an :class:`~lightning_lora.model.record.Injection`, so that it can be undone.
 """
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import clean_fqn
-from lightning_lora.layers import LoraLayer, Target, adapted_class, share_projections
+from lightning_lora.layers import Adapter, LoraLayer, Target, adapted_class, new_adapter
 from lightning_lora.model.checks import require_room, warn_of_ties
 from lightning_lora.model.freeze import freeze
 from lightning_lora.model.record import Injection, base_parameters, injections_of, keep_record, parameters_by_name
@@ -52,11 +53,9 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
 
     # Built before anything is changed, so that an error leaves the model as it was.
     adapters = {
-        name: target.layer_class.new_adapter(target, config, adapter_name).train(target.module.training)
-        for name, target in every.items()
-        if target.tied_to is None
+        name: new_adapter(target, config, adapter_name) for name, target in every.items() if target.tied_to is None
     }
-    share_projections(adapters.values(), config)
+    _connect(adapters.values(), config)
     residuals = {}
     if config.takes_from_base:
         residuals = {
@@ -93,6 +92,13 @@ def _adapted(target: Target) -> LoraLayer:
         layer.__dict__.update(_active=(), _merged=False, _aside={}, _seals={}, _rows=None)
         layer.lora = nn.ModuleDict()
     return layer  # type: ignore[no-any-return]
+
+
+def _connect(adapters: Iterable[nn.Module], config: LoraConfig) -> None:
+    """Give all adapters of each class what they share."""
+    parts = [part for adapter in adapters for part in adapter.modules() if isinstance(part, Adapter)]
+    for adapter_class in {type(part): None for part in parts}:
+        adapter_class.connect([part for part in parts if type(part) is adapter_class], config)
 
 
 def _names_to_train(

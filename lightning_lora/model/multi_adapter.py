@@ -214,11 +214,13 @@ def _require_unmerged(model: nn.Module, layers: list[LoraLayer]) -> None:
 
 
 def _require_compatible(chosen: list[Injection]) -> None:
-    """Two adapters cannot both train a parameter in full, nor share a layer if one of them is a DoRA."""
+    """Two adapters cannot both train a parameter in full, nor share a layer if one of them sets its whole weight."""
     for one, other in combinations(chosen, 2):
         shared = set(one.trained) & set(other.trained)
-        if one.config.use_dora or other.config.use_dora:
-            shared |= set(one.targets) & set(other.targets)
+        for name in set(one.targets) & set(other.targets):
+            layer = dict(one.layers())[name]
+            if any(part.sets_whole_weight for each in (one, other) for part in layer.parts(each.adapter_name)):
+                shared.add(name)
         if one.root is other.root and shared:
             raise ValueError(
                 f"{one.adapter_name!r} and {other.adapter_name!r} cannot be at work together, since both set "

@@ -10,7 +10,7 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import clean_fqn, is_submodule
 from lightning_lora.layers import LoraLayer
 from lightning_lora.model.targets import modules_by_name
-from lightning_lora.sharding import swap_parameters
+from lightning_lora.sharding import shard_of, swap_parameters
 
 _ATTRIBUTE = "_lora_injections"
 
@@ -111,6 +111,10 @@ class Injection:
         self.in_place = in_place
         for name in self.trained:
             self.tensor(name).requires_grad_(in_place)
+
+    def shard_aside(self) -> None:
+        """Keep aside only what this process holds, once a strategy has sharded the model."""
+        self.aside = {name: shard_of(*self._place(name), other) for name, other in self.aside.items()}
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
         module_name, _, attribute = name.rpartition(".")

@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.layers import LoraLayer, Target
-from lightning_lora.layers.linear import LinearAdapter, LoraLinear
+from lightning_lora.layers import LoraLayer, Target, adapter_class_for
+from lightning_lora.layers.linear import LinearAdapter
 from lightning_lora.model.targets import TargetError
-from lightning_lora.sharding import is_sharded
+from lightning_lora.sharding import is_sharded, register_sharding
 
 _TENSOR_PARALLEL = ("tensor_parallel", "tp")
 
@@ -39,14 +39,16 @@ def require_joinable(model: nn.Module, config: LoraConfig, targets: Iterable[Tar
     owners = _owners(model)
     for target in targets:
         weight = target.module._parameters.get("weight")
-        of_values = bool(target.tokens) or config.use_dora or config.takes_from_base
+        adapter_class = adapter_class_for(target.layer_class, config)
+        assert adapter_class is not None
+        of_values = adapter_class.reads_weight or config.takes_from_base
         if isinstance(weight, DTensor) and _tensor_parallel_dims(weight, target.module in owners):
-            if target.layer_class is not LoraLinear or config.use_vera or of_values:
+            if not adapter_class.follows_tensor_parallel or config.takes_from_base:
                 raise TargetError(
                     f"{target.name} is cut up by tensor parallelism, where only a plain LoRA on nn.Linear can follow: "
                     "leave it out by exclude_modules, or use FSDP2 alone. Nothing was changed."
                 )
-        elif target.module in owners and (of_values or not target.layer_class.calls_adapters):
+        elif target.module in owners and (of_values or not adapter_class.is_called):
             problem = "starts at values of the whole weight" if of_values else "is read and never called"
             raise TargetError(
                 f"{target.name} is sharded already, and its adapter {problem}: call lightning_lora.inject(self, "
@@ -58,6 +60,8 @@ def require_joinable(model: nn.Module, config: LoraConfig, targets: Iterable[Tar
 def shard_adapters(model: nn.Module, layers: Iterable[LoraLayer], adapter_name: str) -> None:
     """Share fresh adapters among the processes as their layers are."""
     owners = _owners(model)
+    if not owners and not is_sharded(model):
+        return
     for layer in layers:
         adapter = layer.lora[adapter_name]
         weight = layer._parameters.get("weight")
@@ -72,6 +76,7 @@ def shard_adapters(model: nn.Module, layers: Iterable[LoraLayer], adapter_name: 
             # It does, and nothing is done to that in place.
             warnings.filterwarnings("ignore", f".*{type(adapter).__name__}.* returned a view tensor")
             fully_shard(adapter, mesh=_sharding_mesh(weight.device_mesh, dims))
+    register_sharding(model)
 
 
 def _owners(model: nn.Module) -> set[nn.Module]:

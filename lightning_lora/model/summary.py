@@ -6,7 +6,6 @@ from collections import Counter
 from torch import nn
 
 from lightning_lora.fqn import clean_fqn
-from lightning_lora.layers import LoraAdapter, TokenAdapter
 from lightning_lora.model.record import injections, named_injections
 from lightning_lora.model.state_dict import adapter_tensors
 from lightning_lora.sharding import full_shape, named_tensors
@@ -29,10 +28,7 @@ def print_summary(model: nn.Module) -> None:
         for name, layer in injection.layers():
             adapter = layer.adapter(injection.adapter_name)
             pattern = re.sub(r"\.\d+(?=\.)", ".*", f"{root_name}.{name}".strip("."))
-            ranks = {part.r for part in adapter.modules() if isinstance(part, LoraAdapter)}
-            size = ", ".join(map(str, sorted(ranks)))
-            if isinstance(adapter, TokenAdapter):
-                size = f"{len(adapter.tokens)} rows"
+            size = ", ".join(sorted({part.size() for part in layer.parts(injection.adapter_name)}))
             group = (pattern, type(layer).__name__, size)
             groups[group] += 1
             parameters[group] += sum(sizes[id(p)] for p in adapter.parameters() if p not in counted)

@@ -12,11 +12,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from lightning_lora.config import ALL_LINEAR, AUTO, LoraConfig
 from lightning_lora.fqn import clean_fqn, is_submodule
 from lightning_lora.layers import (
-    SUPPORTED,
     LoraLayer,
     LoraParameters,
     Target,
     layer_class_for,
+    supported_modules,
+    unsupported_reason,
 )
 from lightning_lora.layers.fused_qkv import NAMES, LoraFusedLinear, fused_class_for
 
@@ -69,13 +70,13 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
             if layer_class is None:
                 raise TargetError(
                     f"target_modules matches {name!r}, which is a {_kind(module)} "
-                    f"and cannot be adapted; supported are {SUPPORTED} and their subclasses. Name the layers inside of "
+                    f"and cannot be adapted; supported are {supported_modules()} and their subclasses. Name the layers inside of "
                     "it, its parameters with target_parameters, or leave it out with exclude_modules. Nothing was "
                     "changed."
                 )
             targets[name] = Target(name, module, parent, layer_class, layer_class.parameters_of(module))
     for name, target in targets.items():
-        reason = None if isinstance(target.module, LoraLayer) else target.layer_class.unsupported_reason(target, config)
+        reason = None if isinstance(target.module, LoraLayer) else unsupported_reason(target, config)
         reason = reason or _bypassed_by_parent(name, names)
         if reason:
             raise TargetError(

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import clean_fqn, is_submodule
-from lightning_lora.layers import LoraLayer, LoraTokens, Target
+from lightning_lora.layers import LoraLayer, LoraTokens, Target, unsupported_reason
 from lightning_lora.model.targets import TargetError, matches, modules_by_name, pretrained_models
 
 
@@ -112,7 +112,7 @@ def _require_fit(
     elif any(is_submodule(name, module) for module in saved):
         problem = "modules_to_save trains it as a whole: take it out of one of them"
     elif not isinstance(target.module, LoraLayer):
-        problem = target.layer_class.unsupported_reason(target, config)
+        problem = unsupported_reason(target, config)
         rows = len(target.module.weight) if problem is None else 0  # type: ignore[arg-type]
         if problem is None and max(target.tokens) >= rows:
             problem = f"index {max(target.tokens)} is none of its {rows} rows: resize the embedding first"

@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.layers import Adapter
-from lightning_lora.layers.parameters import ParameterAdapter
 
 _CALLED = (nn.Linear, nn.Embedding)  # these very classes: some subclasses of them are read and never called
 
@@ -38,6 +37,5 @@ class AdapterWrapPolicy:
 
 def _is_trained_alone(module: nn.Module) -> bool:
     if isinstance(module, Adapter):
-        # Without a call of its own, no unit would be made whole.
-        return not isinstance(module, ParameterAdapter)
+        return module.is_called  # else no unit would ever be made whole
     return type(module) in _CALLED and all(parameter.requires_grad for parameter in module.parameters())

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_lora.fqn import clean_fqn
 from lightning_lora.model.eva import KIND
+from lightning_lora.model.record import injections
 from lightning_lora.model.removed import restored
 from lightning_lora.model.state_dict import gathered, saved_names, scatter
 from lightning_lora.sharding import named_tensors, register_sharding
@@ -90,6 +91,8 @@ class ShardedCheckpoints(AdapterCheckpoints):
 
     def _take_note(self) -> None:
         register_sharding(self.model)
+        for injection in injections(self.model):
+            injection.shard_aside()
         mesh = self.lightning_module.device_mesh
         if mesh is not None and mesh["data_parallel"].size() > 1:
             _require_averaged(self.lightning_module)
