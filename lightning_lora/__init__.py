@@ -1,29 +1,14 @@
-"""LoRA for PyTorch Lightning: one callback freezes the base, trains small adapters, saves them alone, merges them."""
+"""LoRA for PyTorch Lightning: one callback freezes the base, trains small adapters, saves them alone, merges them.
 
-from lightning_lora.callback import LoRA
-from lightning_lora.callbacks.base_as_reference import BaseAsReference
-from lightning_lora.config import LoraConfig
-from lightning_lora.formats.checkpoint import load_from_checkpoint
-from lightning_lora.formats.foreign import load_foreign_adapter
-from lightning_lora.formats.peft import load_adapter, save_adapter
-from lightning_lora.model.combine import combine_adapters
-from lightning_lora.model.eject import eject
-from lightning_lora.model.eva import initialize_eva
-from lightning_lora.model.inject import inject
-from lightning_lora.model.merge import merge, unmerge
-from lightning_lora.model.multi_adapter import (
-    active_adapters,
-    adapters,
-    adapters_for,
-    add_adapter,
-    delete_adapter,
-    disabled,
-    set_adapter,
-)
-from lightning_lora.model.param_groups import param_groups
-from lightning_lora.model.state_dict import CheckpointError, adapter_state_dict, load_adapter_state_dict
-from lightning_lora.model.targets import TargetError
-from lightning_lora.trainer.fsdp_wrap_policy import lora_auto_wrap_policy
+Names are imported when they are first used (PEP 562), so that ``import lightning_lora`` alone brings in no PyTorch.
+"""
+
+import sys
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from lightning_lora.version import __version__
 
 __all__ = [
@@ -55,3 +40,101 @@ __all__ = [
     "set_adapter",
     "unmerge",
 ]
+
+# Where each public name lives.
+_PUBLIC = {
+    "callback": ("LoRA",),
+    "callbacks": ("BaseAsReference",),
+    "config": ("LoraConfig",),
+    "formats.checkpoint": ("load_from_checkpoint",),
+    "formats.foreign": ("load_foreign_adapter",),
+    "formats.peft": ("load_adapter", "save_adapter"),
+    "model.combine": ("combine_adapters",),
+    "model.eject": ("eject",),
+    "model.eva": ("initialize_eva",),
+    "model.inject": ("inject",),
+    "model.merge": ("merge", "unmerge"),
+    "model.multi_adapter": (
+        "active_adapters",
+        "adapters",
+        "adapters_for",
+        "add_adapter",
+        "delete_adapter",
+        "disabled",
+        "set_adapter",
+    ),
+    "model.param_groups": ("param_groups",),
+    "model.state_dict": ("CheckpointError", "adapter_state_dict", "load_adapter_state_dict"),
+    "model.targets": ("TargetError",),
+    "trainer.fsdp_wrap_policy": ("lora_auto_wrap_policy",),
+}
+
+# Where names lived in version 0.1, which configurations and scripts may still say.
+_MOVED = {
+    "curve": ("LearningCurve",),
+    "predictions": ("PredictionWriter",),
+    "reference": ("BaseAsReference",),
+    "report": ("BeforeAfter",),
+}
+
+# The same names for those who read the source alone, who would take a ``__getattr__`` to know every name there is.
+if TYPE_CHECKING:
+    from lightning_lora.callback import LoRA
+    from lightning_lora.callbacks import BaseAsReference
+    from lightning_lora.config import LoraConfig
+    from lightning_lora.formats.checkpoint import load_from_checkpoint
+    from lightning_lora.formats.foreign import load_foreign_adapter
+    from lightning_lora.formats.peft import load_adapter, save_adapter
+    from lightning_lora.model.combine import combine_adapters
+    from lightning_lora.model.eject import eject
+    from lightning_lora.model.eva import initialize_eva
+    from lightning_lora.model.inject import inject
+    from lightning_lora.model.merge import merge, unmerge
+    from lightning_lora.model.multi_adapter import (
+        active_adapters,
+        adapters,
+        adapters_for,
+        add_adapter,
+        delete_adapter,
+        disabled,
+        set_adapter,
+    )
+    from lightning_lora.model.param_groups import param_groups
+    from lightning_lora.model.state_dict import CheckpointError, adapter_state_dict, load_adapter_state_dict
+    from lightning_lora.model.targets import TargetError
+    from lightning_lora.trainer.fsdp_wrap_policy import lora_auto_wrap_policy
+else:
+    _HOMES = {name: f"{__name__}.{home}" for home, names in _PUBLIC.items() for name in names}
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+            return value
+        module = f"{__name__}.{name}"
+        try:
+            return import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
+class _MovedModule(ModuleType):
+    """A module of an earlier version, which finds its names where they are now."""
+
+    def __init__(self, name: str, names: tuple[str, ...]) -> None:
+        super().__init__(name, f"Moved to :mod:`{__name__}.callbacks`.")
+        self.__spec__ = ModuleSpec(name, None)
+        self.__all__ = list(names)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__all__:
+            return getattr(import_module(f"{__name__}.callbacks"), name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+for _name, _names in _MOVED.items():
+    sys.modules[f"{__name__}.{_name}"] = _MovedModule(f"{__name__}.{_name}", _names)

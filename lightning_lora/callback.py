@@ -1,5 +1,6 @@
 """``LoRA``: the life of a run, hook by hook, in the order in which Lightning calls them."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import nn
 from typing_extensions import override
 
-from lightning_lora.config import ALL_LINEAR, AUTO, LoraConfig
+from lightning_lora.config import LoraConfig
 from lightning_lora.formats.merged import ADAPTER_DIR, MERGED_DIR, save_merged
 from lightning_lora.formats.model_card import facts_of
 from lightning_lora.formats.peft import load_adapter, read_adapter, write_adapter
@@ -22,6 +23,7 @@ from lightning_lora.model.record import Injection, injections, injections_of
 from lightning_lora.model.removed import MERGED, REMOVED, forget_removed, how_merged, removed_injections
 from lightning_lora.model.summary import print_summary
 from lightning_lora.sharding import is_sharded
+from lightning_lora.signature import takes
 from lightning_lora.trainer import gradient_checks, weight_averaging
 from lightning_lora.trainer.eva_calibration import start_from_data
 from lightning_lora.trainer.process_launchers import no_way_back, spawns
@@ -31,6 +33,21 @@ from lightning_lora.trainer.sharded_strategy import checkpoints_of
 from lightning_lora.trainer.strategy import install
 
 _MERGE_MODES = ("last", "best", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arguments(LoraConfig):
+    # All that LoRA takes. The words on its own part are in LoRA's docstring.
+    __doc__ = LoraConfig.__doc__
+
+    _: dataclasses.KW_ONLY
+    config: LoraConfig | None = None
+    merge: str | None = "last"
+    export_dir: str | Path | None = None
+    adapter: str | Path | None = None
+    module: str | None = None
+    adapter_name: str = "default"
+    summary: bool = True
 
 
 class LoRA(Callback):
@@ -54,9 +71,11 @@ class LoRA(Callback):
     :func:`~lightning_lora.unmerge` restores the base weights bit for bit; for that, the base's copy of the adapted
     weights stays in memory as long as the model does.
 
+    It takes every setting of :class:`~lightning_lora.LoraConfig`, from ``r`` to ``seed``, and by their names these of
+    the run:
+
     Args:
-        r: See :class:`~lightning_lora.LoraConfig`, as for all arguments up to ``seed``.
-        config: All of those at once, instead of them.
+        config: All settings of the adapter at once, instead of them.
         merge: Which adapter is folded into the weights when ``fit`` ends: that of the ``"last"`` step, that of the
             ``"best"`` checkpoint by ``ModelCheckpoint(monitor=...)``, or none (``None``), which leaves the adapted
             model. Nothing is merged after an exception or an interrupt.
@@ -72,75 +91,21 @@ class LoRA(Callback):
         ValueError: If a setting is out of range or of no known kind.
     """
 
-    def __init__(
-        self,
-        r: int = 8,
-        lora_alpha: float = 16,
-        lora_dropout: float = 0.0,
-        target_modules: str | list[str] = ALL_LINEAR,
-        fused_qkv: list[str] | None = None,
-        exclude_modules: str | list[str] | None = None,
-        target_parameters: list[str] | None = None,
-        trainable_token_indices: list[int] | dict[str, list[int]] | None = None,
-        rank_pattern: dict[str, int] | None = None,
-        alpha_pattern: dict[str, float] | None = None,
-        layers_to_transform: int | list[int] | None = None,
-        layers_pattern: str | None = None,
-        modules_to_save: str | list[str] | None = AUTO,
-        bias: str = "none",
-        use_rslora: bool = False,
-        use_dora: bool = False,
-        init_lora_weights: bool | str = True,
-        freeze_A: bool = False,
-        use_vera: bool = False,
-        vera_d_initial: float = 0.1,
-        rank_dropout: float = 0.0,
-        seed: int = 0,
-        *,
-        config: LoraConfig | None = None,
-        merge: str | None = "last",
-        export_dir: str | Path | None = None,
-        adapter: str | Path | None = None,
-        module: str | None = None,
-        adapter_name: str = "default",
-        summary: bool = True,
-    ) -> None:
+    @takes(_Arguments)
+    def __init__(self, given: _Arguments) -> None:
         super().__init__()
-        given = LoraConfig(
-            r=r,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            target_modules=target_modules,
-            fused_qkv=fused_qkv,
-            exclude_modules=exclude_modules,
-            target_parameters=target_parameters,
-            trainable_token_indices=trainable_token_indices,
-            rank_pattern=rank_pattern or {},
-            alpha_pattern=alpha_pattern or {},
-            layers_to_transform=layers_to_transform,
-            layers_pattern=layers_pattern,
-            modules_to_save=modules_to_save,
-            bias=bias,
-            use_rslora=use_rslora,
-            use_dora=use_dora,
-            init_lora_weights=init_lora_weights,
-            freeze_A=freeze_A,
-            use_vera=use_vera,
-            vera_d_initial=vera_d_initial,
-            rank_dropout=rank_dropout,
-            seed=seed,
-        )
-        if config is not None and given != LoraConfig():
+        own = LoraConfig(**{field.name: getattr(given, field.name) for field in dataclasses.fields(LoraConfig)})
+        if given.config is not None and own != LoraConfig():
             raise ValueError("LoRA got both a config and settings of its own: put all of them into the config.")
-        if merge not in _MERGE_MODES:
-            raise ValueError(f"merge is {merge!r}, but it must be one of {', '.join(map(repr, _MERGE_MODES))}.")
-        self.config = config or given
-        self.merge = merge
-        self.export_dir = Path(export_dir) if export_dir is not None else None
-        self.adapter = Path(adapter) if adapter is not None else None
-        self.module = module
-        self.adapter_name = adapter_name
-        self.summary = summary
+        if given.merge not in _MERGE_MODES:
+            raise ValueError(f"merge is {given.merge!r}, but it must be one of {', '.join(map(repr, _MERGE_MODES))}.")
+        self.config = given.config or own
+        self.merge = given.merge
+        self.export_dir = Path(given.export_dir) if given.export_dir is not None else None
+        self.adapter = Path(given.adapter) if given.adapter is not None else None
+        self.module = given.module
+        self.adapter_name = given.adapter_name
+        self.summary = given.summary
         self._injected_now = False
         self._came: str | None = None
         self._running = False

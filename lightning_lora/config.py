@@ -3,7 +3,10 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
+
+from lightning_lora.plain import plain
 
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
@@ -103,19 +106,20 @@ class LoraConfig:
     adapter_kind: str = "lora"
 
     def __post_init__(self) -> None:
+        self._make_plain()
         _require_rank("r", self.r)
         for pattern, rank in self.rank_pattern.items():
             _require_rank(f"rank_pattern[{pattern!r}]", rank)
         for name, alpha in [("lora_alpha", self.lora_alpha)] + [
             (f"alpha_pattern[{pattern!r}]", alpha) for pattern, alpha in self.alpha_pattern.items()
         ]:
-            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha) or alpha <= 0:
+            if not _is_number(alpha) or alpha <= 0:
                 raise ValueError(f"{name} is {alpha!r}, but it must be a positive number: pass, say, twice the rank.")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout is {self.lora_dropout!r}, but it must lie in [0, 1): pass 0.0 for none.")
-        if not 0.0 <= self.rank_dropout < 1.0:
-            raise ValueError(f"rank_dropout is {self.rank_dropout!r}, but it must lie in [0, 1): pass 0.0 for none.")
-        if not math.isfinite(self.vera_d_initial) or self.vera_d_initial == 0:
+        for name in ("lora_dropout", "rank_dropout"):
+            probability = getattr(self, name)
+            if not _is_number(probability) or not 0.0 <= probability < 1.0:
+                raise ValueError(f"{name} is {probability!r}, but it must lie in [0, 1): pass 0.0 for none.")
+        if not _is_number(self.vera_d_initial) or self.vera_d_initial == 0:
             raise ValueError(
                 f"vera_d_initial is {self.vera_d_initial!r}, but it must be a number other than zero, at which nothing "
                 "would get a gradient: pass 0.1, as in the paper."
@@ -132,7 +136,7 @@ class LoraConfig:
                 'target_modules is empty, so there is nothing to adapt: name layers such as ["q_proj", "v_proj"], or '
                 'pass "all-linear".'
             )
-        if isinstance(self.fused_qkv, (list, tuple)):
+        if isinstance(self.fused_qkv, list):
             object.__setattr__(self, "fused_qkv", sorted(self.fused_qkv, key="qkv".find))
         if self.fused_qkv is not None and (not self.fused_qkv or set(self.fused_qkv) - {"q", "k", "v"}):
             raise ValueError(f'fused_qkv is {self.fused_qkv!r}, but it must be a list of "q", "k" and "v", or None.')
@@ -181,11 +185,21 @@ class LoraConfig:
         if self.init_lora_weights == "orthogonal" and odd:
             raise ValueError(f"init_lora_weights is 'orthogonal', which needs even ranks, but there is {odd[0]}.")
 
+    def _make_plain(self) -> None:
+        """Take what NumPy, Hydra and others have in place of plain types, and ``None`` for a dict that is empty."""
+        for field in dataclasses.fields(LoraConfig):
+            value = getattr(self, field.name)
+            if field.default_factory is dict:
+                if not isinstance(value, (Mapping, type(None))):
+                    raise ValueError(
+                        f"{field.name} is {value!r}, but it must be a dict by names or patterns of modules, or None."
+                    )
+                value = value or {}
+            object.__setattr__(self, field.name, plain(value))
+
     def _check_patterns(self, name: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, (tuple, set)):
-            object.__setattr__(self, name, sorted(value) if isinstance(value, set) else list(value))
-        elif isinstance(value, str) and value not in (ALL_LINEAR, AUTO):
+        if isinstance(value, str) and value not in (ALL_LINEAR, AUTO):
             if name == "modules_to_save":
                 raise ValueError(f"modules_to_save is {value!r}, but it must be a list of names, 'auto' or None.")
             try:
@@ -274,6 +288,10 @@ class LoraConfig:
 def _require_rank(name: str, rank: Any) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"{name} is {rank!r}, but a rank must be an integer of at least 1: 8 is a common choice.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _first_match(patterns: dict[str, Any], module_name: str, default: Any) -> Any:

@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_lora
-import lightning_lora_cli
 from lightning_lora import data, tasks
+from lightning_lora.cli.main import main
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 STEP = re.compile(r"^<!-- setup\n(?P<setup>.*?)^-->$|^```(?P<kind>\w*)\n(?P<shown>.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -145,7 +145,7 @@ class Reader:
             arguments = [*arguments, "--trainer.max_steps", str(2 * self.fits), *self.few_steps()]
         self.monkeypatch.setattr(sys, "argv", ["lightning-lora", *arguments])
         try:
-            lightning_lora_cli.main()
+            main()
         except SystemExit as stop:
             return int(stop.code or 0)
         return 0

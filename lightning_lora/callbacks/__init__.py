@@ -1,1 +1,8 @@
 """Callbacks for use beside ``LoRA``."""
+
+from lightning_lora.callbacks.base_as_reference import BaseAsReference
+from lightning_lora.callbacks.before_after import BeforeAfter
+from lightning_lora.callbacks.learning_curve import LearningCurve
+from lightning_lora.callbacks.prediction_writer import PredictionWriter
+
+__all__ = ["BaseAsReference", "BeforeAfter", "LearningCurve", "PredictionWriter"]

@@ -15,32 +15,32 @@ import yaml
 from helpers import ROOT
 from helpers.recipe_runs import RECIPES, printed, run
 
-import lightning_lora_cli
-from lightning_lora.cli.adapter_files import NAMES
-from lightning_lora.cli.main import LoraCLI, main
+from lightning_lora.cli import help
+from lightning_lora.cli.main import main
+from lightning_lora.cli.runs import LoraCLI
 
 
 def test_help_is_quick_and_names_every_command() -> None:
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, ROOT / "lightning_lora_cli.py", "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "lightning_lora", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert time.perf_counter() - start < 3
-    assert done.returncode == 0 and done.stdout == lightning_lora_cli.HELP
+    assert done.returncode == 0 and done.stdout == help.HELP
     commands = [line.split()[0] for line in done.stdout.split("commands:\n")[1].split("\n\n")[0].splitlines()]
-    assert commands == [*LoraCLI.subcommands(), "recipes", *NAMES]
+    assert commands == [*LoraCLI.subcommands(), "recipes", *help.ADAPTER_FILES]
 
 
-@pytest.mark.parametrize("command", lightning_lora_cli.RUNS)
+@pytest.mark.parametrize("command", help.RUNS)
 def test_help_of_a_run_is_quick(command: str) -> None:
     start = time.perf_counter()
-    arguments = [sys.executable, ROOT / "lightning_lora_cli.py", command, "--help"]
-    done = subprocess.run(arguments, capture_output=True, text=True)
+    arguments = [sys.executable, "-m", "lightning_lora", command, "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)
     assert time.perf_counter() - start < 3
     assert done.stdout.startswith(f"usage: lightning-lora {command} ")
 
 
 def test_help_names_options_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     sample = {"N": "2", "X": "0.5", "ID": "my/model", "FILE": "my.jsonl"}
-    options = re.findall(r'(--(?:seed|trainer|model|data|lora)[\w.]+) ("[^"]+"|\S+)', lightning_lora_cli.RUN_HELP)
+    options = re.findall(r'(--(?:seed|trainer|model|data|lora)[\w.]+) ("[^"]+"|\S+)', help.run_help("fit"))
     values = {option: sample.get(value, value.strip('"')) for option, value in options if not option.endswith(".help")}
     assert len(values) == 15
     config = printed(capsys, "fit", "--config", "chat_sft", *(part for pair in values.items() for part in pair))

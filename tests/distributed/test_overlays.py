@@ -20,9 +20,9 @@ def test_overlay_runs_on_two_processes(tmp_path: Path, tiny: list[str], overlay:
     arguments += ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
     if overlay == "fsdp":  # with its settings, on the CPU, which the class itself refuses
         arguments += ["--trainer.strategy.class_path", "helpers.distributed.llama.CpuFSDP"]
-    paths = os.pathsep.join([str(TESTS), *sys.path])
+    paths = os.pathsep.join([str(ROOT), str(TESTS), *sys.path])
     done = subprocess.run(
-        [sys.executable, str(ROOT / "lightning_lora_cli.py"), *arguments],
+        [sys.executable, "-m", "lightning_lora", *arguments],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -49,8 +49,9 @@ def test_full_fine_tuning_under_fsdp2(tmp_path: Path, tiny: list[str]) -> None:
         (tmp_path / folder).mkdir()
         arguments = ["fit", "--config", "../full.yaml", *overlay, *tiny, "--trainer.accelerator", "cpu"]
         arguments += ["--data.batch_size", size, "--trainer.limit_val_batches", "1.0"]
-        command = [sys.executable, str(ROOT / "lightning_lora_cli.py"), *arguments]
-        done = subprocess.run(command, cwd=tmp_path / folder, capture_output=True, text=True)
+        command = [sys.executable, "-m", "lightning_lora", *arguments]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        done = subprocess.run(command, cwd=tmp_path / folder, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         table = (tmp_path / folder / "runs/chat_sft/checkpoints/learning_curve.csv").read_text().splitlines()
         losses += [float(row["value"]) for row in csv.DictReader(table) if row["metric"] == "val_loss"]

@@ -1,22 +1,25 @@
-"""The command ``lightning-lora``, outside of the package so that its help need not import Lightning first."""
+"""The commands by name, and the texts that help with them."""
 
-import sys
+RUNS = {
+    "fit": "train, and leave small checkpoints, the adapter and the merged model",
+    "validate": "measure on the validation data",
+    "test": "measure on the test data",
+    "predict": "write predictions to a file (--output FILE)",
+}
+RECIPES = {"recipes": "list the recipes that come with the package, or copy one out"}
+ADAPTER_FILES = {
+    "inspect": "say what is in a checkpoint or an adapter directory",
+    "export": "turn a checkpoint into PEFT's format",
+    "merge": "write base and adapter as one model directory",
+    "diff": "compare two adapters",
+}
 
-HELP = """usage: lightning-lora <command> [options]
+HELP = f"""usage: lightning-lora <command> [options]
 
 LoRA for PyTorch Lightning: complete runs from a YAML file.
 
 commands:
-  fit        train, and leave small checkpoints, the adapter and the merged model
-  validate   measure on the validation data
-  test       measure on the test data
-  predict    write predictions to a file (--output FILE)
-  recipes    list the recipes that come with the package, or copy one out
-  inspect    say what is in a checkpoint or an adapter directory
-  export     turn a checkpoint into PEFT's format
-  merge      write base and adapter as one model directory
-  diff       compare two adapters
-
+{"".join(f"  {name:<9}  {purpose}{chr(10)}" for name, purpose in (RUNS | RECIPES | ADAPTER_FILES).items())}
 a run:
   lightning-lora fit --config quickstart              a recipe by its name, or any YAML file
   lightning-lora fit --config my.yaml --trainer.max_steps 50 --lora.r 16 --model.lr 1e-3 --data.path my.jsonl
@@ -24,10 +27,10 @@ a run:
   lightning-lora fit --config my.yaml --ckpt_path last
   lightning-lora fit --config my.yaml --print_config  every setting with its value
 
-  lightning-lora <command> --help says what a command takes.
+  lightning-lora <command> --help says what a command takes, and lightning-lora --version which version this is.
 """
 
-RUN_HELP = """usage: lightning-lora {command} --config NAME [--config OVERLAY] [options]
+_RUN_HELP = """usage: lightning-lora {command} --config NAME [--config OVERLAY] [options]
 
 {purpose}
 
@@ -52,23 +55,8 @@ more:
   lightning-lora {command} --data.help lightning_lora.data.ChatData
   lightning-lora {command} --trainer.callbacks.help lightning_lora.LoRA
 """
-RUNS = ("fit", "validate", "test", "predict")
 
 
-def main() -> None:
-    """Print the help at once, without importing Lightning, or run the command."""
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
-        return
-    if arguments[0] in RUNS and arguments[1:] in (["-h"], ["--help"]):
-        purpose = next(line for line in HELP.splitlines() if line.startswith(f"  {arguments[0]} ")).split(None, 1)[1]
-        print(RUN_HELP.format(command=arguments[0], purpose=purpose), end="")
-        return
-    from lightning_lora.cli import main as run
-
-    run()
-
-
-if __name__ == "__main__":
-    main()
+def run_help(command: str) -> str:
+    """What one of the ``RUNS`` takes."""
+    return _RUN_HELP.format(command=command, purpose=RUNS[command])

@@ -1,0 +1,111 @@
+"""``lightning-lora fit``, ``validate``, ``test``, ``predict``: runs from a YAML file, by Lightning's own CLI."""
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lightning_lora import shipped_recipes
+from lightning_lora.callback import LoRA
+from lightning_lora.callbacks.prediction_writer import PredictionWriter
+from lightning_lora.cli.help import RUNS
+
+_CONFIG = ("--config", "-c")
+
+
+class LoraCLI(LightningCLI):
+    """``LightningCLI`` with the subcommands that run a model, and short ways to reach the LoRA callback."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        every = LightningCLI.subcommands()
+        return {name: every[name] for name in RUNS}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what a list of callbacks is hard to reach by."""
+        parser.add_argument(
+            "--lora",
+            type=dict[str, Any] | None,
+            default=None,
+            help="Settings of the LoRA callback that differ from the file's, such as --lora.r 16",
+        )
+        parser.add_argument(
+            "--output", type=str | None, default=None, help="For predict: the JSONL file that predictions go to"
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Put ``--lora`` and ``--output`` where they belong, so that the saved config is complete without them."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.lora:
+            _change_lora(config.trainer.callbacks or [], config.lora)
+            config.lora = None
+        if config.output is not None and self.subcommand != "predict":
+            raise ValueError(f"Found --output with {self.subcommand}, expected it with predict. Take it out.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """The trainer, with a writer of predictions if there is a file for them."""
+        trainer = super().instantiate_trainer(**kwargs)
+        output = self._get(self.config, "output")
+        if output is not None:
+            trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]  # set by a connector
+        return trainer
+
+
+def run(args: ArgsType = None) -> None:
+    """Run the command line, or ``args`` in its place."""
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list):
+        given = _with_recipes_found(given)
+        if given[1:] == ["--help", "all"]:
+            given = given[:2]
+    if args is None:
+        # Where Lightning looks by itself, and from where it starts the processes of DDP.
+        sys.argv[1:] = given
+    else:
+        args = given
+    LoraCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={name: {"usage": f"lightning-lora {name} --config NAME [options]"} for name in RUNS},
+        args=args,
+    )
+
+
+def _change_lora(callbacks: list[Any], settings: dict[str, Any]) -> None:
+    mine = [callback for callback in callbacks if callback.class_path.rpartition(".")[2] == LoRA.__name__]
+    if not mine:
+        raise ValueError("Found --lora, but no LoRA callback in the config to change. Add one to trainer.callbacks.")
+    known = set(inspect.signature(LoRA).parameters)
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise ValueError(f"Found --lora.{unknown[0]}, expected one of {', '.join(sorted(known))}.")
+    for callback in mine:
+        for name, value in settings.items():
+            callback.init_args[name] = value
+
+
+def _with_recipes_found(arguments: list[str]) -> list[str]:
+    """The arguments, with the names of shipped recipes after ``--config`` turned into paths."""
+    found = []
+    for index, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if equals and option in _CONFIG:
+            found.append(f"{option}={_config_path(value)}")
+        elif index and arguments[index - 1] in _CONFIG:
+            found.append(_config_path(argument))
+        else:
+            found.append(argument)
+    return found
+
+
+def _config_path(value: str) -> str:
+    # A file of one's own goes first.
+    if Path(value).exists():
+        return value
+    return str(shipped_recipes.recipes().get(value.removesuffix(".yaml"), value))
