@@ -22,7 +22,7 @@ from lightning_lora.formats.checkpoint import KEY, inject_from_checkpoint, read_
 from lightning_lora.formats.metadata import check_metadata
 from lightning_lora.formats.model_card import write_card
 from lightning_lora.formats.peft_config import CONFIG_FILE, config_from_peft, peft_adapters, peft_config
-from lightning_lora.layers import kind_of
+from lightning_lora.layers import Adapter, kind_of
 from lightning_lora.model.fingerprint import base_tensors, fingerprint_of
 from lightning_lora.model.inject import inject
 from lightning_lora.model.multi_adapter import adapters, add_adapter, delete_adapter
@@ -236,10 +236,12 @@ def _require_same_kind(injection: Injection, directory: Path, saved: LoraConfig)
             f"{directory} holds {theirs}, and this model's adapter is {kinds[1]}: use the use_vera and seed "
             "(projection_prng_key), or adapter_kind, with which it was saved. Nothing was loaded."
         )
+    problems: dict[type[Adapter], str] = {}  # the first of each class
     for adapter in adapters:
-        problem = adapter.mismatch(saved, adapter.layer_name[len(prefix) :])
-        if problem:
-            raise CheckpointError(f"{directory} does not fit: {problem}. Nothing was loaded.")
+        if problem := adapter.mismatch(saved, adapter.layer_name[len(prefix) :]):
+            problems.setdefault(type(adapter), problem)
+    if problems:
+        raise CheckpointError(f"{directory} does not fit: {'; '.join(problems.values())}. Nothing was loaded.")
 
 
 def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:

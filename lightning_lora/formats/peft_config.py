@@ -75,8 +75,8 @@ def config_from_peft(settings: dict[str, Any], directory: Path) -> LoraConfig:
         return LoraConfig(**kind.from_peft_config(settings))
     if peft_type != "LORA":
         raise CheckpointError(
-            f"{directory / CONFIG_FILE} describes an adapter of type {peft_type!r}, and only 'LORA', 'VERA' and the types "
-            "of registered kinds are supported. Nothing was loaded."
+            f"{directory / CONFIG_FILE} describes an adapter of type {peft_type!r}, and only 'LORA', 'VERA' and the "
+            "types of registered kinds are supported. Nothing was loaded."
         )
     unsupported = [name for name in ("lora_bias", "use_qalora") if settings.get(name)]
     if unsupported:

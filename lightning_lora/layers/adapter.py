@@ -70,7 +70,7 @@ class Adapter(nn.Module):
         return self.peft_tensors()
 
     def mismatch(self, saved: LoraConfig, peft_layer_name: str) -> str | None:
-        """What makes tensors that were saved under other settings compute something else here; ``None`` if nothing does.
+        """Why tensors that were saved under other settings compute something else here; ``None`` if they do not.
 
         Args:
             saved: The settings of the file.
@@ -224,8 +224,8 @@ class LoraAdapter(Adapter):
         if math.isclose(theirs, self.scaling, rel_tol=1e-6):
             return None
         return (
-            f"it scales the update of {self.layer_name} by {theirs:g}, and this model's adapter by {self.scaling:g}: use "
-            "the r, lora_alpha and use_rslora with which it was saved"
+            f"it scales the update of {self.layer_name} by {theirs:g}, and this model's adapter by {self.scaling:g}: "
+            "use the r, lora_alpha and use_rslora with which it was saved"
         )
 
     @classmethod

@@ -114,7 +114,10 @@ class LoraLayer(nn.Module):
         return [self.adapter(name) for name in self._active]  # type: ignore[misc]
 
     def adapter(self, name: str) -> nn.Module:
-        """The adapter without its FSDP wrapper. For reading only: forward must call self.lora[name], so that FSDP's hooks run."""
+        """The adapter without its FSDP wrapper.
+
+        For reading only: forward must call ``self.lora[name]``, so that FSDP's hooks run.
+        """
         return unwrap_fsdp(self.lora[name])
 
     def adapted_parameters(self) -> dict[str, nn.Parameter]:
@@ -178,7 +181,7 @@ class LoraLayer(nn.Module):
         return {name: shard_of(self, name, tensor) for name, tensor in merged.items()}
 
     def merge(self, merged_weights: Mapping[str, Tensor]) -> None:
-        """Put merged parameters, or the values of them, in the place of the base's, which are kept for :meth:`unmerge`."""
+        """Put merged parameters, or values of them, in the place of the base's, which :meth:`unmerge` puts back."""
         for name, merged in merged_weights.items():
             self._aside[name] = swap_parameters(self, name, merged)
             self._seals[name] = Seal(self._parameter(name))

@@ -93,7 +93,7 @@ def removed_injections(root: nn.Module) -> list[Injection]:
 
 
 def how_merged(root: nn.Module) -> str | None:
-    """Whether adapters are merged into this very module, with the layers still adapted or not; ``None`` if not merged."""
+    """How adapters are merged into this very module, with layers adapted still or not; ``None`` if they are not."""
     if root in _removed:
         return REMOVED
     layers = (layer for injection in injections_of(root) for _, layer in injection.layers())
@@ -134,12 +134,12 @@ def restore(model: nn.Module) -> None:
 
 
 def let_go(root: nn.Module) -> None:
-    """Take all adapters out of a model whose merged weights were changed since, for there is no way back to its base."""
+    """Take all adapters out of a model whose merged weights were changed since: there is no way back to its base."""
     names = ", ".join(repr(injection.adapter_name) for injection in injections_of(root))
     remove_all(root)
     rank_zero_warn(
-        f"The weights of this {type(root).__name__} were changed after the adapter {names} was merged into them, so the "
-        "adapter is let go: what the model has now is its base."
+        f"The weights of this {type(root).__name__} were changed after the adapter {names} was merged into them, so "
+        "the adapter is let go: what the model has now is its base."
     )
 
 

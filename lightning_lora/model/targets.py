@@ -69,10 +69,9 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
             layer_class = fused_class or layer_class_for(module)
             if layer_class is None:
                 raise TargetError(
-                    f"target_modules matches {name!r}, which is a {_kind(module)} "
-                    f"and cannot be adapted; supported are {supported_modules()} and their subclasses. Name the layers inside of "
-                    "it, its parameters with target_parameters, or leave it out with exclude_modules. Nothing was "
-                    "changed."
+                    f"target_modules matches {name!r}, which is a {_kind(module)} and cannot be adapted; supported are "
+                    f"{supported_modules()} and their subclasses. Name the layers inside of it, its parameters with "
+                    "target_parameters, or leave it out with exclude_modules. Nothing was changed."
                 )
             targets[name] = Target(name, module, parent, layer_class, layer_class.parameters_of(module))
     for name, target in targets.items():

@@ -192,7 +192,7 @@ def test_settings_that_do_not_go_together(other: dict[str, Any]) -> None:
 
 
 def test_other_kinds_of_layers_are_refused() -> None:
-    with pytest.raises(TargetError, match="use_vera is for linear layers alone"):
+    with pytest.raises(TargetError, match="use_vera is not for this kind of layer"):
         ours(tiny_llama, ["embed_tokens"])
 
 
