@@ -25,7 +25,7 @@ from lightning_lora.model.summary import print_summary
 from lightning_lora.sharding import is_sharded
 from lightning_lora.signature import takes
 from lightning_lora.trainer import gradient_checks, weight_averaging
-from lightning_lora.trainer.eva_calibration import start_from_data
+from lightning_lora.trainer.eva_calibration import calibrate_eva
 from lightning_lora.trainer.process_launchers import no_way_back, spawns
 from lightning_lora.trainer.pytorch_lightning import original_class, rebuild, serve_both_packages
 from lightning_lora.trainer.resume import load_best, rebuild_dataloader, rng_to_restore, set_rng_state
@@ -172,7 +172,7 @@ class LoRA(Callback):
         """Drop frozen parameters from the optimizers, let gradients and averages pass rightly, say what is trained."""
         drop_frozen(trainer.optimizers, pl_module)
         if self.adapter is None:
-            start_from_data(trainer, pl_module, self._injection(self._root(pl_module)))
+            calibrate_eva(trainer, pl_module, self._injection(self._root(pl_module)))
         self._running = True
         if self._rng_to_restore is not None:
             rebuild_dataloader(trainer)

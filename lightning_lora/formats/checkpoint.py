@@ -85,7 +85,7 @@ def load_from_checkpoint(module_class: type[ModuleT], checkpoint_path: str | Pat
         init_kwargs: Arguments of the class, over the hyperparameters that the checkpoint holds.
 
     Returns:
-        The module with the trained adapter at work. To fold it in, ``eject(module, merge=True)``.
+        The module with the trained adapter active. To merge it, ``eject(module, merge=True)``.
 
     Raises:
         CheckpointError: If the file is unreadable, holds no adapter, or belongs to another base.

@@ -1,4 +1,4 @@
-"""What a finished run leaves for others to use: the adapter in PEFT's format and, beside it, the merged model."""
+"""The merged model as files: as ``from_pretrained`` opens it, or ``model.safetensors``."""
 
 import json
 import re

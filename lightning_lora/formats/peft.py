@@ -71,7 +71,7 @@ def write_adapter(injection: Injection, directory: Path, run: Mapping[str, Any] 
         run: What the card says of the training run: names and values.
     """
     prefix = _peft_root(injection)
-    with _whole_adapters(injection):
+    with _full_adapters(injection):
         tensors = {
             # Cloned where they share memory, which safetensors refuses.
             PREFIX + peft_name[len(prefix) :]: tensor.detach().cpu().contiguous().clone()
@@ -94,7 +94,7 @@ def write_adapter(injection: Injection, directory: Path, run: Mapping[str, Any] 
 def load_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = None) -> nn.Module:
     """Load an adapter: a directory in PEFT's format, or an adapter checkpoint that a Trainer wrote.
 
-    A directory goes into the adapter of this name, which is put in first if the model has none: at work in a model
+    A directory goes into the adapter of this name, which is put in first if the model has none: active in a model
     without adapters, else beside the others, to be chosen by :func:`~lightning_lora.set_adapter`. A checkpoint goes
     into the adapters that it was saved from, which are put in first into a model without adapters.
 
@@ -119,7 +119,7 @@ def load_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = 
             inject(hf_models[0] if len(hf_models) == 1 else model, config, name)
         elif name not in before:
             add_adapter(_find_injection(model, before[0]).root, config, name)
-    with _taken_out_again(model, before):
+    with _removed_after_failure(model, before):
         if path.is_dir():
             _load_tensors(_find_injection(model, name), path, config)
         else:
@@ -128,7 +128,7 @@ def load_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = 
 
 
 @contextmanager
-def _taken_out_again(model: nn.Module, before: list[str]) -> Iterator[None]:
+def _removed_after_failure(model: nn.Module, before: list[str]) -> Iterator[None]:
     """If what was put in cannot be loaded, leave the model as it came."""
     try:
         yield
@@ -167,7 +167,7 @@ def load_tensors(
     """
     before = list(adapters(root))
     inject(root, config, adapter_name)
-    with _taken_out_again(root, before):
+    with _removed_after_failure(root, before):
         _put_tensors(
             _find_injection(root, adapter_name), {PREFIX + name: tensor for name, tensor in tensors.items()}, source
         )
@@ -177,7 +177,7 @@ def load_tensors(
 def _put_tensors(injection: Injection, tensors: dict[str, Tensor], source: str) -> None:
     """Require that tensors under PEFT's names are those of the adapter, then take them over."""
     prefix = _peft_root(injection)
-    with _whole_adapters(injection):
+    with _full_adapters(injection):
         expected = _peft_state_dict(injection)
     expected = {PREFIX + name[len(prefix) :]: tensor for name, tensor in expected.items()}
     # With an adapted input or output embedding, PEFT writes the base's weight of it too.
@@ -210,7 +210,7 @@ def _put_tensors(injection: Injection, tensors: dict[str, Tensor], source: str) 
 
 
 @contextmanager
-def _whole_adapters(injection: Injection) -> Iterator[None]:
+def _full_adapters(injection: Injection) -> Iterator[None]:
     with unsharded(module for _, layer in injection.layers() for module in layer.lora.modules()):
         yield
 

@@ -42,7 +42,7 @@ def combine_adapters(
     Args:
         model: A model with these adapters, unmerged.
         adapter_names: Which to combine.
-        new_name: Name of the new adapter. It is not at work until :func:`~lightning_lora.set_adapter` says so.
+        new_name: Name of the new adapter. It is not active until :func:`~lightning_lora.set_adapter` says so.
         weights: The factor of each update, 1 by default.
         method: See above.
         r: Rank of ``"svd"``; the largest of the ranks by default.

@@ -35,7 +35,7 @@ def initialize_eva(
     """Start the adapters of a model at the principal directions of their layers' inputs, in place.
 
     A gets orthonormal rows and B stays zero, so the function stays the base's, bit for bit. The model runs in eval mode
-    without gradients. Rows beyond the number of directions in the data keep the default start.
+    without gradients. Rows beyond the number of directions in the data keep the default initialization.
 
     Args:
         model: A model with fresh adapters that were injected under ``init_lora_weights="eva"``.
@@ -59,16 +59,16 @@ def initialize_eva(
             f"There is no adapter in this {type(model).__name__} that starts from data: inject one with "
             f"LoraConfig(init_lora_weights={KIND!r}) first."
         )
-    start = EvaStart(wanted, tau)
+    initialization = EvaInitialization(wanted, tau)
     run = forward or _call
     device = next(model.parameters()).device
     with torch.no_grad(), evaluating(model):
         for batch in batches:
             batch = move_data_to_device(batch, device)
-            start.observe(partial(run, model, batch), batch)
-            if start.converged:
+            initialization.observe(partial(run, model, batch), batch)
+            if initialization.converged:
                 break
-    start.finish()
+    initialization.finish()
     return model
 
 
@@ -77,8 +77,8 @@ def is_untrained(injection: Injection) -> bool:
     return not any(adapter.lora_B.any() for _, _, adapter in _adapters(injection))
 
 
-class EvaStart:
-    """The start of adapters, while their layers' inputs go by.
+class EvaInitialization:
+    """The initialization of adapters, while their layers' inputs go by.
 
     Args:
         wanted: The injections.
@@ -155,7 +155,7 @@ class EvaStart:
         if unseen:
             rank_zero_warn(
                 f"{len(unseen)} of {len(self._layers)} adapted layers, among them {unseen[0]!r}, saw no input and keep "
-                "the default start."
+                "the default initialization."
             )
         for name, leader in self._leaders.items():
             adapter = self._adapters[name]

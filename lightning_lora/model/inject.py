@@ -14,7 +14,7 @@ from lightning_lora.layers import Adapter, LoraLayer, Target, adapted_class, new
 from lightning_lora.model.checks import require_room, warn_of_ties
 from lightning_lora.model.freeze import freeze
 from lightning_lora.model.record import Injection, base_parameters, injections_of, keep_record, parameters_by_name
-from lightning_lora.model.shard_adapters import require_joinable, shard_adapters
+from lightning_lora.model.shard_adapters import require_shardable, shard_adapters
 from lightning_lora.model.targets import find_modules_to_save, find_targets
 from lightning_lora.model.token_targets import find_token_targets
 
@@ -25,7 +25,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     """Freeze a model and put LoRA adapters into it, in place.
 
     The fresh adapter changes nothing: the outputs equal the base model's, bit for bit. Injecting the same config again
-    does nothing. Under another name, a further adapter goes beside those that are there, and is at work with them; see
+    does nothing. Under another name, a further adapter goes beside those that are there, and is active with them; see
     :func:`~lightning_lora.set_adapter`.
 
     Args:
@@ -48,7 +48,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     tokens = find_token_targets(model, config, targets, saved)
     every = {**targets, **tokens}
     require_room(every, config, adapter_name, present)
-    require_joinable(model, config, every.values())
+    require_shardable(model, config, every.values())
     warn_of_ties(model, targets)
 
     # Built before anything is changed, so that an error leaves the model as it was.

@@ -1,4 +1,4 @@
-"""Many adapters on one base: put them in, choose which are at work, take them out. The base's weights never move."""
+"""Many adapters on one base: add them, choose which are active, delete them. The base's weights never move."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ def adapters(model: nn.Module) -> dict[str, LoraConfig]:
 
 
 def active_adapters(model: nn.Module) -> list[str]:
-    """The names of the adapters at work."""
+    """The names of the active adapters."""
     layers, found = _parts(model)
     active = {name for layer in layers for name in layer.active}
     active |= {injection.adapter_name for injection in found if injection.trained and injection.in_place}
@@ -32,7 +32,7 @@ def active_adapters(model: nn.Module) -> list[str]:
 
 
 def add_adapter(model: ModuleT, config: LoraConfig, adapter_name: str) -> ModuleT:
-    """Put a further adapter beside those that a model has; it is not at work until :func:`set_adapter` says so.
+    """Put a further adapter beside those that a model has; it is not active until :func:`set_adapter` says so.
 
     Args:
         model: A model with or without adapters.
@@ -55,7 +55,7 @@ def add_adapter(model: ModuleT, config: LoraConfig, adapter_name: str) -> Module
 
 
 def set_adapter(model: ModuleT, adapter_names: str | Sequence[str] | None) -> ModuleT:
-    """Choose which adapters are at work, at once and without touching a weight.
+    """Choose which adapters are active, at once and without touching a weight.
 
     Args:
         model: A model with adapters, unmerged.
@@ -106,7 +106,7 @@ def disabled(model: ModuleT) -> Iterator[ModuleT]:
     """
     if not _parts(model)[1] and not is_removed(model):
         raise ValueError(f"There is no adapter to switch off in this {type(model).__name__}: inject or load one first.")
-    with _at_work(model, []):
+    with _activated(model, []):
         yield model
 
 
@@ -148,7 +148,7 @@ def adapters_for(model: ModuleT, adapter_names: Sequence[str | None]) -> Iterato
     for sample, name in enumerate(adapter_names):
         rows.setdefault(name, []).append(sample)
     chosen = {name or "": torch.tensor(samples) for name, samples in rows.items()}  # "" is no adapter's name
-    with _at_work(model, []):
+    with _activated(model, []):
         for layer in layers:
             layer.__dict__["_rows"] = chosen
         try:
@@ -159,7 +159,7 @@ def adapters_for(model: ModuleT, adapter_names: Sequence[str | None]) -> Iterato
 
 
 @contextmanager
-def _at_work(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+def _activated(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     layers, found = _parts(model)
     active = {layer: layer.active for layer in layers}
     in_place = [injection for injection in found if injection.in_place]
@@ -223,6 +223,6 @@ def _require_compatible(chosen: list[Injection]) -> None:
                 shared.add(name)
         if one.root is other.root and shared:
             raise ValueError(
-                f"{one.adapter_name!r} and {other.adapter_name!r} cannot be at work together, since both set "
+                f"{one.adapter_name!r} and {other.adapter_name!r} cannot be active together, since both set "
                 f"{min(shared)} as a whole: choose one of them. Nothing was changed."
             )

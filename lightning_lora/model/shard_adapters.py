@@ -1,7 +1,7 @@
-"""Let adapters join a model that is sharded already, as ``ModelParallelStrategy`` has users do in ``configure_model``.
+"""Adapters in a model that is sharded already, as ``ModelParallelStrategy`` has users do in ``configure_model``.
 
-An adapter must be shared among the processes as its layer is: under ``fully_shard`` as a group of its own over the same
-processes, under tensor parallelism with A or B cut up along the dimension that the weight is cut up along.
+An adapter must be sharded as its layer is: under ``fully_shard`` as a group of its own over the same processes, under
+tensor parallelism with A or B sharded along the dimension that the weight is sharded along.
 """
 
 import warnings
@@ -23,11 +23,11 @@ from lightning_lora.sharding import is_sharded, register_sharding
 _TENSOR_PARALLEL = ("tensor_parallel", "tp")
 
 
-def require_joinable(model: nn.Module, config: LoraConfig, targets: Iterable[Target]) -> None:
+def require_shardable(model: nn.Module, config: LoraConfig, targets: Iterable[Target]) -> None:
     """Require that adapters can be put in at this point, before any is.
 
     Raises:
-        TargetError: If the model is sharded in a way that they cannot join.
+        TargetError: If the model is sharded in a way that they cannot follow.
     """
     if any(isinstance(module, FSDP) for module in model.modules()):
         raise TargetError(

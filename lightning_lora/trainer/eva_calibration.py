@@ -1,4 +1,4 @@
-"""Training steps before the training that leave no trace: what a start from the Trainer's own data looks at."""
+"""EVA calibration: run training_step on training batches before fit, without side effects."""
 
 import copy
 import sys
@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_lora.eval_mode import evaluating
-from lightning_lora.model.eva import KIND, EvaStart, is_untrained
+from lightning_lora.model.eva import KIND, EvaInitialization, is_untrained
 from lightning_lora.model.record import Injection
 from lightning_lora.trainer.resume import rng_state, set_rng_state
 
@@ -31,7 +31,7 @@ _INSTEAD = (
 )
 
 
-def start_from_data(trainer: "pl.Trainer", pl_module: "pl.LightningModule", mine: Injection) -> None:
+def calibrate_eva(trainer: "pl.Trainer", pl_module: "pl.LightningModule", mine: Injection) -> None:
     """Start a fresh EVA adapter at what training batches bring to its layers; other adapters stay as they are.
 
     ``training_step`` runs in eval mode without gradients on at most 100 batches. Optimizers, schedulers, loggers,
@@ -51,8 +51,8 @@ def start_from_data(trainer: "pl.Trainer", pl_module: "pl.LightningModule", mine
             f"it for init_lora_weights={KIND!r}. {_INSTEAD}"
         )
     has_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
-    start = EvaStart([mine])
-    with _without_trace(trainer, pl_module):
+    start = EvaInitialization([mine])
+    with _without_side_effects(trainer, pl_module):
         for index, batch in enumerate(_batches(trainer, lambda: start.converged)):
             on_device = _to_device(trainer, pl_module, batch)
             arguments = (on_device, index) if has_index else (on_device,)
@@ -129,7 +129,7 @@ def _to_device(trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: An
 
 
 @contextmanager
-def _without_trace(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Iterator[None]:
+def _without_side_effects(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> Iterator[None]:
     """Have training steps log, optimize and change nothing."""
     random, loggers = rng_state(), trainer.loggers
     attributes = [(module, _attributes(module)) for module in pl_module.modules()]

@@ -1,4 +1,4 @@
-"""Optimizer state of parameters that processes share: whole in files, as of one process, and cut up in memory."""
+"""Optimizer state of parameters that processes share: full in files, as of one process, and sharded in memory."""
 
 from typing import Any
 
@@ -36,13 +36,13 @@ def gathered_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]
     for index in sorted(described):
         entries = state_dict["state"].get(index, {})
         state[index] = {
-            key: _whole(entries.get(key), parameters[index], value[1], owners) if _is_like(value) else value
+            key: _full(entries.get(key), parameters[index], value[1], owners) if _is_like(value) else value
             for key, value in described[index].items()
         }
     return {"state": state, "param_groups": state_dict["param_groups"]}
 
 
-def cut_optimizer(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def shard_optimizer(model: nn.Module, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """What this process holds of a whole ``optimizer.state_dict()``."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     owners = _owners(model)
@@ -81,7 +81,7 @@ def _is_like(value: Any) -> bool:
     return isinstance(value, tuple) and value[0] == _LIKE_PARAMETER
 
 
-def _whole(
+def _full(
     part: Tensor | None, parameter: nn.Parameter, dtype: torch.dtype, owners: dict[int, tuple[nn.Module, str]]
 ) -> Tensor:
     part = torch.zeros_like(parameter, dtype=dtype) if part is None else part

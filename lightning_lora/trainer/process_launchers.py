@@ -16,8 +16,8 @@ def spawns(strategy: Any) -> bool:
 def no_way_back() -> ValueError:
     """What to raise where the trained adapter would be lost, or the main process's base overwritten."""
     return ValueError(
-        "This strategy trains copies of the model in processes that it spawns or forks, and of what they learn, only "
-        "that comes back for which the main process's model has a place. Put the adapter in before, and fold it in "
+        "This strategy trains copies of the model in processes that it spawns or forks, and only parameters that exist "
+        "in the main process's model are copied back. Put the adapter in before, and fold it in "
         "afterwards:\n"
         "    lora = LoRA(..., merge=None)\n"
         "    inject(model, lora.config)\n"

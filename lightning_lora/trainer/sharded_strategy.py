@@ -16,7 +16,7 @@ from lightning_lora.model.removed import restored
 from lightning_lora.model.state_dict import gathered, saved_names, scatter
 from lightning_lora.sharding import named_tensors, register_sharding
 from lightning_lora.trainer.fsdp_wrap_policy import AdapterWrapPolicy
-from lightning_lora.trainer.optimizer_state import cut_optimizer, gathered_optimizer
+from lightning_lora.trainer.optimizer_state import gathered_optimizer, shard_optimizer
 from lightning_lora.trainer.strategy import AdapterCheckpoints
 from lightning_lora.trainer.weight_averaging import averages
 
@@ -114,7 +114,7 @@ class ShardedCheckpoints(AdapterCheckpoints):
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         for optimizer, state_dict in zip(self.optimizers, checkpoint["optimizer_states"]):
-            optimizer.load_state_dict(cut_optimizer(self.model, optimizer, state_dict))
+            optimizer.load_state_dict(shard_optimizer(self.model, optimizer, state_dict))
 
     def read_file(self, path: str | Path, weights_only: Any = None) -> dict[str, Any]:
         # Lightning's own would load it into the model at once, base and all.

@@ -199,7 +199,7 @@ def test_modules_trained_in_full_belong_to_their_adapter(tmp_path: Path) -> None
     for name, expected in out.items():
         assert torch.equal(alone(model, name), expected)
     assert torch.equal(logits(set_adapter(model, None)), base)
-    with pytest.raises(ValueError, match=r"'fr' and 'de' cannot be at work together, since both set classifier\.bias"):
+    with pytest.raises(ValueError, match=r"'fr' and 'de' cannot be active together, since both set classifier\.bias"):
         set_adapter(model, ["fr", "de"])
     with pytest.raises(ValueError, match="'de' has parameters trained in full"):
         adapters_for(model, ["de"] * 4).__enter__()
@@ -216,7 +216,7 @@ def test_dora_works_alone() -> None:
     model = two(fr=LoraConfig(r=2, target_modules=["v_proj"], use_dora=True))
     fr, de = alone(model, "fr"), alone(model, "de")
     assert not torch.equal(fr, de)
-    with pytest.raises(ValueError, match="cannot be at work together"):
+    with pytest.raises(ValueError, match="cannot be active together"):
         set_adapter(model, ["de", "fr"])
     with pytest.raises(TargetError, match="use add_adapter"):
         inject(set_adapter(model, "fr"), DE, "it")
