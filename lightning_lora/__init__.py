@@ -69,12 +69,15 @@ _PUBLIC = {
     "trainer.fsdp_wrap_policy": ("lora_auto_wrap_policy",),
 }
 
-# Where names lived in version 0.1, which configurations and scripts may still say.
+# Modules of version 0.1 that configurations and scripts may still name, and where they are now.
 _MOVED = {
-    "curve": ("LearningCurve",),
-    "predictions": ("PredictionWriter",),
-    "reference": ("BaseAsReference",),
-    "report": ("BeforeAfter",),
+    "curve": "callbacks.learning_curve",
+    "export": "formats.merged",
+    "predictions": "callbacks.prediction_writer",
+    "reference": "callbacks.base_as_reference",
+    "report": "callbacks.before_after",
+    "tasks.modes": "eval_mode",
+    "tasks.pretrained": "pretrained",
 }
 
 # The same names for those who read the source alone, who would take a ``__getattr__`` to know every name there is.
@@ -125,16 +128,16 @@ else:
 class _MovedModule(ModuleType):
     """A module of an earlier version, which finds its names where they are now."""
 
-    def __init__(self, name: str, names: tuple[str, ...]) -> None:
-        super().__init__(name, f"Moved to :mod:`{__name__}.callbacks`.")
+    def __init__(self, name: str, home: str) -> None:
+        super().__init__(name, f"Moved to :mod:`{home}`.")
         self.__spec__ = ModuleSpec(name, None)
-        self.__all__ = list(names)
+        self._home = home
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.__all__:
-            return getattr(import_module(f"{__name__}.callbacks"), name)
-        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        if name.startswith("__"):  # which others ask all modules for, such as inspect for __file__
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return getattr(import_module(self._home), name)
 
 
-for _name, _names in _MOVED.items():
-    sys.modules[f"{__name__}.{_name}"] = _MovedModule(f"{__name__}.{_name}", _names)
+for _old, _home in _MOVED.items():
+    sys.modules[f"{__name__}.{_old}"] = _MovedModule(f"{__name__}.{_old}", f"{__name__}.{_home}")
