@@ -62,11 +62,19 @@ def register_sharding(model: nn.Module) -> None:
     Args:
         model: The whole of it, with what the strategy has put around it.
     """
+    note_units(model)
+    for unit in model.modules():
+        if isinstance(unit, FSDP):
+            _register_flat_shards(unit)
+
+
+def note_units(model: nn.Module) -> None:
+    """Note which FSDP unit each module is in, for a module itself does not know what is around it."""
+    if not dist.is_initialized():
+        return
     for unit in model.modules():  # outer ones first, so that each module is left with the innermost around it
         if isinstance(unit, (FSDP, FSDPModule)):
             _units.update((module, weakref.ref(unit)) for module in unit.modules())
-        if isinstance(unit, FSDP):
-            _register_flat_shards(unit)
 
 
 def _register_flat_shards(unit: FSDP) -> None:

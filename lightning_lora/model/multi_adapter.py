@@ -13,7 +13,7 @@ from lightning_lora.layers import LoraLayer
 from lightning_lora.model.inject import inject
 from lightning_lora.model.record import Injection, injections, injections_of
 from lightning_lora.model.removed import is_removed, remove_adapter
-from lightning_lora.sharding import is_sharded
+from lightning_lora.sharding import is_sharded, note_units
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -175,6 +175,7 @@ def _activated(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]
 
 def _parts(model: nn.Module) -> tuple[list[LoraLayer], list[Injection]]:
     """The adapted layers of a model, and its injections."""
+    note_units(model)
     layers: list[LoraLayer] = []
     found: list[Injection] = []
     seen: set[nn.Module] = set()

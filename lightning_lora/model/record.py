@@ -10,7 +10,7 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import clean_fqn, is_submodule
 from lightning_lora.layers import LoraLayer
 from lightning_lora.model.targets import modules_by_name
-from lightning_lora.sharding import shard_of, swap_parameters
+from lightning_lora.sharding import note_units, shard_of, swap_parameters
 
 _ATTRIBUTE = "_lora_injections"
 
@@ -159,6 +159,7 @@ def injections_of(model: nn.Module) -> list[Injection]:
 
 def named_injections(model: nn.Module) -> Iterator[tuple[str, Injection]]:
     """All injections in a model, with the name of the module on which each was made."""
+    note_units(model)
     for name, module in model.named_modules():
         if _ATTRIBUTE in module.__dict__:
             yield from ((clean_fqn(name), injection) for injection in injections_of(module))

@@ -45,6 +45,7 @@ def test_both_processes_end_with_the_weights_of_one(run: tuple[Path, str], tmp_p
     assert_as_one_process(run[0], tmp_path, r=2)
 
 
+@pytest.mark.slow
 def test_vera_in_two_processes(tmp_path: Path) -> None:
     """Each process draws the shared pair by itself."""
     launch(tmp_path, r=8, use_vera=True)

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import toys
 from helpers.distributed.processes import run_processes
 
 
+@pytest.mark.slow
 def test_all_processes_start_at_what_the_first_one_found(tmp_path: Path) -> None:
     run_processes("eva", str(tmp_path))
     for when in ("start", "end"):

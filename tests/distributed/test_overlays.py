@@ -13,7 +13,9 @@ from helpers import ROOT, TESTS
 from helpers.recipe_runs import RECIPES
 
 
-@pytest.mark.parametrize("overlay", ["ddp", "fsdp", "fsdp2"])
+@pytest.mark.parametrize(
+    "overlay", ["ddp", *(pytest.param(overlay, marks=pytest.mark.slow) for overlay in ("fsdp", "fsdp2"))]
+)
 def test_overlay_runs_on_two_processes(tmp_path: Path, tiny: list[str], overlay: str) -> None:
     """Beside a recipe, in processes of their own."""
     arguments = ["fit", "--config", "chat_sft", "--config", overlay, *tiny]

@@ -38,12 +38,14 @@ def test_a_failure_shows_what_the_ranks_printed() -> None:
         run_processes("fail_on_one")
 
 
+@pytest.mark.slow
 def test_nothing_runs_on_after_the_limit(tmp_path: Path) -> None:
     ranks = end_processes("hang_with_a_child", str(tmp_path), limit=15)
     assert [rank.returncode for rank in ranks] == [None, None]
     assert_all_ended(tmp_path)
 
 
+@pytest.mark.slow
 def test_nothing_runs_on_when_the_caller_is_killed(tmp_path: Path) -> None:
     script = (
         f"from helpers.distributed import processes; processes.run_processes('hang_with_a_child', {str(tmp_path)!r})"

@@ -35,6 +35,7 @@ def test_more_or_fewer_processes_go_on_at_the_same_row(tmp_path: Path) -> None:
     assert one["step"] == 15 + 6 + 8
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_other_and_the_run_resumes(tmp_path: Path) -> None:
     first, second = end_processes("train", str(tmp_path / "stopped"), None, 1, [1, 8, "kill"], limit=60)
     assert second.returncode == -signal.SIGKILL, second.output
@@ -49,7 +50,8 @@ def test_a_killed_rank_ends_the_other_and_the_run_resumes(tmp_path: Path) -> Non
         assert whole["step"] == 16
 
 
-@pytest.mark.parametrize("doomed", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("doomed", [0, 1])
 def test_a_rank_that_raises_ends_the_other_too(tmp_path: Path, doomed: int) -> None:
     ranks = end_processes("train", str(tmp_path), None, 1, [doomed, 8, "raise"], limit=60)
     assert [rank.returncode for rank in ranks] == [1, 1], "\n".join(rank.output for rank in ranks)

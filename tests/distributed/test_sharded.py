@@ -153,6 +153,7 @@ def test_merged_model_and_adapter_are_those_of_one_process(
     torch.testing.assert_close(adapted(ids).logits, models[0].eval()(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_runs_resume_under_other_strategies(path: Path, one: dict[str, Any], quick: dict[str, Any]) -> None:
     """Optimizer state included, or the losses would part."""
     pairs = [
@@ -215,6 +216,7 @@ def test_saving_makes_the_adapter_whole_and_nothing_of_the_base(
     assert adapter < saving < 4 * adapter + 160 * 1024 < base
 
 
+@pytest.mark.slow
 def test_what_cannot_join_a_sharded_model_says_so(tmp_path: Path) -> None:
     fsdp2: dict[str, Any] = {"strategy": "fsdp2", "max_steps": 1}
     cases: dict[str, tuple[dict[str, Any], str]] = {
@@ -239,6 +241,7 @@ def test_what_cannot_join_a_sharded_model_says_so(tmp_path: Path) -> None:
         assert cases[name][1] in result["error"], name
 
 
+@pytest.mark.slow
 def test_variants_are_those_of_one_process(tmp_path: Path) -> None:
     variants: dict[str, dict[str, Any]] = {
         "in full": {"modules_to_save": ["lm_head"]},
@@ -264,6 +267,7 @@ def test_variants_are_those_of_one_process(tmp_path: Path) -> None:
             assert same_tensors(load_file(ours), load_file(expected)), f"{key}: {file}"
 
 
+@pytest.mark.slow
 def test_the_model_is_tested_and_trained_on_after_it_was_merged(tmp_path: Path) -> None:
     expected = sharded.fit_test_fit(str(tmp_path / "one"), "one")
     for rank in run_processes("sharded.fit_test_fit_under", str(tmp_path), ["fsdp", "fsdp2"]):
@@ -287,6 +291,22 @@ def test_what_needs_the_whole_model_is_refused(lora: LoRA, callbacks: list[Any],
     with pytest.raises(ValueError, match=message):
         lora.setup(trainer, module, "fit")
     assert not injections_of(module)
+
+
+SWITCHED = [
+    {"r": 2, "target_modules": ["body.0", "body.1"], "modules_to_save": ["head"]},
+    {"r": 2, "target_modules": ["body.0", "body.1"], "modules_to_save": None, "bias": "lora_only"},
+    {"r": 2, "target_modules": ["body.0", "body.1"], "modules_to_save": None, "init_lora_weights": "pissa"},
+]
+
+
+def test_what_was_trained_comes_back_when_adapters_are_off_and_on_again() -> None:
+    for rank in run_processes("sharded.switch_all", ["ddp", "fsdp", "fsdp2"], SWITCHED):
+        assert len(rank) == 9
+        for case, found in rank.items():
+            assert found["learned"] > 1e-3, case
+            assert found["adapted again"] == found["base again"] == found["state"] == 0, case
+            assert found["from the base"] < 1e-6, case
 
 
 def test_merging_lets_go_of_what_a_forward_pass_has_left_whole() -> None:

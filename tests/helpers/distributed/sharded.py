@@ -4,16 +4,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.harness import peak_bytes
+from benchmarks.saving import CpuFSDP
 from helpers.distributed.llama import Llama, build, loader, rows, trainer
-from lightning_lora import LoRA, LoraConfig, adapter_state_dict, eject, inject, merge, unmerge
+from lightning_lora import LoRA, LoraConfig, adapter_state_dict, disabled, eject, inject, merge, set_adapter, unmerge
 from lightning_lora.formats.merged import save_merged
 from lightning_lora.model.record import injections
 
@@ -58,7 +62,7 @@ class _Lora(LoRA):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_fit_start(trainer, pl_module)
         self._start["initial"] = _digest(adapter_state_dict(pl_module))
-        self._start["fingerprints"] = [injection.fingerprint for _, _, injection in injections(pl_module)]
+        self._start["fingerprints"] = [injection.fingerprint for injection in injections(pl_module)]
 
 
 def _digest(tensors: dict[str, Tensor]) -> dict[str, float]:
@@ -117,3 +121,75 @@ def merge_after_a_forward_pass() -> dict[str, Any]:
             model.reshard()
             found[name] = float((model(ids).logits - before).abs().max())
     return {**found, "adapter": float((before - base).abs().max())}
+
+
+class Switched(L.LightningModule):
+    """A body and a head, sharded by FSDP2 in ``configure_model`` if there is a mesh."""
+
+    def __init__(self, before: dict[str, Any] | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8)), nn.Linear(8, 2)
+        self.before = before  # settings to inject before the model is sharded
+        self.found: dict[str, float] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+    def configure_model(self) -> None:
+        if self.before is not None:
+            inject(self, LoraConfig(**self.before))
+        if self.device_mesh is not None and not isinstance(self, FSDPModule):
+            for module in (self.body, self.head, self):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return (self(batch[0]) - 3).square().mean()
+
+    def on_train_end(self) -> None:
+        x = torch.ones(2, 4)
+        with torch.no_grad():
+            adapted, state = self(x), adapter_state_dict(self)
+            with disabled(self):
+                base = self(x)
+            set_adapter(self, None)
+            base_again = self(x)
+            set_adapter(self, "default")
+            again, state_again = self(x), adapter_state_dict(self)
+        self.found = {
+            "adapted again": float((again - adapted).abs().max()),
+            "base again": float((base_again - base).abs().max()),
+            "learned": float((adapted - base).abs().max()),
+            "from the base": float((base - build_switched()(x)).abs().max().detach()),
+            "state": max(float((state_again[name] - state[name]).abs().max()) for name in state),
+        }
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def build_switched() -> Switched:
+    return Switched(None)
+
+
+def switch(strategy: str, settings: dict[str, Any]) -> dict[str, float]:
+    """By how much outputs and state differ once adapters were off and on again, after training under a strategy."""
+    takes_from_base = settings.get("init_lora_weights") == "pissa"
+    module = Switched(settings if takes_from_base else None)
+    strategies = {
+        "fsdp": lambda: CpuFSDP(auto_wrap_policy={nn.Sequential}),
+        "fsdp2": lambda: ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),
+        "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
+    }
+    run = L.Trainer(
+        max_steps=3, strategy=strategies[strategy](), devices=2, accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[LoRA(**settings, merge=None, summary=False)],
+    )  # fmt: skip
+    run.fit(module, DataLoader(TensorDataset(torch.ones(32, 4)), batch_size=4))
+    return module.found
+
+
+def switch_all(strategies: list[str], settings: list[dict[str, Any]]) -> dict[str, Any]:
+    """What :func:`switch` finds for each of some strategies and settings."""
+    return {f"{strategy}, {each}": switch(strategy, each) for strategy in strategies for each in settings}
