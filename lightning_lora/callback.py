@@ -17,12 +17,12 @@ from lightning_lora.model.eject import eject, is_folded
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import unmerge
-from lightning_lora.model.param_groups import drop_frozen
 from lightning_lora.model.record import Injection, injections, injections_of
 from lightning_lora.model.summary import print_summary
 from lightning_lora.sharding import is_sharded
 from lightning_lora.trainer import gradient_checks, weight_averaging
 from lightning_lora.trainer.eva_calibration import start_from_data
+from lightning_lora.trainer.frozen_parameters import drop_frozen
 from lightning_lora.trainer.process_launchers import no_way_back, spawns
 from lightning_lora.trainer.pytorch_lightning import original_class, rebuild, serve_both_packages
 from lightning_lora.trainer.resume import load_best, rebuild_dataloader, rng_to_restore, set_rng_state
