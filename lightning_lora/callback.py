@@ -144,7 +144,7 @@ class LoRA(Callback):
         self._was_folded = False
         self._running = False
         self._rng_to_restore: dict[str, Any] | None = None
-        self._gradients_seen = False
+        self._gradients: gradient_checks.GradientWatch | None = None
         serve_both_packages(self)
 
     @property
@@ -164,7 +164,7 @@ class LoRA(Callback):
             if spawns(trainer.strategy) and not (self._is_in(pl_module) and self.merge is None):
                 raise no_way_back()
             self._require_ends(trainer)
-        self._injected_now = self._was_folded = self._running = self._gradients_seen = False
+        self._injected_now = self._was_folded = self._running = False
         install(trainer.strategy, checkpoints)
         _after_configure_model(pl_module, self)
         if weight_averaging.must_be_injected_early(trainer, pl_module, self):
@@ -212,6 +212,8 @@ class LoRA(Callback):
         weight_averaging.keep_base_exact(trainer)
         if self.summary and self is _lora_callbacks(trainer)[0]:
             rank_zero_only(print_summary)(pl_module)
+        if self is _lora_callbacks(trainer)[-1]:  # it looks for all, since all adapters have their start by now
+            self._gradients = gradient_checks.GradientWatch(pl_module, trainer.optimizers)
 
     @override
     def on_train_batch_start(
@@ -224,10 +226,11 @@ class LoRA(Callback):
 
     @override
     def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Never train silently on nothing: the first backward pass must reach the adapters."""
-        if not self._gradients_seen:
-            self._gradients_seen = True
-            gradient_checks.require_some(self._root(pl_module))
+        """Never train silently on nothing: gradients must reach the adapters before their optimizer's first step."""
+        if self._gradients is not None:
+            self._gradients.after_backward()
+            if self._gradients.is_over:
+                self._gradients = None
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -235,6 +238,8 @@ class LoRA(Callback):
         callbacks = _lora_callbacks(trainer)
         if self is not callbacks[-1]:
             return  # the last one acts for all, since checkpoints must be read before any adapter is folded in
+        if self._gradients is not None:
+            self._gradients.finish()
         if self.merge == "best":
             load_best(trainer, pl_module)
         # Where processes share the model, all of them take part in gathering it.
@@ -292,6 +297,9 @@ class LoRA(Callback):
 
     def _release(self, pl_module: "pl.LightningModule") -> None:
         pl_module.__dict__.pop("configure_model", None)
+        if self._gradients is not None:
+            self._gradients.stop()
+        self._gradients = None
         gradient_checks.disable_through_checkpointing(pl_module)
 
     def _export_adapter(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -327,7 +335,7 @@ class LoRA(Callback):
             ) from error
 
     def __reduce__(self) -> Any:
-        return rebuild, (original_class(self),), self.__dict__
+        return rebuild, (original_class(self),), {**self.__dict__, "_gradients": None}
 
 
 def _lora_callbacks(trainer: "pl.Trainer") -> list[LoRA]:
