@@ -209,7 +209,7 @@ class LoRA(Callback):
             rebuild_dataloader(trainer)
             set_rng_state(self._rng_to_restore["state"])
         gradient_checks.enable_through_checkpointing(pl_module)
-        weight_averaging.keep_base_exact(trainer)
+        weight_averaging.keep_base_exact(trainer, pl_module)
         if self.summary and self is _lora_callbacks(trainer)[0]:
             rank_zero_only(print_summary)(pl_module)
         if self is _lora_callbacks(trainer)[-1]:  # it looks for all, since all adapters have their start by now
