@@ -244,3 +244,26 @@ def test_one_value_written_behind_torchs_back_is_found_at_the_end(where: int) ->
     watch = BaseWatch(model, [])
     model[1].weight.data.view(-1)[where] += 1
     assert watch.moved(thoroughly=True) == ["1.weight"]
+
+
+def test_rows_that_change_places_are_found() -> None:
+    model = inject(nn.ModuleDict({"net": nn.Linear(2, 2), "part": nn.BatchNorm1d(2)}), LoraConfig(r=1))
+    model["part"].register_buffer("codes", torch.zeros(2, 8192, dtype=torch.float64))
+    model["part"].codes[0, 1] = 1  # not among the values that are always looked at
+    watch = BaseWatch(model, [])
+    model["part"].codes.copy_(model["part"].codes.flip(0))
+    assert watch.moved() == ["part.codes"]
+
+
+def test_it_is_named_at_the_first_save_after_it_moved(tmp_path: Path) -> None:
+    class Breaks(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.current_epoch == 1:
+                raise ZeroDivisionError("on purpose")
+
+    def run() -> None:
+        with pytest.raises(ZeroDivisionError):
+            fit(tmp_path, Moves("teacher"), Breaks(), target_modules=TARGETS)
+
+    (only,) = moved_warnings(run)
+    assert "'part.weight'" in only
