@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
@@ -18,14 +18,14 @@ from lightning_lora.model.eject import eject
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge
-from lightning_lora.model.param_groups import drop_frozen
 from lightning_lora.model.record import Injection, injections, injections_of
 from lightning_lora.model.removed import MERGED, REMOVED, forget_removed, how_merged, removed_injections
 from lightning_lora.model.summary import print_summary
 from lightning_lora.sharding import is_sharded
 from lightning_lora.signature import takes
-from lightning_lora.trainer import gradient_checks, weight_averaging
+from lightning_lora.trainer import base_changes, gradient_checks, weight_averaging
 from lightning_lora.trainer.eva_calibration import calibrate_eva
+from lightning_lora.trainer.frozen_parameters import drop_frozen
 from lightning_lora.trainer.process_launchers import no_way_back, spawns
 from lightning_lora.trainer.pytorch_lightning import original_class, rebuild, serve_both_packages
 from lightning_lora.trainer.resume import load_best, rebuild_dataloader, rng_to_restore, set_rng_state
@@ -110,7 +110,8 @@ class LoRA(Callback):
         self._came: str | None = None
         self._running = False
         self._rng_to_restore: dict[str, Any] | None = None
-        self._gradients_seen = False
+        self._gradients: gradient_checks.GradientWatch | None = None
+        self._base: base_changes.BaseWatch | None = None
         serve_both_packages(self)
 
     @property
@@ -130,7 +131,8 @@ class LoRA(Callback):
             if spawns(trainer.strategy) and not (self._is_in(pl_module) and self.merge is None):
                 raise no_way_back()
             self._require_ends(trainer)
-        self._injected_now = self._running = self._gradients_seen = False
+            base_changes.require_no_unfreezing(trainer, self.module)
+        self._injected_now = self._running = False
         self._came = None
         install(trainer.strategy, checkpoints)
         _after_configure_model(pl_module, self)
@@ -170,6 +172,7 @@ class LoRA(Callback):
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Drop frozen parameters from the optimizers, let gradients and averages pass rightly, say what is trained."""
+        base_changes.require_frozen(trainer.optimizers, pl_module)
         drop_frozen(trainer.optimizers, pl_module)
         if self.adapter is None:
             calibrate_eva(trainer, pl_module, self._injection(self._root(pl_module)))
@@ -178,9 +181,12 @@ class LoRA(Callback):
             rebuild_dataloader(trainer)
             set_rng_state(self._rng_to_restore["state"])
         gradient_checks.enable_through_checkpointing(pl_module)
-        weight_averaging.keep_base_exact(trainer)
+        weight_averaging.keep_base_exact(trainer, pl_module)
         if self.summary and self is _lora_callbacks(trainer)[0]:
             rank_zero_only(print_summary)(pl_module)
+        if self is _lora_callbacks(trainer)[-1]:  # it looks for all, since all adapters have their start by now
+            self._gradients = gradient_checks.GradientWatch(pl_module, trainer.optimizers)
+            self._base = base_changes.BaseWatch(pl_module, trainer.optimizers)
 
     @override
     def on_train_batch_start(
@@ -190,13 +196,24 @@ class LoRA(Callback):
         if self._rng_to_restore is not None and self._rng_to_restore["mid_epoch"]:
             set_rng_state(self._rng_to_restore["state"])
         self._rng_to_restore = None
+        if self._base is not None:
+            self._base.require_frozen()
 
     @override
     def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Never train silently on nothing: the first backward pass must reach the adapters."""
-        if not self._gradients_seen:
-            self._gradients_seen = True
-            gradient_checks.require_some(self._root(pl_module))
+        """Never train silently on nothing: gradients must reach the adapters before their optimizer's first step."""
+        if self._gradients is not None:
+            self._gradients.after_backward()
+            if self._gradients.is_over:
+                self._gradients = None
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        """Say so if the base is no longer the one on which the checkpoint will be opened."""
+        if self._base is not None:
+            self._base.warn_of_moved()
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -204,12 +221,19 @@ class LoRA(Callback):
         callbacks = _lora_callbacks(trainer)
         if self is not callbacks[-1]:
             return  # the last one acts for all, since checkpoints must be read before any adapter is folded in
+        if self._gradients is not None:
+            self._gradients.finish()
+        moved = self._base.warn_of_moved(thoroughly=True) if self._base is not None else []
         if self.merge == "best":
             load_best(trainer, pl_module)
         # Where processes share the model, all of them take part in gathering it.
         takes_part = trainer.is_global_zero or is_sharded(pl_module)
         exporting = [cb for cb in callbacks if cb.export_dir is not None and takes_part]
-        for callback in exporting:
+        if moved and exporting:
+            rank_zero_warn(
+                f"{ADAPTER_DIR}/ is not exported, since it could not be opened on the base: {moved[0]!r} has changed."
+            )
+        for callback in [] if moved else exporting:
             callback._export_adapter(trainer, pl_module)
         if self.merge is not None:
             eject(pl_module, merge=True)
@@ -273,6 +297,9 @@ class LoRA(Callback):
 
     def _release(self, pl_module: "pl.LightningModule") -> None:
         pl_module.__dict__.pop("configure_model", None)
+        if self._gradients is not None:
+            self._gradients.stop()
+        self._gradients = self._base = None
         gradient_checks.disable_through_checkpointing(pl_module)
 
     def _export_adapter(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -308,7 +335,7 @@ class LoRA(Callback):
             ) from error
 
     def __reduce__(self) -> Any:
-        return rebuild, (original_class(self),), self.__dict__
+        return rebuild, (original_class(self),), {**self.__dict__, "_gradients": None, "_base": None}
 
 
 def _lora_callbacks(trainer: "pl.Trainer") -> list[LoRA]:

@@ -1,11 +1,8 @@
 """Optimizer groups: which parameters, at which learning rate."""
 
-from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from torch.optim import Optimizer
 
 from lightning_lora.sharding import full_shape, named_tensors
 
@@ -41,31 +38,3 @@ def param_groups(
         {"params": others, "lr": lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def drop_frozen(optimizers: Iterable[Optimizer], model: nn.Module) -> None:
-    """Take frozen parameters out of the optimizers' groups, so that their state holds the trained ones alone.
-
-    Empty groups stay: learning-rate schedulers count them.
-
-    Raises:
-        RuntimeError: If no optimizer has any of the model's trainable parameters.
-    """
-    optimizers = list(optimizers)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["params"][:] = [parameter for parameter in group["params"] if parameter.requires_grad]
-    optimized = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    forgotten = [name for name, parameter in trainable.items() if id(parameter) not in optimized]
-    if optimizers and len(forgotten) == len(trainable):
-        raise RuntimeError(
-            f"None of the {len(trainable)} trainable parameters is in an optimizer, so nothing would be trained: "
-            "configure_optimizers probably uses a list of parameters from before the adapters were injected. Make the "
-            "list in configure_optimizers itself, for example from self.parameters()."
-        )
-    if optimizers and forgotten:
-        rank_zero_warn(
-            f"{len(forgotten)} of {len(trainable)} trainable parameters are in no optimizer and stay as they are, "
-            f"among them {forgotten[0]}: check the parameter groups in configure_optimizers."
-        )

@@ -1,5 +1,6 @@
 """Beside Lightning's weight averaging callbacks."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,10 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from lightning_lora import LoRA, adapter_state_dict, unmerge
+from lightning_lora import LoRA, adapter_state_dict, inject, unmerge
 from lightning_lora.layers import LoraLayer
 
 TARGETS = ["net.0", "net.4"]
-
-
-class ToyWithoutNorm(Toy):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net[1] = nn.Identity()
 
 
 class BuiltInConfigureModel(Toy):
@@ -62,10 +57,6 @@ def lora(**settings: Any) -> LoRA:
     return LoRA(**({"r": 4, "target_modules": TARGETS, "summary": False} | settings))
 
 
-def toy(kind: str) -> Toy:
-    return ToyWithoutNorm() if kind == "swa" else Toy()
-
-
 class TrajectoryMean(Callback):
     """Averages the adapter after every step itself."""
 
@@ -81,7 +72,7 @@ class TrajectoryMean(Callback):
 
 @pytest.mark.parametrize("kind", AVERAGING)
 def test_fit_checkpoint_and_merge(tmp_path: Path, kind: str) -> None:
-    model = toy(kind)
+    model = Toy()
     base, base_outputs = snapshot(model), outputs(model)
     checkpoints = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, every_n_train_steps=2, save_last=True)
     trainer(tmp_path, [lora(), AVERAGING[kind](), checkpoints], max_epochs=4).fit(model, loader(), loader())
@@ -111,7 +102,7 @@ def test_resume(tmp_path: Path, kind: str) -> None:
             model, loader(), ckpt_path=tmp_path / "one.ckpt" if epochs else None
         )
 
-    whole, resumed = toy(kind), toy(kind)
+    whole, resumed = Toy(), Toy()
     L.seed_everything(3, verbose=False)
     run(whole, 0, ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1))
     (tmp_path / "epoch=2.ckpt").rename(tmp_path / "one.ckpt")
@@ -121,12 +112,12 @@ def test_resume(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["mean", "ema"])
 def test_testing_a_checkpoint_uses_the_average(tmp_path: Path, kind: str) -> None:
-    model = toy(kind)
+    model = Toy()
     checkpoints = ModelCheckpoint(dirpath=tmp_path, save_last=True)
     the_trainer = trainer(tmp_path, [lora(), AVERAGING[kind](), checkpoints])
     the_trainer.fit(model, loader(), loader())
     (expected,) = the_trainer.test(model, loader(), verbose=False)
-    fresh = toy(kind)
+    fresh = Toy()
     (found,) = trainer(tmp_path, [lora()]).test(fresh, loader(), ckpt_path=checkpoints.last_model_path, verbose=False)
     assert found["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-4)
 
@@ -142,7 +133,7 @@ def test_model_built_in_configure_model(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", AVERAGING)
 def test_fit_again(tmp_path: Path, kind: str) -> None:
-    model = toy(kind)
+    model = Toy()
     base = snapshot(model)
     for _ in range(2):
         trainer(tmp_path, [lora(), AVERAGING[kind]()], max_epochs=3).fit(model, loader())
@@ -152,7 +143,7 @@ def test_fit_again(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", AVERAGING)
 def test_averaging_before_lora(tmp_path: Path, kind: str) -> None:
-    model = toy(kind)
+    model = Toy()
     classes = [type(module) for module in model.modules()]
     averaging = AVERAGING[kind]()
     with pytest.raises(ValueError, match=rf"write callbacks=\[LoRA\(...\), {type(averaging).__name__}"):
@@ -161,9 +152,26 @@ def test_averaging_before_lora(tmp_path: Path, kind: str) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_swa_with_batch_norm(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="BatchNorm.*use WeightAveraging or EMAWeightAveraging"):
-        trainer(tmp_path, [lora(), AVERAGING["swa"]()]).fit(Toy(), loader())
+def test_swa_averages_and_adds_no_epoch_for_frozen_statistics(tmp_path: Path) -> None:
+    model, spy, swa = Toy(), TrajectoryMean(), AVERAGING["swa"]()
+    the_trainer = trainer(tmp_path, [lora(merge=None), swa, spy], max_epochs=4, limit_train_batches=1)
+    start = adapter_state_dict(inject(Toy(), lora().config))
+    the_trainer.fit(model, loader())
+    assert the_trainer.current_epoch == 4 and the_trainer.global_step == 4
+    spy.seen = [start, *spy.seen[:3]]  # it looks when epochs start
+    torch.testing.assert_close(adapter_state_dict(model), spy.mean())
+    pickle.dumps(swa.pl_module_contains_batch_norm)
+
+
+def test_swa_with_frozen_and_trained_statistics(tmp_path: Path) -> None:
+    class Both(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[2] = nn.Sequential(nn.BatchNorm1d(16), nn.ReLU())
+
+    with pytest.raises(ValueError, match=r"those that are trained \(the first is 'net.2.0'\).*use WeightAveraging"):
+        trainer(tmp_path, [lora(modules_to_save=["net.2"]), AVERAGING["swa"]()]).fit(Both(), loader())
+    trainer(tmp_path, [lora(modules_to_save=["net.1"]), AVERAGING["swa"]()]).fit(Toy(), loader())
 
 
 def test_swa_with_a_model_built_in_configure_model(tmp_path: Path) -> None:

@@ -1,0 +1,194 @@
+"""The frozen base must stand: what would train it is refused, and what moves it nevertheless is found and named."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_lora.fqn import clean_fqn, is_submodule
+from lightning_lora.model.record import base_parameters, named_injections
+from lightning_lora.model.state_dict import saved_names
+from lightning_lora.sharding import is_sharded, named_tensors
+from lightning_lora.trainer.frozen_parameters import held_by, nested
+from lightning_lora.trainer.weight_averaging import is_a
+
+_SAMPLES = 16
+_ROW = 4096
+_WAYS_OUT = (
+    "Name the modules in LoRA(modules_to_save=[...]), which trains and saves them in full, or adapt a part of the "
+    "model alone with LoRA(module=...), which leaves the rest to train as without LoRA, or leave out the unfreezing."
+)
+
+
+def require_no_unfreezing(trainer: Any, module: str | None) -> None:
+    """Require that none of Lightning's callbacks unfreezes the base later.
+
+    Args:
+        trainer: The Trainer with its callbacks.
+        module: What is adapted, if it is not the whole. Then such callbacks may be there for the rest, unless theirs is
+            known to be the same.
+
+    Raises:
+        ValueError: If one does.
+    """
+    for callback in trainer.callbacks:
+        theirs = "backbone" if is_a(callback, "BackboneFinetuning") else None
+        apart = module and (theirs is None or not (is_submodule(module, theirs) or is_submodule(theirs, module)))
+        if is_a(callback, "BaseFinetuning") and not apart:
+            raise ValueError(
+                f"{type(callback).__name__} unfreezes parts of the base during fit, but no checkpoint would hold what "
+                f"is learned in them. {_WAYS_OUT}"
+            )
+
+
+def require_frozen(optimizers: Iterable[Any], model: nn.Module) -> None:
+    """Require that optimizers hold nothing of the base that requires gradients again.
+
+    Raises:
+        ValueError: If one does.
+    """
+    held = {id(p) for optimizer in optimizers for each in nested(optimizer) for p in held_by(each)}
+    roots = [f"{name}." if name else "" for name, _ in named_injections(model)]
+    found = [
+        clean_fqn(name)
+        for name, parameter in base_parameters(model)
+        if parameter.requires_grad and id(parameter) in held and any(clean_fqn(name).startswith(r) for r in roots)
+    ]
+    if found:
+        raise ValueError(
+            f"Parameters of the frozen base require gradients again and are in an optimizer, but no checkpoint would "
+            f"hold what is learned in them: {_listed(found)}. {_WAYS_OUT}"
+        )
+
+
+@dataclasses.dataclass
+class _Noted:
+    """What is known of a tensor: how often and where it was written, 16 of its words, and the sum of all of them."""
+
+    written: tuple[int, int]
+    sample: list[int]
+    total: int
+
+
+class BaseWatch:
+    """Notes the frozen base when training starts, and finds what has moved since.
+
+    torch counts the writes to a tensor, so that only what was written to is read again. Writes through ``.data`` are
+    not counted: a few values spread over every tensor are looked at each time, and all of them at the end. Where
+    processes share the model, nothing is looked at.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Iterable[Any]) -> None:
+        self._model = model
+        self._optimizers = list(optimizers)
+        self._sizes = self._group_sizes()
+        self._named: set[str] = set()
+        tensors = {} if is_sharded(model) else dict(_base_tensors(model))
+        samples, totals = _read(tensors, _sample), _read(tensors, _total)
+        self._noted = {name: _Noted(_written(tensors[name]), samples[name], totals[name][0]) for name in totals}
+
+    def require_frozen(self) -> None:
+        """Require, if optimizers have other groups than before, that nothing of the base is in them."""
+        sizes = self._group_sizes()
+        if sizes != self._sizes:
+            self._sizes = sizes
+            require_frozen(self._optimizers, self._model)
+
+    def moved(self, thoroughly: bool = False) -> list[str]:
+        """The names of tensors whose values are not those noted; thoroughly, of every value."""
+        tensors = {name: tensor for name, tensor in _base_tensors(self._model) if name in self._noted}
+        samples = _read(tensors, _sample)
+        # Another shape or type has other words, but for chance.
+        found = [name for name, sample in samples.items() if sample != self._noted[name].sample]
+        unsure = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name not in found and (thoroughly or _written(tensor) != self._noted[name].written)
+        }
+        for name, (total,) in _read(unsure, _total).items():
+            if total != self._noted[name].total:
+                found.append(name)
+            else:
+                self._noted[name].written = _written(unsure[name])
+        return [name for name in tensors if name in found]
+
+    def warn_of_moved(self, thoroughly: bool = False) -> list[str]:
+        """Name what has moved, once for each tensor, and return all of them."""
+        found = self.moved(thoroughly)
+        new = [name for name in found if name not in self._named]
+        self._named.update(found)
+        if new:
+            rank_zero_warn(
+                f"The frozen base has changed since training started, and no checkpoint holds the change, so they give "
+                f"another model on the base than this one: {_listed(new)}. If a training step changes them in place, as"
+                " running statistics, codebooks and momentum teachers are, name their modules in "
+                "LoRA(modules_to_save=[...]), or adapt a part alone with LoRA(module=...). If pretrained weights were "
+                "loaded late, load them before fit or in configure_model."
+            )
+        return found
+
+    def _group_sizes(self) -> list[int]:
+        return [len(group["params"]) for optimizer in self._optimizers for group in optimizer.param_groups]
+
+
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The frozen parameters and persistent buffers of which no checkpoint holds anything."""
+    tensors = {name: getattr(module, inner) for name, module, inner in named_tensors(model)}
+    saved = set(saved_names(model, tensors))
+    yield from ((name, t) for name, t in tensors.items() if name not in saved and not t.is_meta and t.numel())
+
+
+def _written(tensor: Tensor) -> tuple[int, int]:
+    # torch has no public name for its count of writes; tensors made in inference mode have none.
+    return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+
+
+@torch.no_grad()
+def _read(tensors: dict[str, Tensor], look: Any) -> dict[str, list[int]]:
+    """What a look gives for each tensor that can be read, with one transfer for each device."""
+    looks: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        try:
+            looks[name] = look(*_words(tensor))
+        except (RuntimeError, NotImplementedError, TypeError):
+            continue  # such as quantized classes of tensors, of which the bytes cannot be seen
+    found: dict[str, list[int]] = {}
+    for device in {seen.device for seen in looks.values()}:
+        here = {name: seen for name, seen in looks.items() if seen.device == device}
+        values = iter(torch.cat(list(here.values())).tolist())
+        found.update({name: [next(values) for _ in range(len(seen))] for name, seen in here.items()})
+    return found
+
+
+def _words(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The bytes of a tensor as whole numbers: eight at a time, and the rest one by one."""
+    tensor = tensor.detach()
+    # In the order in which they lie in memory, so that they need not be copied.
+    tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
+    read = tensor.contiguous().view(-1).view(torch.uint8)
+    whole = len(read) // 8 * 8
+    words, rest = read[:whole], read[whole:]
+    if words.data_ptr() % 8:
+        words = words.clone()
+    return words.view(torch.int64), rest.long()
+
+
+def _sample(words: Tensor, rest: Tensor) -> Tensor:
+    return torch.cat([words[:: max(1, len(words) // _SAMPLES)][: _SAMPLES + 1], rest])
+
+
+def _total(words: Tensor, rest: Tensor) -> Tensor:
+    rows = len(words) // _ROW
+    sums = words[: rows * _ROW].view(rows, _ROW).sum(1)
+    # Weighted, so that rows that change places are found.
+    weighted = (sums * torch.arange(1, rows + 1, device=words.device)).sum()
+    left = words[rows * _ROW :]
+    last = (left * torch.arange(1, len(left) + 1, device=words.device)).sum()
+    return (weighted + last + (rest * torch.arange(1, len(rest) + 1, device=words.device)).sum()).view(1)
+
+
+def _listed(names: list[str], limit: int = 5) -> str:
+    return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,122 @@
+"""Optimizers hold what is trained and nothing else: no frozen parameter in their groups, names or state."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_lora.sharding import is_sharded
+
+_GIVE_TRAINED = (
+    "Give it the trained parameters alone in configure_optimizers: [p for p in self.parameters() if p.requires_grad]."
+)
+
+
+def drop_frozen(optimizers: Iterable[Any], model: nn.Module) -> None:
+    """Take frozen parameters out of the optimizers' groups, names and state, so that they hold the trained ones alone.
+
+    Empty groups stay: learning-rate schedulers count them.
+
+    Raises:
+        RuntimeError: If no optimizer has any of the model's trainable parameters.
+        ValueError: If an optimizer cannot do without the frozen ones.
+    """
+    optimizers = list(optimizers)
+    for optimizer in optimizers:
+        _require_apart(optimizer, model)
+        dropped = [_drop_from(each) for each in nested(optimizer)]
+        if any(dropped) and not is_sharded(model):
+            _require_dropped(optimizer)
+    optimized = {id(p) for optimizer in optimizers for each in nested(optimizer) for p in held_by(each)}
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    forgotten = [name for name, parameter in trainable.items() if id(parameter) not in optimized]
+    if optimizers and len(forgotten) == len(trainable):
+        raise RuntimeError(
+            f"None of the {len(trainable)} trainable parameters is in an optimizer, so nothing would be trained: "
+            "configure_optimizers probably uses a list of parameters from before the adapters were injected. Make the "
+            "list in configure_optimizers itself, for example from self.parameters()."
+        )
+    if optimizers and forgotten:
+        rank_zero_warn(
+            f"{len(forgotten)} of {len(trainable)} trainable parameters are in no optimizer and stay as they are, "
+            f"among them {forgotten[0]}: check the parameter groups in configure_optimizers."
+        )
+
+
+def nested(optimizer: Any) -> Iterator[Any]:
+    """An optimizer, and those that it wraps, as Lightning's own wrapper, Lookahead and mixtures of several do."""
+    waiting, seen = [optimizer], set()
+    while waiting:
+        each = waiting.pop(0)
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        yield each
+        for value in list(getattr(each, "__dict__", {}).values()):
+            inner = value if isinstance(value, (list, tuple)) else [value]
+            waiting += [found for found in inner if isinstance(found, Optimizer)]
+
+
+def held_by(optimizer: Any) -> list[Tensor]:
+    """The parameters in an optimizer's groups."""
+    return [parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
+
+
+def _drop_from(optimizer: Any) -> bool:
+    """Whether there was anything to drop."""
+    found = False
+    for group in getattr(optimizer, "param_groups", ()):
+        trained = [parameter.requires_grad for parameter in group["params"]]
+        if all(trained):
+            continue
+        found = True
+        for key in ("params", "param_names"):  # torch keeps the names of named parameters beside them
+            if key in group:
+                kept = [value for value, is_trained in zip(group[key], trained) if is_trained]
+                if isinstance(group[key], list):
+                    group[key][:] = kept  # LBFGS and wrappers hold on to the list
+                else:
+                    group[key] = kept
+    state = getattr(optimizer, "state", {})
+    for parameter in [key for key in state if isinstance(key, Tensor) and not key.requires_grad]:
+        found = True
+        del state[parameter]
+    return found
+
+
+def _require_apart(optimizer: Any, model: nn.Module) -> None:
+    """Require that the optimizer has parameters one by one, and no tensor in which frozen and trained ones lie."""
+    if is_sharded(model):  # strategies have flat tensors of their own, of which they answer for the frozen ones
+        return
+    own = {id(parameter) for parameter in model.parameters()}
+    foreign = [p for each in nested(optimizer) for p in held_by(each) if id(p) not in own and p.requires_grad]
+    if not foreign:
+        return
+    taken = {_memory(parameter) for parameter in foreign}
+    shared = [n for n, p in model.named_parameters() if not p.requires_grad and p.numel() and _memory(p) in taken]
+    if shared:
+        raise ValueError(
+            f"{type(optimizer).__name__} holds a tensor in which the frozen {shared[0]!r} lies too, so that it would "
+            f"move the base: it probably makes one flat tensor of all parameters. {_GIVE_TRAINED}"
+        )
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _require_dropped(optimizer: Any) -> None:
+    """Require that the optimizer now is without frozen parameters, and can be saved so."""
+    name, problem = type(optimizer).__name__, ""
+    held = [key for each in nested(optimizer) for key in (*held_by(each), *getattr(each, "state", ()))]
+    if any(isinstance(key, Tensor) and not key.requires_grad for key in held):
+        problem = "it makes its groups or state anew, with them in"
+    else:
+        try:
+            optimizer.state_dict()
+        except Exception as error:  # of whatever kind the optimizer raises
+            problem = f"its state_dict() then raises {type(error).__name__}: {error}"
+    if problem:
+        raise ValueError(f"Frozen parameters cannot be taken out of {name}: {problem}. {_GIVE_TRAINED}")

@@ -1,0 +1,344 @@
+"""Optimizers lose frozen parameters, and are then as if they had been given the trained ones alone."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers import toys
+from helpers.toys import Toy, assert_same_tensors, loader, snapshot
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_lora import LoRA
+from lightning_lora.trainer.frozen_parameters import drop_frozen, held_by
+
+CLASSES: dict[str, type[Optimizer]] = {
+    name: value
+    for name, value in vars(torch.optim).items()
+    if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+}
+VARIANTS = [
+    (name, variant)
+    for name, cls in CLASSES.items()
+    for variant in ("", "foreach", "fused", "capturable", "amsgrad", "momentum")
+    if not variant or variant in inspect.signature(cls).parameters
+]
+
+
+class CollectsAtOnce(Optimizer):
+    """Makes its state in the constructor, as some optimizers of other packages do."""
+
+    def __init__(self, params: Any, lr: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr})
+        for parameter in held_by(self):
+            self.state[parameter]["mean"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    mean = self.state[parameter]["mean"].lerp_(parameter.grad, 0.1)
+                    parameter.sub_(mean.sign(), alpha=group["lr"])
+        return loss
+
+
+class Wraps(Optimizer):
+    """Holds another optimizer, with its groups, and a slow mean of its own."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        super().__init__([{**group, "params": list(group["params"])} for group in optimizer.param_groups], {})
+        for parameter in held_by(self):
+            self.state[parameter]["slow"] = parameter.detach().clone()
+
+    def step(self, closure: Any = None) -> Any:
+        loss = self.optimizer.step(closure)
+        with torch.no_grad():
+            for parameter in held_by(self):
+                parameter.copy_(self.state[parameter]["slow"].lerp_(parameter, 0.5))
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "inner": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict["inner"])
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "inner"})
+
+
+class Trains(Toy):
+    def __init__(self, optimizer: Callable[[list[tuple[str, nn.Parameter]]], Any]) -> None:
+        super().__init__()
+        self.make = optimizer
+
+    def configure_optimizers(self) -> Any:
+        return self.make(list(self.named_parameters()))
+
+    def on_train_start(self) -> None:
+        optimizer = self.optimizers()
+        if hasattr(optimizer, "train"):  # of schedulefree
+            optimizer.train()
+
+
+def require_resumable(tmp_path: Path, optimizer: Callable[[list[tuple[str, nn.Parameter]]], Any]) -> dict[str, Any]:
+    """Train, save and resume, and give the state of the optimizer that was saved."""
+    lora: dict[str, Any] = {"r": 2, "merge": None, "summary": False}
+    run: dict[str, Any] = {"max_epochs": 2, "limit_train_batches": 2}
+    checkpoints = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    whole, resumed = Trains(optimizer), Trains(optimizer)
+    base = snapshot(whole)
+    L.seed_everything(3, verbose=False)
+    toys.trainer(tmp_path, [LoRA(**lora), checkpoints], **run).fit(whole, loader())
+    path = tmp_path / "epoch=0.ckpt"
+    toys.trainer(tmp_path, [LoRA(**lora)], **run).fit(resumed, loader(), ckpt_path=path)
+    assert_same_tensors(snapshot(resumed), snapshot(whole))
+    assert_same_tensors(toys.base_of(whole, base), base)
+    assert any(tensor.any() for name, tensor in snapshot(whole).items() if name.endswith("lora_B"))
+    (saved,) = torch.load(path, weights_only=True)["optimizer_states"]
+    trained = [p for p in whole.parameters() if p.requires_grad]
+    assert sum(len(group["params"]) for group in saved["param_groups"]) == len(trained)
+    assert set(saved["state"]) <= set(range(len(trained)))
+    return saved
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_every_optimizer_of_torch(tmp_path: Path, name: str, variant: str) -> None:
+    if name == "SparseAdam":
+        pytest.skip("takes sparse gradients alone, which adapters do not have: see the property below")
+    settings: dict[str, Any] = {variant: 0.9 if variant == "momentum" else True} if variant else {}
+    matrix = nn.Parameter(torch.ones(2, 2))
+    try:  # plain, as without LoRA
+        optimizer = CLASSES[name]([matrix], lr=1e-2, **settings)  # type: ignore[call-arg]
+        matrix.square().sum().backward()
+        optimizer.step(lambda: matrix.sum())  # type: ignore[arg-type, return-value]
+    except (RuntimeError, AssertionError) as error:
+        pytest.skip(f"torch does not do so on the CPU: {str(error)[:80]}")
+
+    def make(named: list[tuple[str, nn.Parameter]]) -> Any:
+        matrices = [(name, p) for name, p in named if p.dim() == 2] if name == "Muon" else named
+        return CLASSES[name]([p for _, p in matrices], lr=1e-2, **settings)  # type: ignore[call-arg]
+
+    require_resumable(tmp_path, make)
+
+
+def halves(named: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    parameters = [parameter for _, parameter in named]
+    return [{"params": tuple(parameters[::2]), "lr": 1e-2}, {"params": tuple(parameters[1::2]), "lr": 1e-3}]
+
+
+OTHERS: dict[str, Callable[[list[tuple[str, nn.Parameter]]], Any]] = {
+    "named parameters": lambda named: torch.optim.AdamW(named, lr=1e-2),
+    "tuples with several rates": lambda named: torch.optim.Adagrad(halves(named), lr=1e-2),
+    "state of the constructor": lambda named: CollectsAtOnce([p for _, p in named]),
+    "wrapped": lambda named: Wraps(CollectsAtOnce([p for _, p in named])),
+    "wrapped twice": lambda named: Wraps(Wraps(torch.optim.Adagrad(halves(named)))),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_ways_to_make_one(tmp_path: Path, kind: str) -> None:
+    saved = require_resumable(tmp_path, OTHERS[kind])
+    groups = list(saved["param_groups"])
+    while "inner" in saved:
+        saved = saved["inner"]
+        groups += saved["param_groups"]
+        assert sum(len(group["params"]) for group in saved["param_groups"]) == 6
+        assert set(saved["state"]) <= set(range(6))
+    for group in groups:
+        assert len(group.get("param_names", group["params"])) == len(group["params"])
+        assert all("lora" in name for name in group.get("param_names", ()))
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "settings"),
+    [
+        ("schedulefree", "AdamWScheduleFree", {}),
+        ("schedulefree", "SGDScheduleFree", {}),
+        ("lion_pytorch", "Lion", {}),
+        *(("bitsandbytes.optim", name, {}) for name in ("Adam8bit", "AdamW8bit", "Lion8bit", "Adagrad8bit")),
+        ("bitsandbytes.optim", "SGD8bit", {"momentum": 0.9}),
+    ],
+)
+def test_optimizers_of_other_packages(tmp_path: Path, package: str, name: str, settings: dict[str, Any]) -> None:
+    module = pytest.importorskip(package, reason="an optimizer of another package, which no extra installs")
+    cls = getattr(module, name)
+    require_resumable(tmp_path, lambda named: cls([p for _, p in named], lr=1e-2, **settings))
+
+
+class Two(Toy):
+    """Two optimizers over all parameters, which both hold the adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adagrad(self.parameters(), 1e-2), CollectsAtOnce(self.parameters(), 1e-3)
+
+
+def test_the_same_parameters_in_two_optimizers(tmp_path: Path) -> None:
+    whole, resumed = Two(), Two()
+    L.seed_everything(3, verbose=False)
+    checkpoints = ModelCheckpoint(tmp_path, filename="one", every_n_train_steps=8, save_top_k=-1)
+    toys.trainer(tmp_path, [LoRA(r=2, summary=False), checkpoints], max_steps=16).fit(whole, loader())
+    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)["optimizer_states"]
+    assert [len(state["state"]) for state in saved] == [6, 6]
+    toys.trainer(tmp_path, [LoRA(r=2, summary=False)], max_steps=16).fit(
+        resumed, loader(), ckpt_path=tmp_path / "one.ckpt"
+    )
+    assert_same_tensors(snapshot(resumed), snapshot(whole))
+
+
+class Flattens(Optimizer):
+    """Makes one tensor of all parameters, of which they become views."""
+
+    def __init__(self, params: Any) -> None:
+        params = list(params)
+        self.flat = nn.Parameter(torch.cat([p.detach().flatten() for p in params]))
+        views = self.flat.detach().split([p.numel() for p in params])
+        for parameter, view in zip(params, views):
+            parameter.data = view.view_as(parameter)
+        super().__init__([self.flat], {})
+
+
+class MakesAnew(torch.optim.SGD):
+    """Gives new groups to everyone who asks."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, 1e-2)
+        self.kept = self.__dict__.pop("_groups")
+
+    @property
+    def param_groups(self) -> Any:
+        if "kept" in vars(self):
+            return [{**group, "params": list(group["params"])} for group in self.kept]
+        return self._groups
+
+    @param_groups.setter
+    def param_groups(self, groups: Any) -> None:
+        self._groups = groups
+
+
+class Counts(torch.optim.SGD):
+    """Its state is as long as its parameters were in the constructor."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, 1e-2)
+        self.count = len(held_by(self))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rates": [held_by(self)[index].norm() for index in range(self.count)]}
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda ps: [Flattens(ps)], "'net.0.weight' lies too, so that it would move the base: .*if p.requires_grad"),
+        (lambda ps: [torch.optim.SGD(ps, 1e-2), Flattens(ps)], "'net.0.weight' lies too, so that it would move the"),
+        (lambda ps: [MakesAnew(ps)], "cannot be taken out of MakesAnew: it makes its groups or state anew"),
+        (lambda ps: [Counts(ps)], "cannot be taken out of Counts: its .* raises IndexError.*if p.requires_grad"),
+    ],
+)
+def test_what_cannot_be_filtered(tmp_path: Path, make: Any, problem: str) -> None:
+    model = Two()
+    model.configure_optimizers = lambda: make(list(model.parameters()))  # type: ignore[method-assign]
+    with pytest.raises((ValueError, RuntimeError), match=problem):
+        toys.trainer(tmp_path, [LoRA(r=2, summary=False)]).fit(model, loader())
+
+
+@st.composite
+def optimizers(draw: st.DrawFn) -> tuple[nn.ParameterList, list[bool], Callable[[bool], list[Optimizer]]]:
+    """Parameters, which of them are trained, and what makes optimizers of them with their indices."""
+    count = draw(st.integers(1, 6))
+    torch.manual_seed(draw(st.integers(0, 3)))
+    parameters = nn.ParameterList([torch.randn(3, 2) for _ in range(count)])
+    trained = draw(st.lists(st.booleans(), min_size=count, max_size=count).filter(any))
+    plans = []
+    for _ in range(draw(st.integers(1, 2))):
+        cls = CLASSES[draw(st.sampled_from(sorted(CLASSES)))]
+        places = draw(st.lists(st.integers(-1, 2), min_size=count, max_size=count).filter(lambda p: max(p) >= 0))
+        if cls is torch.optim.LBFGS:
+            places = [0] * count  # it has no groups
+        plans.append((cls, places, draw(st.booleans())))
+
+    def make(is_reference: bool) -> list[Optimizer]:
+        made = []
+        for cls, places, named in plans:
+            groups: list[dict[str, Any]] = []
+            for place in sorted(set(places) - {-1}):
+                indices = [index for index in range(count) if places[index] == place]
+                if is_reference:
+                    params: list[Any] = [parameters[index] for index in indices if trained[index]]
+                else:
+                    params = [(f"p{index}", parameters[index]) if named else parameters[index] for index in indices]
+                rate = {} if cls is torch.optim.LBFGS else {"lr": 10.0 ** -(place + 1)}
+                groups.append({"params": params, **rate})
+            made.append(cls(groups))  # type: ignore[arg-type]
+        return made
+
+    return parameters, trained, make
+
+
+@given(optimizers())
+def test_it_is_as_if_given_the_trained_ones_alone(drawn: Any) -> None:
+    parameters, trained, make = drawn
+    found = make(False)
+    for parameter, is_trained in zip(parameters, trained):
+        parameter.requires_grad_(is_trained)
+    expected = make(True)
+    start = [parameter.detach().clone() for parameter in parameters]
+    wrapped = [LightningOptimizer(optimizer) for optimizer in found]
+    if not any(held_by(optimizer) for optimizer in expected):
+        with pytest.raises(RuntimeError, match="None of the"):
+            drop_frozen(wrapped, parameters)
+        return
+    drop_frozen(wrapped, parameters)
+
+    def run(these: list[Optimizer]) -> list[Tensor]:
+        for parameter, value in zip(parameters, start):
+            parameter.data.copy_(value)
+            parameter.grad = None
+        for step in range(3):
+            for optimizer in these:
+                if not held_by(optimizer) and isinstance(optimizer, torch.optim.LBFGS):
+                    continue
+
+                def closure(optimizer: Optimizer = optimizer, step: int = step) -> Tensor:
+                    for parameter in held_by(optimizer):
+                        gradient = (parameter.detach() + step).sin()
+                        sparse = isinstance(optimizer, torch.optim.SparseAdam)
+                        parameter.grad = gradient.to_sparse(1) if sparse else gradient
+                    return torch.ones(())
+
+                optimizer.step(closure)
+        return [parameter.detach().clone() for parameter in parameters]
+
+    for one, other in zip(found, expected):
+        assert [[id(p) for p in group["params"]] for group in one.param_groups] == [
+            [id(p) for p in group["params"]] for group in other.param_groups
+        ]
+        names = {id(parameter): f"p{index}" for index, parameter in enumerate(parameters)}
+        for group in one.param_groups:
+            assert group.get("param_names") in (None, [names[id(p)] for p in group["params"]])
+    assert all(map(torch.equal, run(found), run(expected)))
+    for one, other in zip(found, expected):
+        saved = one.state_dict()
+        assert saved["state"].keys() == other.state_dict()["state"].keys()
+        other.load_state_dict(saved)
