@@ -44,8 +44,11 @@ class DoraAdapter(LoraAdapter):
             base = self.base_product(x, layer)  # the magnitude scales the whole of V, which then sees the same input
         else:
             base = out if bias is None else out - self._along_channels(bias)
-        scale = self.lora_magnitude_vector.flatten() / self._norm(layer.weight)  # type: ignore[arg-type]
-        out = torch.addcmul(out, base.to(out.dtype), self._along_channels(scale - 1).to(out.dtype))
+        # Detached, it is constant in forward mode too, which no_grad leaves on.
+        scale = self.lora_magnitude_vector.flatten() / self._norm(layer.weight).detach()  # type: ignore[arg-type]
+        base, factor = base.to(out.dtype), self._along_channels(scale - 1).to(out.dtype)
+        # Nested tensors have no addcmul.
+        out = out + base * factor if out.is_nested else torch.addcmul(out, base, factor)
         # The norm is that of all ranks, so that the mean over rank dropout is the function without it.
         lora_B = self.drop_ranks(self.lora_B, self.rank_dim)
         return self.add_path(x, out, layer, scale.view(-1, *(1 for _ in lora_B.shape[1:])) * lora_B)

@@ -11,6 +11,11 @@ from lightning_lora.layers.base import LoraLayer, Target
 from lightning_lora.layers.functional import low_rank_product
 
 
+class _NoDropout(nn.Dropout):
+    def forward(self, input: Tensor) -> Tensor:
+        return input  # of indices; nested ones have no dropout, be its probability zero
+
+
 class EmbeddingAdapter(LoraAdapter):
     """``out + scaling * (B A)^T[x]`` with A of shape ``(r, num_embeddings)`` and B of shape ``(embedding_dim, r)``.
 
@@ -25,7 +30,7 @@ class EmbeddingAdapter(LoraAdapter):
 
     def __init__(self, weight: Tensor, config: LoraConfig, layer_name: str, adapter_name: str, **layout: Any) -> None:
         super().__init__(weight, config, layer_name, adapter_name, **layout)
-        self.dropout.p = 0.0
+        self.dropout = _NoDropout(0.0)
 
     def shapes(self, weight: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         num_embeddings, embedding_dim = weight.shape

@@ -6,8 +6,11 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+_PLAIN = (Tensor, nn.Parameter)  # not a subclass, which has operations of its own
 
 
 def add_low_rank(out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -26,7 +29,7 @@ def add_low_rank(out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling
     Returns:
         The sum, with the shape and dtype of ``out``.
     """
-    return add_from_rank(out, x.reshape(-1, x.shape[-1]) @ lora_A.to(x.dtype).t(), lora_B, scaling)
+    return add_from_rank(out, F.linear(x, lora_A.to(x.dtype)), lora_B, scaling)
 
 
 def add_from_rank(out: Tensor, low_rank: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -34,17 +37,19 @@ def add_from_rank(out: Tensor, low_rank: Tensor, lora_B: Tensor, scaling: float)
 
     Args:
         out: The base layer's output, shape ``(*, out_features)``.
-        low_rank: The input times ``A^T``, shape ``(rows, r)``.
+        low_rank: The input times ``A^T``, shape ``(*, r)``.
         lora_B: Shape ``(out_features, r)``.
         scaling: The factor in front of ``B A``.
 
     Returns:
         The sum, with the shape and dtype of ``out``.
     """
-    lora_B = lora_B.to(low_rank.dtype).t()
-    if out.dtype != low_rank.dtype:
-        return out + (scaling * (low_rank @ lora_B)).to(out.dtype).view_as(out)
-    return torch.addmm(out.reshape(-1, out.shape[-1]), low_rank, lora_B, alpha=scaling).view_as(out)
+    lora_B = lora_B.to(low_rank.dtype)
+    if out.dtype != low_rank.dtype or out.is_nested:  # of which no matrix of rows can be made
+        return out + (scaling * F.linear(low_rank, lora_B)).to(out.dtype)
+    out_features, r = lora_B.shape  # which hold in a trace for any number of dimensions
+    rows, low_rank = out.reshape(-1, out_features), low_rank.reshape(-1, r)
+    return _in_shape_of(out, torch.addmm(rows, low_rank, lora_B.t(), alpha=scaling))
 
 
 def add_low_rank_by_sample(
@@ -72,7 +77,7 @@ def add_low_rank_by_sample(
     low_rank = torch.bmm(x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1), A[choice].mT)
     if out.dtype != low_rank.dtype:
         return out + torch.bmm(low_rank, B[choice].mT).view_as(out).to(out.dtype)
-    return torch.baddbmm(out.reshape(*low_rank.shape[:2], -1), low_rank, B[choice].mT).view_as(out)
+    return _in_shape_of(out, torch.baddbmm(out.reshape(*low_rank.shape[:2], -1), low_rank, B[choice].mT))
 
 
 def low_rank_linear(
@@ -95,6 +100,10 @@ def low_rank_linear(
         Shape ``(*, out_features)``, in the dtype of ``x`` or, under autocast, in that of autocast. The others are cast.
     """
     dtype, device = x.dtype, x.device.type
+    # The backward pass is that of real numbers, and the meta device knows no autocast.
+    fusible = dtype.is_floating_point and torch.amp.is_autocast_available(device)
+    if not (fusible and is_plain_eager(x, weight, bias, lora_A, lora_B)):
+        return add_low_rank(F.linear(x, weight, bias), x, lora_A, lora_B, scaling)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
     tensors = (None if tensor is None else tensor.to(dtype) for tensor in (x, weight, bias, lora_A, lora_B))
@@ -102,41 +111,83 @@ def low_rank_linear(
     return out
 
 
-class _LowRankLinear(torch.autograd.Function):
-    generate_vmap_rule = True
+def is_plain_eager(*tensors: Tensor | None) -> bool:
+    """Whether these tensors will see no more than eager passes forward and backward.
 
+    Nothing else is defined for a ``torch.autograd.Function`` with only a backward pass, nor for all changes in place:
+    forward-mode derivatives, the transforms of ``torch.func``, saved traces, and subclasses of Tensor need PyTorch's
+    own operations, and compilers can have them, since they fuse by themselves.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore
+        or torch._C._are_functorch_transforms_active()
+    ) and all(
+        tensor is None or (type(tensor) in _PLAIN and forward_ad.unpack_dual(tensor).tangent is None)  # type: ignore
+        for tensor in tensors
+    )
+
+
+def _in_shape_of(out: Tensor, total: Tensor) -> Tensor:
+    """A tensor of rows, which nothing else refers to, in the shape of the output, and a tensor of its own.
+
+    A view that was made while gradients were off cannot be changed in place once they are on.
+    """
+    if torch.jit.is_tracing():  # type: ignore  # its trace then holds for any number of dimensions
+        return total.view_as(out)
+    if total.dim() == out.dim():
+        return total
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(total, out.shape)
+    return shaped
+
+
+class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor]:
         low_rank = x.reshape(-1, x.shape[-1]) @ lora_A.t()
         out = F.linear(x, weight, bias)
         out.view(-1, out.shape[-1]).addmm_(low_rank, lora_B.t(), alpha=scaling)
-        return out, low_rank
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, lora_A, lora_B, ctx.scaling = inputs
-        # Only the gradient of A needs x, so with A frozen (LoRA-FA) x is not kept.
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, lora_A, lora_B, output[1])
+        ctx.scaling = scaling
+        needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
+        # What the plain path would keep. Only the gradient of A needs x, so with A frozen (LoRA-FA) x is not kept.
+        ctx.save_for_backward(
+            x if needs_A else None,
+            weight if needs_x else None,
+            lora_A if needs_x else None,
+            lora_B if needs_x or needs_A else None,
+            low_rank if needs_B else None,
+        )
+        # F.linear may give a view, and autograd lets no view be changed in place that a function of several outputs
+        # has returned. This is the same tensor, as none.
+        return out.data, low_rank
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_low_rank: Tensor) -> tuple[Tensor | None, ...]:
+        device = grad_out.device.type
+        if torch.is_autocast_enabled(device):  # as the forward pass was not, or its casts are done
+            with torch.autocast(device, enabled=False):
+                return _LowRankLinear.backward(ctx, grad_out, grad_low_rank)
         x, weight, lora_A, lora_B, low_rank = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
         grad_rows = grad_out.reshape(-1, grad_out.shape[-1])
+        grad_x = grad_A = grad_B = None
         # The small products are bound by reading their large factor, so those of one factor come in a row, while it is
         # in the cache. On a CPU, one with few columns of a row-major matrix is two to three times slower than one with
         # few rows or of a column-major matrix.
-        lora_B = lora_B.t().contiguous().t()
-        # The rank-wide product has a gradient of its own in second derivatives alone, and is zero in the first.
-        grad_low_rank = torch.addmm(grad_low_rank, grad_rows, lora_B, alpha=ctx.scaling)
-        grad_B = ctx.scaling * (low_rank.t() @ grad_rows).t() if ctx.needs_input_grad[4] else None
-        grad_A = grad_low_rank.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[3] else None
-        grad_x = None
-        if ctx.needs_input_grad[0]:
+        if needs_x or needs_A:
+            lora_B = lora_B.t().contiguous().t()
+            # The rank-wide product has a gradient of its own in second derivatives alone, and is zero in the first.
+            grad_low_rank = torch.addmm(grad_low_rank, grad_rows, lora_B, alpha=ctx.scaling)
+        if needs_B:
+            grad_B = ctx.scaling * (low_rank.t() @ grad_rows).t()
+        if needs_A:
+            grad_A = grad_low_rank.t() @ x.reshape(-1, x.shape[-1])
+        if needs_x:
             grad_x = (grad_rows @ weight).addmm_(grad_low_rank, lora_A)
             grad_x = grad_x.view(*grad_out.shape[:-1], weight.shape[1])
-        grad_bias = grad_rows.sum(0) if ctx.needs_input_grad[2] else None
+        grad_bias = grad_rows.sum(0) if needs_bias else None
         return grad_x, None, grad_bias, grad_A, grad_B, None
 
 

@@ -76,7 +76,7 @@ class VeraAdapter(LoraAdapter):
         x, (vera_A, vera_B) = self.dropout(x), self.sliced()
         # d goes into the rank-wide product, so that x is not kept for its gradient; b goes into B, so that no tensor
         # of the output's size is.
-        low_rank = x.reshape(-1, x.shape[-1]) @ vera_A.to(x.dtype).t()
+        low_rank = nn.functional.linear(x, vera_A.to(x.dtype))
         low_rank = low_rank * self.vera_lambda_d.to(low_rank.dtype)
         return add_from_rank(out, low_rank, self.vera_lambda_b.unsqueeze(1) * vera_B, 1.0)
 
