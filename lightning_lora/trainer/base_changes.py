@@ -171,7 +171,7 @@ def _words(tensor: Tensor) -> tuple[Tensor, Tensor]:
     read = tensor.contiguous().view(-1).view(torch.uint8)
     whole = len(read) // 8 * 8
     words, rest = read[:whole], read[whole:]
-    if words.data_ptr() % 8:
+    if words.storage_offset() % 8 or words.data_ptr() % 8:
         words = words.clone()
     return words.view(torch.int64), rest.long()
 
