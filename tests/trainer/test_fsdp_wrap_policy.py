@@ -41,12 +41,12 @@ def a_unit(**changed: Any) -> Any:
 
 def test_another_torch_fails_loudly() -> None:
     with pytest.raises(RuntimeError, match=f"no _shapes, which say.*this is {torch.__version__[:4]}"):
-        sharding._note_stretches(a_unit(without=["_shapes"]))
+        sharding._register_flat_shards(a_unit(without=["_shapes"]))
 
 
 def test_flat_parameters_alone_are_refused() -> None:
     with pytest.raises(ValueError, match="use_orig_params=True"):
-        sharding._note_stretches(a_unit(_use_orig_params=False))
+        sharding._register_flat_shards(a_unit(_use_orig_params=False))
 
 
 @pytest.mark.parametrize(("frozen", "warns"), [(2_000_000, True), (1000, False)])
