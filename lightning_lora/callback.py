@@ -21,11 +21,11 @@ from lightning_lora.model.param_groups import drop_frozen
 from lightning_lora.model.record import Injection, injections, injections_of
 from lightning_lora.model.summary import print_summary
 from lightning_lora.sharding import is_sharded
-from lightning_lora.trainer import gradient_checks, weight_averaging
+from lightning_lora.trainer import gradient_checks, resume, weight_averaging
 from lightning_lora.trainer.eva_calibration import start_from_data
 from lightning_lora.trainer.process_launchers import no_way_back, spawns
 from lightning_lora.trainer.pytorch_lightning import original_class, rebuild, serve_both_packages
-from lightning_lora.trainer.resume import load_best, rebuild_dataloader, rng_to_restore, set_rng_state
+from lightning_lora.trainer.resume import load_best
 from lightning_lora.trainer.sharded_strategy import checkpoints_of
 from lightning_lora.trainer.strategy import install
 
@@ -143,7 +143,6 @@ class LoRA(Callback):
         self._injected_now = False
         self._was_folded = False
         self._running = False
-        self._rng_to_restore: dict[str, Any] | None = None
         self._gradients_seen = False
         serve_both_packages(self)
 
@@ -164,6 +163,7 @@ class LoRA(Callback):
             if spawns(trainer.strategy) and not (self._is_in(pl_module) and self.merge is None):
                 raise no_way_back()
             self._require_ends(trainer)
+            resume.install(trainer)
         self._injected_now = self._was_folded = self._running = self._gradients_seen = False
         install(trainer.strategy, checkpoints)
         _after_configure_model(pl_module, self)
@@ -190,13 +190,11 @@ class LoRA(Callback):
     def on_load_checkpoint(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
     ) -> None:
-        """Go on with the random numbers where the saved run stopped."""
-        if trainer.state.fn == "fit":
-            self._rng_to_restore = rng_to_restore(checkpoint, trainer)
-            if self._rng_to_restore is not None:
-                if self._running:  # strategies that shard the model restore it after this start
-                    rebuild_dataloader(trainer)
-                set_rng_state(self._rng_to_restore["state"])
+        """Go on at the moment at which the checkpoint was written."""
+        if trainer.state.fn == "fit" and self is _lora_callbacks(trainer)[0]:
+            resume.go_on_from(checkpoint, trainer)
+            if self._running:  # strategies that shard the model restore it after this start
+                resume.rebuild_dataloader(trainer)
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -205,22 +203,18 @@ class LoRA(Callback):
         if self.adapter is None:
             start_from_data(trainer, pl_module, self._root(pl_module), self._injection(self._root(pl_module)))
         self._running = True
-        if self._rng_to_restore is not None:
-            rebuild_dataloader(trainer)
-            set_rng_state(self._rng_to_restore["state"])
+        if trainer.ckpt_path is not None:
+            resume.rebuild_dataloader(trainer)
         gradient_checks.enable_through_checkpointing(pl_module)
         weight_averaging.keep_base_exact(trainer)
         if self.summary and self is _lora_callbacks(trainer)[0]:
             rank_zero_only(print_summary)(pl_module)
 
     @override
-    def on_train_batch_start(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
-    ) -> None:
-        # Making the data loader's iterator has drawn numbers, which a run that goes on in the middle has not.
-        if self._rng_to_restore is not None and self._rng_to_restore["mid_epoch"]:
-            set_rng_state(self._rng_to_restore["state"])
-        self._rng_to_restore = None
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Let a SLURM job be requeued between steps alone."""
+        if self is _lora_callbacks(trainer)[0]:
+            resume.requeue_waits(trainer)
 
     @override
     def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -228,6 +222,27 @@ class LoRA(Callback):
         if not self._gradients_seen:
             self._gradients_seen = True
             gradient_checks.require_some(self._root(pl_module))
+
+    @override
+    def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
+        """A moment from which a run can go on."""
+        resume.requeue_if_asked(trainer)
+
+    @override
+    def on_validation_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
+        """Another one."""
+        resume.requeue_if_asked(trainer)
+
+    @override
+    def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Tell checkpoints of a finished validation, which come next, from those of one in its middle."""
+        if trainer.state.fn == "fit":
+            resume.validation_ended(trainer)
+
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """The last one."""
+        resume.requeue_if_asked(trainer)
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
