@@ -23,12 +23,12 @@ from lightning_lora.model.removed import MERGED, REMOVED, forget_removed, how_me
 from lightning_lora.model.summary import print_summary
 from lightning_lora.sharding import is_sharded
 from lightning_lora.signature import takes
-from lightning_lora.trainer import base_changes, gradient_checks, weight_averaging
+from lightning_lora.trainer import base_changes, gradient_checks, resume, weight_averaging
 from lightning_lora.trainer.eva_calibration import calibrate_eva
 from lightning_lora.trainer.frozen_parameters import drop_frozen
 from lightning_lora.trainer.process_launchers import no_way_back, spawns
 from lightning_lora.trainer.pytorch_lightning import original_class, rebuild, serve_both_packages
-from lightning_lora.trainer.resume import load_best, rebuild_dataloader, rng_to_restore, set_rng_state
+from lightning_lora.trainer.resume import load_best
 from lightning_lora.trainer.sharded_strategy import checkpoints_of
 from lightning_lora.trainer.strategy import install
 
@@ -109,7 +109,6 @@ class LoRA(Callback):
         self._injected_now = False
         self._came: str | None = None
         self._running = False
-        self._rng_to_restore: dict[str, Any] | None = None
         self._gradients: gradient_checks.GradientWatch | None = None
         self._base: base_changes.BaseWatch | None = None
         serve_both_packages(self)
@@ -132,6 +131,7 @@ class LoRA(Callback):
                 raise no_way_back()
             self._require_ends(trainer)
             base_changes.require_no_unfreezing(trainer, self.module)
+            resume.install(trainer)
         self._injected_now = self._running = False
         self._came = None
         install(trainer.strategy, checkpoints)
@@ -161,13 +161,11 @@ class LoRA(Callback):
     def on_load_checkpoint(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
     ) -> None:
-        """Go on with the random numbers where the saved run stopped."""
-        if trainer.state.fn == "fit":
-            self._rng_to_restore = rng_to_restore(checkpoint, trainer)
-            if self._rng_to_restore is not None:
-                if self._running:  # strategies that shard the model restore it after this start
-                    rebuild_dataloader(trainer)
-                set_rng_state(self._rng_to_restore["state"])
+        """Go on at the moment at which the checkpoint was written."""
+        if trainer.state.fn == "fit" and self is _lora_callbacks(trainer)[0]:
+            resume.go_on_from(checkpoint, trainer)
+            if self._running:  # strategies that shard the model restore it after this start
+                resume.rebuild_dataloader(trainer)
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -177,9 +175,8 @@ class LoRA(Callback):
         if self.adapter is None:
             calibrate_eva(trainer, pl_module, self._injection(self._root(pl_module)))
         self._running = True
-        if self._rng_to_restore is not None:
-            rebuild_dataloader(trainer)
-            set_rng_state(self._rng_to_restore["state"])
+        if trainer.ckpt_path is not None:
+            resume.rebuild_dataloader(trainer)
         gradient_checks.enable_through_checkpointing(pl_module)
         weight_averaging.keep_base_exact(trainer, pl_module)
         if self.summary and self is _lora_callbacks(trainer)[0]:
@@ -189,13 +186,15 @@ class LoRA(Callback):
             self._base = base_changes.BaseWatch(pl_module, trainer.optimizers)
 
     @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Let a SLURM job be requeued between steps alone."""
+        if self is _lora_callbacks(trainer)[0]:
+            resume.requeue_waits(trainer)
+
+    @override
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        # Making the data loader's iterator has drawn numbers, which a run that goes on in the middle has not.
-        if self._rng_to_restore is not None and self._rng_to_restore["mid_epoch"]:
-            set_rng_state(self._rng_to_restore["state"])
-        self._rng_to_restore = None
         if self._base is not None:
             self._base.require_frozen()
 
@@ -214,6 +213,27 @@ class LoRA(Callback):
         """Say so if the base is no longer the one on which the checkpoint will be opened."""
         if self._base is not None:
             self._base.warn_of_moved()
+
+    @override
+    def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
+        """A moment from which a run can go on."""
+        resume.requeue_if_asked(trainer)
+
+    @override
+    def on_validation_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
+        """Another one."""
+        resume.requeue_if_asked(trainer)
+
+    @override
+    def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Tell checkpoints of a finished validation, which come next, from those of one in its middle."""
+        if trainer.state.fn == "fit":
+            resume.validation_ended(trainer)
+
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """The last one."""
+        resume.requeue_if_asked(trainer)
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -66,7 +66,7 @@ class AdapterCheckpoints(ABC):
                 holder[key] = adapter_only(self.lightning_module, holder[key])
             checkpoint[KEY] = metadata(self.lightning_module)
         if "optimizer_states" in checkpoint:
-            checkpoint[KEY][RNG_KEY] = run_rng_state(self.lightning_module.trainer)
+            checkpoint[KEY][RNG_KEY] = run_rng_state(self.lightning_module.trainer, checkpoint)
         if atomic_save.writes_directories(self) and "optimizer_states" in checkpoint:
             split = [split_optimizer(state_dict) for state_dict in checkpoint["optimizer_states"]]
             checkpoint["optimizer_states"] = [tensors for tensors, _ in split]
