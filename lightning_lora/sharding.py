@@ -227,6 +227,14 @@ def full_tensor(module: nn.Module, name: str, shard: Tensor | None = None) -> Te
     return result.view(flat_shard.shape)
 
 
+def local_tensor(module: nn.Module, name: str) -> Tensor:
+    """What this process holds of a parameter or buffer, whose name may be dotted, as an ordinary tensor."""
+    module, name = _owner(module, name)
+    _reshard([module])
+    tensor: Tensor = getattr(module, name)
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def shard_of(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """What this process holds of a tensor that is sharded like a parameter.
@@ -320,7 +328,7 @@ def unsharded(modules: Iterable[nn.Module]) -> Iterator[None]:
     shown: list[tuple[nn.Module, str]] = []
     try:
         for module in modules:
-            for name, parameter in module._parameters.items():
+            for name, parameter in list(module._parameters.items()):  # which resharding takes out and puts in again
                 if parameter is not None and is_shard(module, name):
                     # An attribute of the object itself is found before the parameter, which so stays registered.
                     module.__dict__[name] = nn.Parameter(full_tensor(module, name), requires_grad=False)

@@ -12,7 +12,7 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.functional import add_low_rank_by_sample
 from lightning_lora.layers.seal import Seal
-from lightning_lora.sharding import shard_of, swap_parameters, unsharded, unwrap_fsdp
+from lightning_lora.sharding import local_tensor, shard_of, swap_parameters, unsharded, unwrap_fsdp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +184,7 @@ class LoraLayer(nn.Module):
         """Put merged parameters, or values of them, in the place of the base's, which :meth:`unmerge` puts back."""
         for name, merged in merged_weights.items():
             self._aside[name] = swap_parameters(self, name, merged)
-            self._seals[name] = Seal(self._parameter(name))
+            self._seals[name] = Seal(local_tensor(self, name))
         self.__dict__["_merged"] = True
 
     def merge_like(self, other: "LoraLayer") -> None:
@@ -205,12 +205,7 @@ class LoraLayer(nn.Module):
 
     def is_as_merged(self) -> bool:
         """Whether the weights are still those that :meth:`merge` put there."""
-        return all(seal.fits(self._parameter(name)) for name, seal in self._seals.items())
-
-    def _parameter(self, name: str) -> Tensor:
-        owner_name, _, attribute = name.rpartition(".")
-        found: Tensor = getattr(self.get_submodule(owner_name), attribute)
-        return found
+        return all(seal.fits(local_tensor(self, name)) for name, seal in self._seals.items())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name.startswith("lora."):

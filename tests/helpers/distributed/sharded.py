@@ -147,15 +147,15 @@ class Switched(L.LightningModule):
         return (self(batch[0]) - 3).square().mean()
 
     def on_train_end(self) -> None:
-        x = torch.ones(2, 4)
+        x, model = torch.ones(2, 4), self.trainer.strategy.model
         with torch.no_grad():
-            adapted, state = self(x), adapter_state_dict(self)
+            adapted, state = model(x), adapter_state_dict(self)
             with disabled(self):
-                base = self(x)
+                base = model(x)
             set_adapter(self, None)
-            base_again = self(x)
+            base_again = model(x)
             set_adapter(self, "default")
-            again, state_again = self(x), adapter_state_dict(self)
+            again, state_again = model(x), adapter_state_dict(self)
         self.found = {
             "adapted again": float((again - adapted).abs().max()),
             "base again": float((base_again - base).abs().max()),
