@@ -23,7 +23,7 @@ from lightning_lora.model.removed import MERGED, REMOVED, forget_removed, how_me
 from lightning_lora.model.summary import print_summary
 from lightning_lora.sharding import is_sharded
 from lightning_lora.signature import takes
-from lightning_lora.trainer import base_changes, gradient_checks, resume, weight_averaging
+from lightning_lora.trainer import base_changes, gradient_checks, requeue, resume, weight_averaging
 from lightning_lora.trainer.eva_calibration import calibrate_eva
 from lightning_lora.trainer.frozen_parameters import drop_frozen
 from lightning_lora.trainer.process_launchers import no_way_back, spawns
@@ -189,7 +189,7 @@ class LoRA(Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Let a SLURM job be requeued between steps alone."""
         if self is _lora_callbacks(trainer)[0]:
-            resume.requeue_waits(trainer)
+            requeue.requeue_waits(trainer)
 
     @override
     def on_train_batch_start(
@@ -217,12 +217,12 @@ class LoRA(Callback):
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
         """A moment from which a run can go on."""
-        resume.requeue_if_asked(trainer)
+        requeue.requeue_if_asked(trainer)
 
     @override
     def on_validation_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
         """Another one."""
-        resume.requeue_if_asked(trainer)
+        requeue.requeue_if_asked(trainer)
 
     @override
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -233,7 +233,7 @@ class LoRA(Callback):
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """The last one."""
-        resume.requeue_if_asked(trainer)
+        requeue.requeue_if_asked(trainer)
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from lightning_lora.trainer.resume import generators_of, rng_state, set_rng_state
+from lightning_lora.rng import generators_of, rng_state, set_rng_state
 
 
 class EpochSampler(Sampler[int]):

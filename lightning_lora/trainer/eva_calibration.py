@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_lora.eval_mode import evaluating
 from lightning_lora.model.eva import KIND, EvaInitialization, is_untrained
 from lightning_lora.model.record import Injection
-from lightning_lora.trainer.resume import rng_state, set_rng_state
+from lightning_lora.rng import generators_of, rng_state, set_rng_state
 
 MAX_BATCHES = 100
 _SILENT = ("log", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
@@ -79,7 +79,7 @@ def _batches(trainer: "pl.Trainer", enough: Callable[[], bool]) -> Iterator[Any]
             f"{KIND!r} has looked at it: pass a DataLoader or another iterable. {_INSTEAD}"
         )
     again = CombinedLoader(combined.iterables, combined._mode)
-    generators = {id(found): found for loader in combined.flattened for found in _generators(loader)}.values()
+    generators = {id(found): found for loader in combined.flattened for found in generators_of(loader)}.values()
     states = [generator.get_state() for generator in generators]
     again.flattened = [_own_copy(loader) for loader in combined.flattened]
     try:
@@ -111,14 +111,6 @@ def _own_copy(loader: Any) -> Any:
     loader = copy.copy(loader)
     loader._iterator = None  # of persistent workers
     return loader
-
-
-def _generators(loader: Any) -> Iterator[torch.Generator]:
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    for owner in (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
-            yield generator
 
 
 def _to_device(trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any) -> Any:

@@ -6,23 +6,21 @@ it out when it resumes, and does other parts too early, so that no random state 
 takes the loops up where the saved one was instead, sets the random state there, and does all that follows in its order.
 """
 
-import random
-import signal
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 
 from lightning_lora.formats.checkpoint import KEY, check_checkpoint, read_checkpoint
 from lightning_lora.model.state_dict import CheckpointError, adapter_tensors, load_adapter_state_dict
+from lightning_lora.rng import generators_of, rng_state, set_rng_state
 from lightning_lora.sharding import is_sharded
 from lightning_lora.trainer.instance_mixin import mix_into
+from lightning_lora.trainer.requeue import Requeue
 
 RNG_KEY = "rng"
 
@@ -50,37 +48,6 @@ _EPOCH_LOOP = (
     "batch_progress",
     "val_loop",
 )
-
-
-def rng_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's, torch's and every CUDA device's generator."""
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": [version, torch.tensor(internal), gauss],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).view(np.int32)), position, has_gauss, cached],
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Set all generators to what :func:`rng_state` gave; CUDA's where the same number of devices is there."""
-    torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([device_state.cpu() for device_state in state["cuda"]])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.cpu().numpy().view(np.uint32), position, has_gauss, cached))
-
-
-def generators_of(loader: Any) -> list[torch.Generator]:
-    """The generators that a data loader and its samplers have to themselves."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = (getattr(owner, "generator", None) for owner in owners)
-    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
 def rebuild_dataloader(trainer: pl.Trainer) -> None:
@@ -397,49 +364,3 @@ def _leave(data_fetcher: Any) -> None:
     """Have a loader that has loaded the position of an epoch's end pass it, since it is asked for a new epoch next."""
     with suppress(StopIteration):
         next(data_fetcher)
-
-
-class Requeue:
-    """A SLURM job's signal to save and requeue, which waits for a moment from which a run can go on.
-
-    Lightning 2.6 saves as soon as the signal arrives, in the middle of a step too, whose batch is then lost.
-    """
-
-    _arrived: tuple[int, Any] | None = None
-    _act: Any = None
-
-    def wait(self, trainer: pl.Trainer) -> None:
-        """From now on, let the signal wait for :meth:`act`.
-
-        Only in a run of one process, since several get the signal in different steps. Lightning restores the signal's
-        handler when the run ends.
-        """
-        # The strategies for one device have no cluster environment of their own.
-        environment: Any = trainer._accelerator_connector.cluster_environment
-        if not getattr(environment, "auto_requeue", False) or trainer.world_size > 1:
-            return
-        handler = signal.getsignal(environment.requeue_signal)
-        is_lightnings = callable(handler) and type(handler).__module__.endswith("signal_connector")
-        if is_lightnings and threading.current_thread() is threading.main_thread():
-            self._act = handler
-            signal.signal(environment.requeue_signal, self._arrive)
-
-    def _arrive(self, number: int, frame: Any) -> None:
-        self._arrived = (number, frame)
-
-    def act(self) -> None:
-        """Save and requeue now, if the signal has arrived."""
-        arrived, self._arrived = self._arrived, None
-        if arrived is not None:
-            self._act(*arrived)
-
-
-def requeue_waits(trainer: pl.Trainer) -> None:
-    """From the start of training on, a requeue waits for the next call of :func:`requeue_if_asked`."""
-    trainer.fit_loop.requeue.wait(trainer)  # type: ignore[attr-defined]
-
-
-def requeue_if_asked(trainer: pl.Trainer) -> None:
-    """Save and requeue at this moment, from which a run can go on, if the signal has arrived."""
-    if trainer.state.fn == "fit":
-        trainer.fit_loop.requeue.act()  # type: ignore[attr-defined]
