@@ -7,7 +7,7 @@ from torch import nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers.adapter import Adapter, LoraAdapter
 from lightning_lora.layers.attention import LoraMultiheadAttention
-from lightning_lora.layers.base import LoraLayer, Target, adapted_class, class_without_adapter
+from lightning_lora.layers.base import LoraLayer, Target, adapted_class, class_without_adapter, rows_of
 from lightning_lora.layers.conv import LoraConv
 from lightning_lora.layers.dora import DORA
 from lightning_lora.layers.embedding import LoraEmbedding
@@ -32,6 +32,7 @@ __all__ = [
     "new_adapter",
     "register_adapter_kind",
     "register_layer_kind",
+    "rows_of",
     "supported_modules",
     "unsupported_reason",
 ]

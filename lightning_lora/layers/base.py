@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,18 @@ class Target:
     tied_to: str | None = None
 
 
+class Rows(NamedTuple):
+    """Which adapter each sample of a batch has.
+
+    Attributes:
+        choice: For each sample, the index of its adapter in ``samples``, or their number for none.
+        samples: By adapter, the indices of its samples.
+    """
+
+    choice: Tensor
+    samples: dict[str, Tensor]
+
+
 class LoraLayer(nn.Module):
     """A base layer with adapters: the class that the layer takes on while it is adapted.
 
@@ -57,7 +69,7 @@ class LoraLayer(nn.Module):
     _merged: bool  # whether they are merged into the weights
     _aside: dict[str, Tensor]  # meanwhile, by name, the base's own parameters or their values
     _seals: dict[str, Seal]  # by the same names, seals on the merged ones
-    _rows: dict[str, Tensor] | None  # for a batch of several adapters' samples: by adapter, the samples
+    _rows: "Rows | None"  # for a batch of several adapters' samples
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -96,14 +108,16 @@ class LoraLayer(nn.Module):
                 out = self.lora[name](x, out, self)
         return out
 
-    def _add_by_sample(self, x: Tensor, out: Tensor, rows: dict[str, Tensor]) -> Tensor:
+    def _add_by_sample(self, x: Tensor, out: Tensor, rows: "Rows") -> Tensor:
         """Add to each sample's output the path of its own adapter, all samples of one adapter at once."""
-        samples = sum(map(len, rows.values()))
-        present = {name: chosen for name, chosen in rows.items() if name in self.lora}
+        samples = len(rows.choice)
+        present = {name: chosen for name, chosen in rows.samples.items() if name in self.lora}
         adapters: list[Any] = [self.lora[name] for name in present]
         if adapters and len(x) == samples and all(adapter.is_plain_lora() for adapter in adapters):
             factors = [(adapter.lora_A, adapter.scaling * adapter.lora_B) for adapter in adapters]
-            return add_low_rank_by_sample(out, x, factors, list(present.values()))
+            here = {name: position for position, name in enumerate(present)}
+            places = torch.tensor([*(here.get(name, len(here)) for name in rows.samples), len(here)], device=x.device)
+            return add_low_rank_by_sample(out, x, factors, places[rows.choice.to(x.device)])
         for name, chosen in present.items():
             index = _rows_of(chosen.to(x.device), samples, len(x))
             out = out.index_copy(0, index, self.lora[name](x[index], out[index], self))
@@ -224,6 +238,14 @@ class LoraLayer(nn.Module):
         # The class is made at run time, so pickle and deepcopy must find it by the base class.
         _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]
         return (_new_adapted, _adapted(self).__bases__, *state)
+
+
+def rows_of(adapter_names: Sequence[str | None], names: Sequence[str]) -> Rows:
+    """Which adapter each sample has, given the name of each sample's adapter and all of these names once."""
+    index = {name: position for position, name in enumerate(names)}
+    choice = torch.tensor([len(index) if name is None else index[name] for name in adapter_names], dtype=torch.long)
+    samples = {name: (choice == position).nonzero().flatten() for name, position in index.items()}
+    return Rows(choice, samples)
 
 
 def _rows_of(samples: Tensor, count: int, rows: int) -> Tensor:

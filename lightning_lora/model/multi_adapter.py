@@ -5,11 +5,10 @@ from contextlib import contextmanager
 from itertools import combinations
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.layers import LoraLayer
+from lightning_lora.layers import LoraLayer, rows_of
 from lightning_lora.model.inject import inject
 from lightning_lora.model.record import Injection, injections, injections_of
 from lightning_lora.model.removed import is_removed, remove_adapter
@@ -144,13 +143,11 @@ def adapters_for(model: ModuleT, adapter_names: Sequence[str | None]) -> Iterato
             "adapters_for needs the whole model in every process, since each may have other samples: use set_adapter, "
             "or run it on one device."
         )
-    rows: dict[str | None, list[int]] = {}
-    for sample, name in enumerate(adapter_names):
-        rows.setdefault(name, []).append(sample)
-    chosen = {name or "": torch.tensor(samples) for name, samples in rows.items()}  # "" is no adapter's name
+    known = dict.fromkeys(injection.adapter_name for injection in found)
+    rows = rows_of(adapter_names, [name for name in known if name in names])
     with _at_work(model, []):
         for layer in layers:
-            layer.__dict__["_rows"] = chosen
+            layer.__dict__["_rows"] = rows
         try:
             yield model
         finally:
