@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_lora.fqn import clean_fqn
 from lightning_lora.layers import LoraLayer
+from lightning_lora.layers.offloading import offloaded
 from lightning_lora.model.record import Injection, injections_of
 from lightning_lora.sharding import full_tensor, named_tensors
 
@@ -65,4 +66,4 @@ def base_tensors(injection: Injection) -> Iterator[tuple[str, Tensor]]:
     for name, module, inner in named_tensors(root):
         is_buffer = inner in module._buffers
         if id(getattr(module, inner)) not in trained and not (is_buffer and injection.saves(name)):
-            yield name, full_tensor(module, inner, of_base.get(name))
+            yield name, full_tensor(module, inner, of_base.get(name, offloaded(module, inner)))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_lora.layers import LoraLayer, class_without_adapter
+from lightning_lora.layers import LoraLayer, change_class, class_without_adapter
 from lightning_lora.model.freeze import freeze, hand_over, thaw
 from lightning_lora.model.record import Injection, drop_record, injections, injections_of, keep_record
 from lightning_lora.sharding import is_sharded
@@ -61,7 +61,7 @@ def _remove_class(layer: LoraLayer) -> _RemovedLayer:
     attributes = {name: layer.__dict__.pop(name) for name in _ATTRIBUTES}
     removed = _RemovedLayer(weakref.ref(layer), type(layer), layer.lora, attributes)
     del layer.lora
-    layer.__class__ = class_without_adapter(layer)  # type: ignore[assignment]
+    change_class(layer, class_without_adapter(layer))
     return removed
 
 
@@ -118,11 +118,12 @@ def restore(model: nn.Module) -> None:
         removed = _removed.pop(root)
         for part in removed.layers:
             layer: Any = part.layer()
-            layer.__class__ = part.layer_class
+            change_class(layer, part.layer_class)
             layer.__dict__.update(part.attributes)
             layer.lora = part.adapters
-            if not is_sharded(layer.lora):
-                layer.lora.to(next(iter(layer.adapted_parameters().values())).device)
+            device = next(iter(layer.adapted_parameters().values())).device
+            if device.type != "meta" and not is_sharded(layer.lora):
+                layer.lora.to(device)
         for injection in removed.injections:
             freeze(injection)
         for injection in removed.injections:
