@@ -322,7 +322,7 @@ def _find_injection(model: nn.Module, adapter_name: str | None) -> Injection:
                 else ": inject or load one first."
             )
         )
-    return found[0]
+    return found[0].seen_from(model)
 
 
 def _fingerprint(injection: Injection, prefix: str) -> str:

@@ -57,7 +57,8 @@ def base_tensors(injection: Injection) -> Iterator[tuple[str, Tensor]]:
     root = injection.root
     layers = [(clean_fqn(name), module) for name, module in root.named_modules() if isinstance(module, LoraLayer)]
     of_base = {f"{name}.{inner}".lstrip("."): base for name, layer in layers for inner, base in layer._aside.items()}
-    for each in injections_of(root):
+    beside = injections_of(root)
+    for each in beside if injection in beside else (*beside, injection):
         if each.in_place:
             of_base.update(each.aside)
     # What this injection trains is none of its base; what another one trains is.

@@ -14,7 +14,14 @@ from lightning_lora.layers import Adapter, LoraLayer, Target, adapted_class, cha
 from lightning_lora.layers.offloading import offloading_hook
 from lightning_lora.model.checks import require_room, warn_of_ties
 from lightning_lora.model.freeze import freeze
-from lightning_lora.model.record import Injection, base_parameters, injections_of, keep_record, parameters_by_name
+from lightning_lora.model.record import (
+    Injection,
+    adopt,
+    base_parameters,
+    injections_of,
+    keep_record,
+    parameters_by_name,
+)
 from lightning_lora.model.shard_adapters import require_joinable, shard_adapters
 from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets, modules_by_name
 from lightning_lora.model.token_targets import find_token_targets
@@ -40,8 +47,10 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     Raises:
         TargetError: If the config does not fit the model, or another adapter is in the way. Nothing is changed then.
     """
+    adopt(model)
     present = injections_of(model)
-    if any((injection.config, injection.adapter_name) == (config, adapter_name) for injection in present):
+    wanted = (config, adapter_name)
+    if any((found.config, found.adapter_name) == wanted and not found.is_part for found in present):
         return model
     targets = find_targets(model, config)
     saved = find_modules_to_save(model, config)
