@@ -1,6 +1,7 @@
 """``LoRA``: the life of a run, hook by hook, in the order in which Lightning calls them."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_lora.model.eject import eject
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge
-from lightning_lora.model.record import Injection, injections, injections_of
+from lightning_lora.model.record import Injection, adopt, injections, injections_of
 from lightning_lora.model.removed import MERGED, REMOVED, forget_removed, how_merged, removed_injections
 from lightning_lora.model.summary import print_summary
 from lightning_lora.sharding import is_sharded
@@ -142,9 +143,11 @@ class LoRA(Callback):
     def attach(self, pl_module: "pl.LightningModule") -> None:
         """Put the adapter in, right after ``configure_model`` and before the strategy wraps the model."""
         root = self._root(pl_module)
+        adopt(root)
         beneath = self._adapters_beneath(root)
         self._came = how_merged(root)
         unmerge(root)
+        adopt(root)
         before = len(injections_of(root))
         inject(root, self.config, self.adapter_name)
         if len(injections_of(root)) > before:
@@ -316,7 +319,7 @@ class LoRA(Callback):
         return forget_removed(root)
 
     def _release(self, pl_module: "pl.LightningModule") -> None:
-        pl_module.__dict__.pop("configure_model", None)
+        _as_before_configure_model(pl_module)
         if self._gradients is not None:
             self._gradients.stop()
         self._gradients = self._base = None
@@ -366,20 +369,40 @@ def _after_configure_model(pl_module: "pl.LightningModule", callback: LoRA) -> N
     """Attach a callback's adapter when Lightning calls ``configure_model``.
 
     Lightning 2.6 has no callback hook between ``configure_model`` and the strategy's set-up, where optimizers are made
-    and the model is wrapped. So the instance gets a ``configure_model`` of its own until the run ends.
+    and the model is wrapped. So the instance gets a ``configure_model`` of its own until the run ends. It is made of
+    what can be pickled and copied, and in a copy of the module it is about the copy, and attaches nothing.
     """
     current = pl_module.__dict__.get("configure_model")
-    waiting: list[LoRA] | None = getattr(current, "waiting", None)
-    if waiting is not None:
-        waiting.append(callback)
-        return
-    waiting = [callback]
-    build = pl_module.configure_model
+    if not _is_of(current, pl_module):
+        current = partial(_build_and_attach, pl_module, current, _Waiting())
+        pl_module.__dict__["configure_model"] = current
+    current.args[2].append(callback)  # type: ignore[union-attr]
 
-    def configure_model() -> None:
-        build()
-        for waiting_callback in waiting:
-            waiting_callback.attach(pl_module)
 
-    configure_model.waiting = waiting  # type: ignore[attr-defined]
-    pl_module.__dict__["configure_model"] = configure_model
+def _as_before_configure_model(pl_module: "pl.LightningModule") -> None:
+    current: Any = pl_module.__dict__.get("configure_model")
+    if _is_of(current, pl_module):
+        del pl_module.__dict__["configure_model"]
+        if current.args[1] is not None:  # the instance had one already
+            pl_module.__dict__["configure_model"] = current.args[1]
+
+
+def _is_of(current: Any, pl_module: "pl.LightningModule") -> bool:
+    ours = isinstance(current, partial) and current.func is _build_and_attach
+    return ours and current.args[0] is pl_module
+
+
+class _Waiting(list[LoRA]):
+    """The callbacks whose adapters are to be attached; none in a copy."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _Waiting, ()
+
+
+def _build_and_attach(pl_module: "pl.LightningModule", own: Any, waiting: _Waiting) -> None:
+    if own is None:
+        type(pl_module).configure_model(pl_module)
+    else:
+        own()
+    for callback in waiting:
+        callback.attach(pl_module)

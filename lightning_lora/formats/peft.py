@@ -23,6 +23,7 @@ from lightning_lora.formats.metadata import check_metadata
 from lightning_lora.formats.model_card import write_card
 from lightning_lora.formats.peft_config import CONFIG_FILE, config_from_peft, peft_adapters, peft_config
 from lightning_lora.layers import Adapter, kind_of
+from lightning_lora.layers.offloading import onloaded
 from lightning_lora.model.fingerprint import base_tensors, fingerprint_of
 from lightning_lora.model.inject import inject
 from lightning_lora.model.multi_adapter import adapters, add_adapter, delete_adapter
@@ -211,7 +212,8 @@ def _put_tensors(injection: Injection, tensors: dict[str, Tensor], source: str) 
 
 @contextmanager
 def _full_adapters(injection: Injection) -> Iterator[None]:
-    with unsharded(module for _, layer in injection.layers() for module in layer.lora.modules()):
+    modules = [module for _, layer in injection.layers() for module in layer.lora.modules()]
+    with unsharded(modules), onloaded(modules):
         yield
 
 
@@ -320,7 +322,7 @@ def _find_injection(model: nn.Module, adapter_name: str | None) -> Injection:
                 else ": inject or load one first."
             )
         )
-    return found[0]
+    return found[0].seen_from(model)
 
 
 def _fingerprint(injection: Injection, prefix: str) -> str:

@@ -7,11 +7,12 @@ from torch import nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers.adapter import Adapter, LoraAdapter
 from lightning_lora.layers.attention import LoraMultiheadAttention
-from lightning_lora.layers.base import LoraLayer, Target, adapted_class, class_without_adapter
+from lightning_lora.layers.base import LoraLayer, Target, adapted_class, change_class, class_without_adapter, rows_of
 from lightning_lora.layers.conv import LoraConv
 from lightning_lora.layers.dora import DORA
 from lightning_lora.layers.embedding import LoraEmbedding
 from lightning_lora.layers.linear import LoraConv1D, LoraLinear
+from lightning_lora.layers.offloading import offloading_hook, onloaded
 from lightning_lora.layers.parameters import LoraParameters
 from lightning_lora.layers.tokens import LoraTokens
 from lightning_lora.layers.vera import VERA
@@ -25,6 +26,7 @@ __all__ = [
     "Target",
     "adapted_class",
     "adapter_class_for",
+    "change_class",
     "class_without_adapter",
     "kind_of",
     "kind_of_peft_type",
@@ -32,6 +34,7 @@ __all__ = [
     "new_adapter",
     "register_adapter_kind",
     "register_layer_kind",
+    "rows_of",
     "supported_modules",
     "unsupported_reason",
 ]
@@ -97,7 +100,14 @@ def kind_of(config: LoraConfig) -> type[Adapter]:
 
 def unsupported_reason(target: Target, config: LoraConfig) -> str | None:
     """Why a module cannot be adapted as the config asks, ``None`` if it can."""
-    reason = target.layer_class.unsupported_reason(target, config)
+    offloaded = [module for module in target.module.modules() if offloading_hook(module) is not None]
+    if offloaded and config.takes_from_base:
+        return (
+            f"init_lora_weights={config.init_lora_weights!r} changes its weight, which accelerate keeps elsewhere: "
+            "inject before accelerate's dispatch"
+        )
+    with onloaded(offloaded):
+        reason = target.layer_class.unsupported_reason(target, config)
     if reason is None and adapter_class_for(target.layer_class, config) is None:
         if config.kind not in _adapter_kinds:
             return (
@@ -111,4 +121,6 @@ def new_adapter(target: Target, config: LoraConfig, adapter_name: str) -> nn.Mod
     """An adapter for one module that can have it, ready to be put in."""
     adapter_class = adapter_class_for(target.layer_class, config)
     assert adapter_class is not None
-    return target.layer_class.new_adapter(adapter_class, target, config, adapter_name).train(target.module.training)
+    with onloaded(target.module.modules()):
+        adapter = target.layer_class.new_adapter(adapter_class, target, config, adapter_name)
+    return adapter.train(target.module.training)

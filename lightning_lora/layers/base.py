@@ -1,9 +1,11 @@
 """What every adapted layer shares: the class that a base layer takes on while it is adapted."""
 
 import dataclasses
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from types import MethodType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.functional import add_low_rank_by_sample
+from lightning_lora.layers.offloading import Shown, onloaded, swap_offloaded
 from lightning_lora.layers.seal import Seal
 from lightning_lora.sharding import local_tensor, shard_of, swap_parameters, unsharded, unwrap_fsdp
 
@@ -38,6 +41,28 @@ class Target:
     tied_to: str | None = None
 
 
+class Rows(NamedTuple):
+    """Which adapter each sample of a batch has.
+
+    Attributes:
+        choice: For each sample, the index of its adapter in ``samples``, or their number for none.
+        samples: By adapter, the indices of its samples.
+    """
+
+    choice: Tensor
+    samples: dict[str, Tensor]
+
+
+class _Calls(threading.local):
+    """The layers whose objects' own forwards are running, and whether these have led back to their classes'."""
+
+    def __init__(self) -> None:
+        self.led_back: dict[int, bool] = {}
+
+
+_calls = _Calls()
+
+
 class LoraLayer(nn.Module):
     """A base layer with adapters: the class that the layer takes on while it is adapted.
 
@@ -57,7 +82,8 @@ class LoraLayer(nn.Module):
     _merged: bool  # whether they are merged into the weights
     _aside: dict[str, Tensor]  # meanwhile, by name, the base's own parameters or their values
     _seals: dict[str, Seal]  # by the same names, seals on the merged ones
-    _rows: dict[str, Tensor] | None  # for a batch of several adapters' samples: by adapter, the samples
+    _own_forward: Any = None  # what was called in the place of the class's forward, if something was
+    _rows: "Rows | None"  # for a batch of several adapters' samples
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -85,28 +111,62 @@ class LoraLayer(nn.Module):
             return "its weight is computed of others (a parametrization), so nothing can be folded into it"
         if config.needs_matrix and not getattr(cls.adapter_class, "is_matrix", False):
             return f"init_lora_weights={config.init_lora_weights!r} is not for this kind of layer"
+        if not cls.is_linear and has_own_forward(target.module):
+            return "the object has a forward of its own, which may compute something else with its weight"
         return None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = super().forward(x, *args, **kwargs)
+        if self._own_forward is None:
+            out: Tensor = super().forward(x, *args, **kwargs)
+        else:
+            out, is_adapted = self.call_own_forward(x, *args, **kwargs)
+            if is_adapted:
+                return out
         if self._rows is not None:
             return self._add_by_sample(x, out, self._rows)
         if not self._merged:
             for name in self._active:
-                out = self.lora[name](x, out, self)
+                out = self._adapted(name, x, out)
         return out
 
-    def _add_by_sample(self, x: Tensor, out: Tensor, rows: dict[str, Tensor]) -> Tensor:
+    def _adapted(self, name: str, x: Tensor, out: Tensor) -> Tensor:
+        adapter = self.lora[name]
+        added: Tensor = adapter(x, out, Shown(self) if "forward" in vars(adapter) else self)
+        return added
+
+    def call_own_forward(self, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
+        """Call the object's own forward, or, if it was this that led here, the base class's.
+
+        Returns:
+            The output, and whether it has the adapters in it already, since the object's own forward led here.
+        """
+        if self.is_in_own_forward():
+            _calls.led_back[id(self)] = True
+            return super().forward(*args, **kwargs), False
+        _calls.led_back[id(self)] = False
+        try:
+            return self._own_forward(*args, **kwargs), _calls.led_back[id(self)]
+        finally:
+            del _calls.led_back[id(self)]
+
+    def is_in_own_forward(self) -> bool:
+        """Whether this thread is in a call of the object's own forward."""
+        return id(self) in _calls.led_back
+
+    def _add_by_sample(self, x: Tensor, out: Tensor, rows: "Rows") -> Tensor:
         """Add to each sample's output the path of its own adapter, all samples of one adapter at once."""
-        samples = sum(map(len, rows.values()))
-        present = {name: chosen for name, chosen in rows.items() if name in self.lora}
+        samples = len(rows.choice)
+        present = {name: chosen for name, chosen in rows.samples.items() if name in self.lora}
         adapters: list[Any] = [self.lora[name] for name in present]
-        if adapters and len(x) == samples and all(adapter.is_plain_lora() for adapter in adapters):
+        plain = all(adapter.is_plain_lora() and not is_hooked(adapter) for adapter in adapters)
+        if adapters and len(x) == samples and plain:
             factors = [(adapter.lora_A, adapter.scaling * adapter.lora_B) for adapter in adapters]
-            return add_low_rank_by_sample(out, x, factors, list(present.values()))
+            here = {name: position for position, name in enumerate(present)}
+            places = torch.tensor([*(here.get(name, len(here)) for name in rows.samples), len(here)], device=x.device)
+            return add_low_rank_by_sample(out, x, factors, places[rows.choice.to(x.device)])
         for name, chosen in present.items():
             index = _rows_of(chosen.to(x.device), samples, len(x))
-            out = out.index_copy(0, index, self.lora[name](x[index], out[index], self))
+            out = out.index_copy(0, index, self._adapted(name, x[index], out[index]))
         return out
 
     def adapters_on(self, parameter: str) -> Sequence[Adapter]:
@@ -164,7 +224,7 @@ class LoraLayer(nn.Module):
             ValueError: If one holds a NaN or an infinity.
         """
         merged = {}
-        with unsharded(self.modules()):
+        with unsharded(self.modules()), onloaded(self.modules()):
             for name, parameter in self.adapted_parameters().items():
                 total = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
                 for adapter in self.adapters_on(name):
@@ -183,7 +243,7 @@ class LoraLayer(nn.Module):
     def merge(self, merged_weights: Mapping[str, Tensor]) -> None:
         """Put merged parameters, or values of them, in the place of the base's, which :meth:`unmerge` puts back."""
         for name, merged in merged_weights.items():
-            self._aside[name] = swap_parameters(self, name, merged)
+            self._aside[name] = self._swap(name, merged)
             self._seals[name] = Seal(local_tensor(self, name))
         self.__dict__["_merged"] = True
 
@@ -194,8 +254,14 @@ class LoraLayer(nn.Module):
     def unmerge(self) -> None:
         """Put the base's parameters back, bit for bit."""
         for name, base_weight in self._aside.items():
-            swap_parameters(self, name, base_weight)
+            self._swap(name, base_weight)
         self.forget_base()
+
+    def _swap(self, name: str, other: Tensor) -> Tensor:
+        """Put a parameter, or values of one, in the place of what is there, and return that."""
+        owner_name, _, attribute = name.rpartition(".")
+        before = swap_offloaded(self.get_submodule(owner_name), attribute, other)
+        return swap_parameters(self, name, other) if before is None else before
 
     def forget_base(self) -> None:
         """Take the weights as they are now for the base's."""
@@ -221,6 +287,14 @@ class LoraLayer(nn.Module):
         return (_new_adapted, _adapted(self).__bases__, *state)
 
 
+def rows_of(adapter_names: Sequence[str | None], names: Sequence[str]) -> Rows:
+    """Which adapter each sample has, given the name of each sample's adapter and all of these names once."""
+    index = {name: position for position, name in enumerate(names)}
+    choice = torch.tensor([len(index) if name is None else index[name] for name in adapter_names], dtype=torch.long)
+    samples = {name: (choice == position).nonzero().flatten() for name, position in index.items()}
+    return Rows(choice, samples)
+
+
 def _rows_of(samples: Tensor, count: int, rows: int) -> Tensor:
     """The rows of given samples in a tensor whose rows are ``count`` samples, or several in a row for each of them."""
     each, rest = divmod(rows, count)
@@ -240,8 +314,52 @@ def is_finite(tensor: Tensor) -> bool:
 @cache
 def adapted_class(layer_class: type[LoraLayer], base: type[nn.Module]) -> type[LoraLayer]:
     """The class of a ``base`` module that is adapted as a ``layer_class``."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, LoraLayer):  # whoever wrapped the layer's forward has kept this one
+            return type(self).forward(self, *args, **kwargs)
+        return super(adapted, self).forward(*args, **kwargs)
+
     names = {"__module__": layer_class.__module__, "_is_adapted": True}
-    return type(f"Lora{base.__name__}", (layer_class, base), names)
+    adapted: type[LoraLayer] = type(f"Lora{base.__name__}", (layer_class, base), {**names, "forward": forward})
+    return adapted
+
+
+def change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a layer another class: adapt it, or take its adapters out.
+
+    What the object holds of its class's forward, as accelerate's hooks do, becomes the new class's. A forward that
+    somebody gave to the object itself is called in the place of the class's while the layer is adapted.
+    """
+    attributes = vars(layer)
+    own = attributes.pop("_own_forward", None)
+    if has_own_forward(layer) and not isinstance(layer, LoraLayer):
+        attributes["_own_forward"] = attributes.pop("forward")
+    new = own or MethodType(cls.forward, layer)
+    attributes.update(dict.fromkeys(_forwards_in(layer), new))
+    if own is not None:
+        attributes.setdefault("forward", own)
+    layer.__class__ = cls
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether an object has a forward of its own, and not one that leads to its class's."""
+    return "forward" in vars(layer) and not _forwards_in(layer)
+
+
+def _forwards_in(layer: nn.Module) -> list[str]:
+    """The attributes of an object that are the forward of its class."""
+    return [
+        name
+        for name, value in vars(layer).items()
+        if isinstance(value, MethodType) and value.__self__ is layer and value.__func__ is type(layer).forward
+    ]
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its class's forward, so that it must be called."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return "forward" in vars(module) or any(hooks)
 
 
 def base_class(layer: LoraLayer) -> type[nn.Module]:

@@ -52,16 +52,15 @@ def add_from_rank(out: Tensor, low_rank: Tensor, lora_B: Tensor, scaling: float)
     return _in_shape_of(out, torch.addmm(rows, low_rank, lora_B.t(), alpha=scaling))
 
 
-def add_low_rank_by_sample(
-    out: Tensor, x: Tensor, factors: list[tuple[Tensor, Tensor]], samples: list[Tensor]
-) -> Tensor:
+def add_low_rank_by_sample(out: Tensor, x: Tensor, factors: list[tuple[Tensor, Tensor]], choice: Tensor) -> Tensor:
     """Add to each sample's output the low-rank path of its own A and B, all in two batched products.
 
     Args:
         out: The base layer's output, shape ``(samples, *, out_features)``.
         x: The base layer's input, shape ``(samples, *, in_features)``.
         factors: A and scaled B of each adapter, shapes ``(r, in_features)`` and ``(out_features, r)``, of any ranks.
-        samples: For each adapter, the indices of its samples. Samples of none get no path.
+        choice: For each sample, the index of its adapter in ``factors``, or their number for none. It is a tensor, so
+            that code compiled for one batch is good for the next.
 
     Returns:
         The sum, with the shape and dtype of ``out``.
@@ -71,9 +70,6 @@ def add_low_rank_by_sample(
     A = torch.stack([F.pad(lora_A.to(x.dtype), (0, 0, 0, r - len(lora_A))) for lora_A, _ in factors])
     B = torch.stack([F.pad(lora_B.to(x.dtype), (0, r - lora_B.shape[1])) for _, lora_B in factors])
     A, B = (torch.cat([stacked, torch.zeros_like(stacked[:1])]) for stacked in (A, B))
-    choice = torch.full((len(x),), len(factors), device=x.device)
-    for position, chosen in enumerate(samples):
-        choice[chosen.to(x.device)] = position
     low_rank = torch.bmm(x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1), A[choice].mT)
     if out.dtype != low_rank.dtype:
         return out + torch.bmm(low_rank, B[choice].mT).view_as(out).to(out.dtype)

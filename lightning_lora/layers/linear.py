@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LOFTQ
 from lightning_lora.layers.adapter import LoraAdapter
-from lightning_lora.layers.base import LoraLayer, base_class
+from lightning_lora.layers.base import LoraLayer, base_class, is_hooked
 from lightning_lora.layers.functional import add_low_rank, low_rank_linear, low_rank_product
 from lightning_lora.layers.init import from_weight, orthogonal, require_part
 from lightning_lora.layers.loftq import loftq
@@ -137,6 +137,8 @@ class LoraLinear(LoraLayer):
             and type(adapter) is LinearAdapter
             and not (adapter.training and adapter.dropout.p)
             and base_class(self).forward is nn.Linear.forward
+            and self._own_forward is None
+            and not is_hooked(adapter)
             and (x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type))
         )
 

@@ -26,7 +26,7 @@ class ParameterAdapter(LoraAdapter):
     """
 
     rank_dim = -1
-    is_called = False  # the module reads its tensors
+    is_called = False  # not as a part of the model that a strategy may treat apart: its output is a weight
 
     parameter: str  # its name in the module
     is_transposed: bool  # whether its last dimension counts outputs
@@ -35,7 +35,7 @@ class ParameterAdapter(LoraAdapter):
         *experts, out_features, in_features = weight.mT.shape if self.is_transposed else weight.shape
         return (*experts, self.r, in_features), (*experts, out_features, self.r)
 
-    def effective(self, weight: Tensor) -> Tensor:
+    def forward(self, weight: Tensor) -> Tensor:  # type: ignore[override]
         """The parameter with the update, in its own dtype."""
         factors = self.drop_ranks(self.lora_B, self.rank_dim).to(weight.dtype), self.lora_A.to(weight.dtype)
         if self.is_transposed:
@@ -119,20 +119,26 @@ class LoraParameters(LoraLayer):
                 f"adapters_for cannot choose an adapter for each sample in a {base_class(self).__name__}, which reads "
                 "its weights as a whole: run the samples of each adapter by themselves, with set_adapter."
             )
-        with nullcontext() if self._merged else self._reading_effective():
-            return super(LoraLayer, self).forward(*args, **kwargs)  # the base's, to which nothing is added
+        # To what the base computes, nothing is added.
+        if self._own_forward is None:
+            with nullcontext() if self._merged else self._reading_effective():
+                return super(LoraLayer, self).forward(*args, **kwargs)
+        with nullcontext() if self._merged or self.is_in_own_forward() else self._reading_effective():
+            return self.call_own_forward(*args, **kwargs)[0]
 
     @contextmanager
     def _reading_effective(self) -> Iterator[None]:
         """Have the module find the adapted parameters under the names of the base's."""
         shadowed = []
-        for name, weight in self.adapted_parameters().items():
+        # Of the active ones alone, so that compiled code does not depend on the others.
+        active: list[Any] = [adapter for name in self._active for adapter in self.parts(name)]
+        for name in dict.fromkeys(adapter.parameter for adapter in active):
+            weight = self.get_parameter(name)
             owner_name, _, attribute = name.rpartition(".")
             effective: Tensor = weight
             with torch.autocast(weight.device.type, enabled=False):
-                for adapter in self.adapters_on(name):
-                    assert isinstance(adapter, ParameterAdapter)
-                    effective = adapter.effective(effective)
+                for adapter in active:
+                    effective = adapter(effective) if adapter.parameter == name else effective
             # An attribute of the object itself is found before the parameters, which so stay registered.
             holder = self.get_submodule(owner_name).__dict__
             holder[attribute] = effective

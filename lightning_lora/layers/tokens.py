@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers.adapter import Adapter
-from lightning_lora.layers.base import LoraLayer, Target
+from lightning_lora.layers.base import LoraLayer, Target, has_own_forward
 from lightning_lora.layers.embedding import embed_scale, lookup_unsupported_reason
 from lightning_lora.layers.functional import is_plain_eager
 
@@ -118,6 +118,8 @@ class LoraTokens(LoraLayer):
             reason = "its class has a forward of its own, which may not be that of nn.Linear" if own else None
         else:
             reason = "only nn.Embedding and nn.Linear have rows for tokens"
+        if reason is None and has_own_forward(module):
+            return "the object has a forward of its own, which may compute something else with its weight"
         if reason is None and "weight" not in module._parameters:
             return "its weight is computed of others (a parametrization), so no row can be put into it"
         if reason is None and module.weight.is_meta:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_lora.fqn import clean_fqn
 from lightning_lora.layers import LoraLayer
+from lightning_lora.layers.offloading import offloaded
 from lightning_lora.model.record import Injection, injections_of
 from lightning_lora.sharding import full_tensor, named_tensors
 
@@ -56,7 +57,8 @@ def base_tensors(injection: Injection) -> Iterator[tuple[str, Tensor]]:
     root = injection.root
     layers = [(clean_fqn(name), module) for name, module in root.named_modules() if isinstance(module, LoraLayer)]
     of_base = {f"{name}.{inner}".lstrip("."): base for name, layer in layers for inner, base in layer._aside.items()}
-    for each in injections_of(root):
+    beside = injections_of(root)
+    for each in beside if injection in beside else (*beside, injection):
         if each.in_place:
             of_base.update(each.aside)
     # What this injection trains is none of its base; what another one trains is.
@@ -65,4 +67,4 @@ def base_tensors(injection: Injection) -> Iterator[tuple[str, Tensor]]:
     for name, module, inner in named_tensors(root):
         is_buffer = inner in module._buffers
         if id(getattr(module, inner)) not in trained and not (is_buffer and injection.saves(name)):
-            yield name, full_tensor(module, inner, of_base.get(name))
+            yield name, full_tensor(module, inner, of_base.get(name, offloaded(module, inner)))

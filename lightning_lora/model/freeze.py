@@ -1,6 +1,5 @@
 """Freeze a base and thaw it: parameters, running statistics, and torch's fused encoder path."""
 
-import weakref
 from functools import cache
 from typing import Any
 
@@ -60,7 +59,7 @@ def freeze_norms(injection: Injection) -> None:
         tracks = isinstance(module, _NormBase) and module.track_running_stats
         if tracks and not injection.saves(name) and not isinstance(module, FrozenNorm):
             module.__class__ = _frozen_norm_class(type(module))  # type: ignore[arg-type]
-            injection.frozen_norms.add(module)
+            injection.frozen_norms.append(name)
 
 
 def _leave_fused_path(injection: Injection) -> None:
@@ -69,7 +68,7 @@ def _leave_fused_path(injection: Injection) -> None:
         if isinstance(module, _ENCODERS) and any(is_submodule(target, name) for target in injection.targets):
             for switch in ("activation_relu_or_gelu", "use_nested_tensor"):
                 if getattr(module, switch, False):
-                    injection.fused.append((weakref.ref(module), switch, getattr(module, switch)))
+                    injection.fused.append((name, switch, getattr(module, switch)))
                     setattr(module, switch, False)
 
 
@@ -79,18 +78,18 @@ def thaw(injection: Injection) -> None:
     for name in (*injection.trained, *injection.frozen):
         if name in parameters:  # pruning and parametrizations rename
             parameters[name].requires_grad_(name in injection.frozen)
-    for norm in injection.frozen_norms:
+    modules = modules_by_name(injection.root)
+    for norm in map(modules.get, injection.frozen_norms):
         if isinstance(norm, FrozenNorm):
             norm.__class__ = type(norm).__bases__[1]
-    for module, switch, value in injection.fused:
-        if (found := module()) is not None:
-            setattr(found, switch, value)
-    injection.frozen, injection.fused = [], []
-    injection.frozen_norms.clear()
+    for name, switch, value in injection.fused:
+        if name in modules:
+            setattr(modules[name], switch, value)
+    injection.frozen, injection.fused, injection.frozen_norms = [], [], []
 
 
 def hand_over(injection: Injection, other: Injection) -> None:
     """Leave it to another injection to thaw what this one has frozen."""
     other.frozen += injection.frozen
-    other.frozen_norms |= injection.frozen_norms
+    other.frozen_norms += injection.frozen_norms
     other.fused += injection.fused

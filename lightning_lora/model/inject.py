@@ -10,12 +10,20 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import clean_fqn
-from lightning_lora.layers import Adapter, LoraLayer, Target, adapted_class, new_adapter
+from lightning_lora.layers import Adapter, LoraLayer, Target, adapted_class, change_class, new_adapter
+from lightning_lora.layers.offloading import offloading_hook
 from lightning_lora.model.checks import require_room, warn_of_ties
 from lightning_lora.model.freeze import freeze
-from lightning_lora.model.record import Injection, base_parameters, injections_of, keep_record, parameters_by_name
+from lightning_lora.model.record import (
+    Injection,
+    adopt,
+    base_parameters,
+    injections_of,
+    keep_record,
+    parameters_by_name,
+)
 from lightning_lora.model.shard_adapters import require_shardable, shard_adapters
-from lightning_lora.model.targets import find_modules_to_save, find_targets
+from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets, modules_by_name
 from lightning_lora.model.token_targets import find_token_targets
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -39,8 +47,10 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     Raises:
         TargetError: If the config does not fit the model, or another adapter is in the way. Nothing is changed then.
     """
+    adopt(model)
     present = injections_of(model)
-    if any((injection.config, injection.adapter_name) == (config, adapter_name) for injection in present):
+    wanted = (config, adapter_name)
+    if any((found.config, found.adapter_name) == wanted and not found.is_part for found in present):
         return model
     targets = find_targets(model, config)
     saved = find_modules_to_save(model, config)
@@ -64,6 +74,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
         }
     injection = Injection(model, config, adapter_name, saved)
     trained = _names_to_train(model, modules, saved, config.bias)
+    _require_loaded(model, trained)
 
     for name, target in every.items():
         layer = _adapted(target)
@@ -87,7 +98,7 @@ def _adapted(target: Target) -> LoraLayer:
     """The layer of a target, which takes on its new class unless it has it already."""
     layer: Any = target.module
     if not isinstance(layer, LoraLayer):
-        layer.__class__ = adapted_class(target.layer_class, type(layer))  # type: ignore[arg-type]
+        change_class(layer, adapted_class(target.layer_class, type(layer)))  # type: ignore[arg-type]
         # Not in the module's own state dict.
         layer.__dict__.update(_active=(), _merged=False, _aside={}, _seals={}, _rows=None)
         layer.lora = nn.ModuleDict()
@@ -114,6 +125,16 @@ def _names_to_train(
     free = {id(parameter) for _, parameter in base_parameters(model)}
     wanted = dict.fromkeys(name.lstrip(".") for name in names)
     return [name for name in wanted if id(parameters[name]) in free]
+
+
+def _require_loaded(model: nn.Module, names: Iterable[str]) -> None:
+    modules = modules_by_name(model)
+    elsewhere = [name for name in names if offloading_hook(modules[name.rpartition(".")[0]]) is not None]
+    if elsewhere:
+        raise TargetError(
+            f"{elsewhere[0]} would be trained in full (modules_to_save, bias), but accelerate keeps it elsewhere: "
+            "inject before accelerate's dispatch. Nothing was changed."
+        )
 
 
 def _train_in_full(injection: Injection, names: list[str]) -> None:

@@ -9,7 +9,7 @@ from lightning_lora.fqn import clean_fqn
 from lightning_lora.layers import LoraLayer
 from lightning_lora.model.multi_adapter import set_adapter
 from lightning_lora.model.record import Injection, injections
-from lightning_lora.model.removed import is_removed, let_go, require_adapters, restore
+from lightning_lora.model.removed import is_removed, let_go, require_adapters, require_whole, restore
 from lightning_lora.sharding import is_sharded
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -51,7 +51,11 @@ def unmerge(model: ModuleT) -> ModuleT:
 
     Returns:
         The same model.
+
+    Raises:
+        ValueError: If only a part of what was merged together is in this model. Nothing is changed then.
     """
+    require_whole(model, if_merged=True)
     restore(model)
     for root in {id(injection.root): injection.root for injection in injections(model)}.values():
         layers = layers_of(injection for injection in injections(model) if injection.root is root)

@@ -5,15 +5,14 @@ from contextlib import contextmanager
 from itertools import combinations
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.layers import LoraLayer
+from lightning_lora.layers import LoraLayer, rows_of
 from lightning_lora.model.inject import inject
-from lightning_lora.model.record import Injection, injections, injections_of
-from lightning_lora.model.removed import is_removed, remove_adapter
-from lightning_lora.sharding import is_sharded, note_units
+from lightning_lora.model.record import Injection, injections, outside_adapters
+from lightning_lora.model.removed import is_removed, remove_adapter, require_whole
+from lightning_lora.sharding import is_sharded
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -69,6 +68,8 @@ def set_adapter(model: ModuleT, adapter_names: str | Sequence[str] | None) -> Mo
             changed then.
     """
     layers, found = _parts(model)
+    if adapter_names:
+        require_whole(model)
     names = _checked(adapter_names, found)
     _require_unmerged(model, layers)
     _require_compatible([injection for injection in found if injection.adapter_name in names])
@@ -89,6 +90,7 @@ def delete_adapter(model: ModuleT, adapter_name: str) -> ModuleT:
         ValueError: If there is none of this name, or the adapters are merged. Nothing is changed then.
     """
     layers, found = _parts(model)
+    require_whole(model)
     _checked(adapter_name, found)
     _require_unmerged(model, layers)
     for injection in found:
@@ -144,13 +146,11 @@ def adapters_for(model: ModuleT, adapter_names: Sequence[str | None]) -> Iterato
             "adapters_for needs the whole model in every process, since each may have other samples: use set_adapter, "
             "or run it on one device."
         )
-    rows: dict[str | None, list[int]] = {}
-    for sample, name in enumerate(adapter_names):
-        rows.setdefault(name, []).append(sample)
-    chosen = {name or "": torch.tensor(samples) for name, samples in rows.items()}  # "" is no adapter's name
+    known = dict.fromkeys(injection.adapter_name for injection in found)
+    rows = rows_of(adapter_names, [name for name in known if name in names])
     with _activated(model, []):
         for layer in layers:
-            layer.__dict__["_rows"] = chosen
+            layer.__dict__["_rows"] = rows
         try:
             yield model
         finally:
@@ -175,23 +175,8 @@ def _activated(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]
 
 def _parts(model: nn.Module) -> tuple[list[LoraLayer], list[Injection]]:
     """The adapted layers of a model, and its injections."""
-    note_units(model)
-    layers: list[LoraLayer] = []
-    found: list[Injection] = []
-    seen: set[nn.Module] = set()
-    waiting = [model]
-    while waiting:  # as model.modules() does, but not into the adapters, which are most of the modules
-        module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        found += injections_of(module)
-        children = {name: child for name, child in module._modules.items() if child is not None}
-        if isinstance(module, LoraLayer):
-            layers.append(module)
-            del children["lora"]
-        waiting.extend(reversed(children.values()))
-    return layers, found
+    layers = [module for _, module in outside_adapters(model) if isinstance(module, LoraLayer)]
+    return layers, injections(model)
 
 
 def _checked(adapter_names: str | Sequence[str] | None, found: list[Injection]) -> list[str]:

@@ -1,5 +1,7 @@
 """What an injection did to a model: the record by which it is found, switched and taken out."""
 
+import copy
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,13 +15,15 @@ from lightning_lora.model.targets import modules_by_name
 from lightning_lora.sharding import note_units, shard_of, swap_parameters
 
 _ATTRIBUTE = "_lora_injections"
+_ON_LAYERS = "_injections"
 
 
 class Injection:
     """What one injection did to a model.
 
-    It holds no module of the model, so that it outlives none. What was taken out of the model is held here and nowhere
-    else, and :meth:`switch` exchanges it.
+    It lies on its root and on each adapted layer, and holds no module of the model, so that it keeps none alive. It is
+    copied and pickled without them, too: a copy finds its own by their names. What was taken out of the model is held
+    here and nowhere else, and :meth:`switch` exchanges it.
 
     Args:
         root: The module that it is made on. All names are those in this module.
@@ -33,11 +37,13 @@ class Injection:
             have values of: those trained in full, and the weights that PiSSA, OLoRA or LoftQ replaced by a residual.
         in_place: Whether the model has the adapter's own values of these now, and the base's are aside.
         frozen: Names of the base parameters that were trainable before.
-        frozen_norms: The normalization layers whose statistics are frozen.
-        fused: The switches of torch's fused encoder path that were on, as module, name and value.
+        frozen_norms: Names of the normalization layers whose statistics are frozen.
+        fused: The switches of torch's fused encoder path that were on, as the module's name, theirs and the value.
         fingerprint: Of the base, once it is known.
         from_data: Whether the adapter's initialization was computed from data.
         beneath: Name and settings of the adapters that were merged into this one's base before, in plain types.
+        is_found: Whether the root is only where the layers were found, after the one that it was made on was gone.
+        is_part: Whether some of what it trained in full was left behind, when its layers went to another root.
     """
 
     def __init__(self, root: nn.Module, config: LoraConfig, adapter_name: str, saved: Iterable[str] = ()) -> None:
@@ -48,20 +54,27 @@ class Injection:
         self.aside: dict[str, Tensor] = {}
         self.in_place = True
         self.frozen: list[str] = []
-        self.frozen_norms: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self.fused: list[tuple[weakref.ref[nn.Module], str, Any]] = []
+        self.frozen_norms: list[str] = []
+        self.fused: list[tuple[str, str, Any]] = []
         self.fingerprint: str | None = None
         self.from_data = False
         self.beneath: list[dict[str, Any]] = []
-        self._root = weakref.ref(root)
-        self._layers: dict[str, weakref.ref[nn.Module]] = {}
+        self.is_found = False
+        self.is_part = False
+        self._root: weakref.ref[nn.Module] | None = weakref.ref(root)
+        self._layers: dict[str, weakref.ref[nn.Module] | None] = {}
+        self._owners: dict[str, weakref.ref[nn.Module]] = {}  # of what is aside
 
     @property
     def root(self) -> nn.Module:
         """The module that it was made on."""
-        root = self._root()
-        assert root is not None  # whoever found this record found it on its root
+        root = self.living_root()
+        assert root is not None  # whoever found this record found it on its root, or gave it another
         return root
+
+    def living_root(self) -> nn.Module | None:
+        """The same, ``None`` once that is gone, or in a copy that was not looked for yet."""
+        return None if self._root is None else self._root()
 
     @property
     def targets(self) -> list[str]:
@@ -70,14 +83,76 @@ class Injection:
 
     def add_layers(self, layers: dict[str, LoraLayer]) -> None:
         """Note the adapted layers, by name."""
-        self._layers.update((name, weakref.ref(layer)) for name, layer in layers.items())
+        for name, layer in layers.items():
+            self._layers[name] = weakref.ref(layer)
+            layer.__dict__[_ON_LAYERS] = [*_noted_on(layer), (self, name)]
 
     def layers(self) -> Iterator[tuple[str, LoraLayer]]:
-        """The adapted layers, by name."""
+        """The adapted layers that are there still, by name."""
         for name, found in self._layers.items():
-            layer = found()
-            assert isinstance(layer, LoraLayer)
-            yield name, layer
+            layer = found and found()
+            if isinstance(layer, LoraLayer):
+                yield name, layer
+
+    def forget_layers(self) -> None:
+        """Leave no note on the layers."""
+        for _, layer in self.layers():
+            layer.__dict__[_ON_LAYERS] = [note for note in _noted_on(layer) if note[0] is not self]
+
+    def settle(self, root: nn.Module) -> None:
+        """In a copy, find the copied modules."""
+        modules = modules_by_name(root)
+        self._root = weakref.ref(root)
+        self._layers = {name: weakref.ref(modules[name]) for name in self._layers if name in modules}
+        self._owners = {name: weakref.ref(modules[name]) for name in map(_owner, self.aside) if name in modules}
+
+    def move(self, root: nn.Module, layers: list[tuple[str, LoraLayer, str]]) -> None:
+        """Have another root; what lies outside of it is forgotten.
+
+        Args:
+            root: The root.
+            layers: The layers, each between its names there and in the root before.
+        """
+        modules = modules_by_name(root)
+        there = {*modules, *_tensor_names(root)}
+        prefixes = sorted({_prefixes(old, new) for new, _, old in layers}, key=lambda pair: -len(pair[0]))
+        common = _common([old for _, _, old in layers])
+
+        def renamed(name: str) -> str | None:
+            inside = [(old, new) for old, new in prefixes if is_submodule(name, old)]
+            names = [f"{new}.{name[len(old) :].lstrip('.')}".strip(".") for old, new in inside]
+            return next((found for found in names if found in there), None)
+
+        def is_same(name: str) -> bool:
+            """Whether a tensor is in the new root, and not one that has its name only."""
+            new, owner = renamed(name), self._owners.get(_owner(name))
+            if new is None or owner is None:
+                return new is not None and is_submodule(name, common)
+            return owner() is modules.get(_owner(new))
+
+        def kept(names: Iterable[str]) -> list[str]:
+            return [found for found in map(renamed, names) if found is not None]
+
+        trained = [name for name in self.trained if is_same(name)]
+        self.is_part |= len(trained) < len(self.trained)
+        self.saved = kept(saved for saved in self.saved if any(is_submodule(name, saved) for name in trained))
+        self.trained = kept(trained)
+        self.frozen, self.frozen_norms = kept(self.frozen), kept(self.frozen_norms)
+        self.aside = {str(renamed(name)): tensor for name, tensor in self.aside.items() if is_same(name)}
+        switches = ((renamed(name), *rest) for name, *rest in self.fused)
+        self.fused = [(name, *rest) for name, *rest in switches if name is not None]
+        self.fingerprint = None  # which names are a part of
+        self._layers = {name: weakref.ref(layer) for name, layer, _ in layers}
+        self.settle(root)
+
+    def seen_from(self, model: nn.Module) -> "Injection":
+        """This injection with the names that all has in a module that holds its layers, to be read and not changed."""
+        if any(module is self.living_root() for module in model.modules()):
+            return self
+        view = copy.copy(self)
+        view._owners = self._owners
+        view.move(model, _layers_of(self, model))
+        return view
 
     def tensor(self, name: str) -> Tensor:
         """The parameter or buffer of this name, as it is in the model now."""
@@ -95,7 +170,9 @@ class Injection:
 
     def put_aside(self, name: str, other: Tensor) -> None:
         """Put the adapter's own parameter or values in the place of the base's, which are kept."""
-        self.aside[name] = swap_parameters(*self._place(name), other)
+        module, attribute = self._place(name)
+        self.aside[name] = swap_parameters(module, attribute, other)
+        self._owners[_owner(name)] = weakref.ref(module)
 
     def switch(self, in_place: bool) -> None:
         """Have the model show the adapter's own values of what both have, or the base's."""
@@ -120,22 +197,44 @@ class Injection:
         module_name, _, attribute = name.rpartition(".")
         return modules_by_name(self.root)[module_name], attribute
 
-    # A copy or an unpickled model has a record of its own, with its own modules in it.
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_root": self._root(),
-            "_layers": {name: layer() for name, layer in self._layers.items()},
-            "frozen_norms": list(self.frozen_norms),
-            "fused": [(module(), name, value) for module, name, value in self.fused],
-        }
+        return {**self.__dict__, "_root": None, "_layers": dict.fromkeys(self._layers), "_owners": {}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._root = weakref.ref(state["_root"])
-        self._layers = {name: weakref.ref(layer) for name, layer in state["_layers"].items()}
-        self.frozen_norms = weakref.WeakSet(state["frozen_norms"])
-        self.fused = [(weakref.ref(module), name, value) for module, name, value in state["fused"]]
+
+def _prefixes(old: str, new: str) -> tuple[str, str]:
+    """What is before the longest end that two dotted names share."""
+    olds, news = old.split("."), new.split(".")
+    while olds and news and olds[-1] == news[-1]:
+        olds.pop()
+        news.pop()
+    return ".".join(olds), ".".join(news)
+
+
+def _common(names: list[str]) -> str:
+    """The name of the innermost module that all of these are in."""
+    parts = zip(*(name.split(".")[:-1] for name in names))
+    return ".".join(found[0] for found in itertools.takewhile(lambda part: len(set(part)) == 1, parts))
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _tensor_names(root: nn.Module) -> Iterator[str]:
+    """The clean names of all parameters and buffers, each of them."""
+    for name, module in root.named_modules(remove_duplicate=False):
+        yield from (clean_fqn(f"{name}.{inner}".lstrip(".")) for inner in (*module._parameters, *module._buffers))
+
+
+def injections_on(layer: nn.Module) -> list[Injection]:
+    """The injections that an adapted layer has adapters of."""
+    return [injection for injection, _ in _noted_on(layer)]
+
+
+def _noted_on(layer: nn.Module) -> list[tuple[Injection, str]]:
+    """The injections of an adapted layer, with the name that it has in the root of each."""
+    found: list[tuple[Injection, str]] = layer.__dict__.get(_ON_LAYERS, [])
+    return found
 
 
 def keep_record(injection: Injection) -> None:
@@ -145,29 +244,148 @@ def keep_record(injection: Injection) -> None:
 
 def drop_record(injection: Injection) -> None:
     """Forget an injection."""
-    others = injections_of(injection.root)
-    others.remove(injection)
-    if not others:
-        injection.root.__dict__.pop(_ATTRIBUTE, None)
+    injection.forget_layers()
+    _take_from_root(injection)
+
+
+def _take_from_root(injection: Injection) -> None:
+    root = injection.living_root()
+    others: list[Injection] = [] if root is None else root.__dict__.get(_ATTRIBUTE, [])
+    if injection in others:
+        others.remove(injection)
+    if root is not None and not others:
+        root.__dict__.pop(_ATTRIBUTE, None)
 
 
 def injections_of(model: nn.Module) -> list[Injection]:
     """What was injected with this very module as the root."""
     found: list[Injection] = model.__dict__.get(_ATTRIBUTE, [])
+    for injection in found:
+        if injection.living_root() is None:
+            injection.settle(model)
     return found
 
 
 def named_injections(model: nn.Module) -> Iterator[tuple[str, Injection]]:
-    """All injections in a model, with the name of the module on which each was made."""
-    note_units(model)
-    for name, module in model.named_modules():
-        if _ATTRIBUTE in module.__dict__:
-            yield from ((clean_fqn(name), injection) for injection in injections_of(module))
+    """All injections in a model, with the name of the module on which each was made, to be read and not changed.
+
+    Those that were made on a module around this one have here the names of this one; see :func:`injections`.
+    """
+    yield from ((name, injection.seen_from(model)) for name, injection in _find(model))
 
 
 def injections(model: nn.Module) -> list[Injection]:
-    """All injections in a model."""
-    return [injection for _, injection in named_injections(model)]
+    """All injections in a model.
+
+    Where the layers of one are in this model and its root is not, the root may be gone, as a LightningModule that was
+    made for one run is: then the injection has this model for its root from now on. A root that lives, such as that
+    LightningModule during the run, stays the root, and the injection is one of this model too if all its layers are.
+    """
+    return [injection for _, injection in _find(model)]
+
+
+def broken_injections(model: nn.Module) -> list[Injection]:
+    """The injections of which some layers are in a model, and others elsewhere."""
+    return [
+        injection
+        for injection in _strays(outside_adapters(model))
+        if not _is_whole(injection, _layers_of(injection, model))
+    ]
+
+
+def adopt(model: nn.Module) -> None:
+    """Be the root of injections whose layers are all in this model, unless they were made on one in or around it."""
+    modules = list(outside_adapters(model))
+    for injection in _strays(modules):
+        root = injection.living_root()
+        if _is_whole(injection, _layers_of(injection, model)) and (root is None or not _is_in(model, root)):
+            _move(injection, model)
+            injection.is_found = False
+    for _, module in modules:
+        for injection in list(injections_of(module)):
+            if injection.is_found:
+                _move(injection, model)
+                injection.is_found = False
+
+
+def _find(model: nn.Module) -> Iterator[tuple[str, Injection]]:
+    note_units(model)
+    modules = list(outside_adapters(model))
+    strays = _strays(modules)  # first, so that those without a root get one
+    for injection in strays:
+        if injection.living_root() is None and _is_whole(injection, _layers_of(injection, model)):
+            _move(injection, model)
+    for name, module in modules:
+        if _ATTRIBUTE in module.__dict__:
+            yield from ((clean_fqn(name), injection) for injection in injections_of(module))
+    for injection in strays:
+        if injection.living_root() is not model and _is_whole(injection, _layers_of(injection, model)):
+            yield "", injection
+
+
+def _strays(modules: Iterable[tuple[str, nn.Module]]) -> list[Injection]:
+    """The injections of the layers among a model's modules whose roots are not among them."""
+    noted: dict[int, Injection] = {}
+    rooted: set[int] = set()
+    for _, module in modules:
+        if _ATTRIBUTE in module.__dict__:
+            rooted.update(map(id, injections_of(module)))
+        if isinstance(module, LoraLayer):
+            noted.update((id(injection), injection) for injection, _ in _noted_on(module))
+    return [injection for key, injection in noted.items() if key not in rooted]
+
+
+def _layers_of(injection: Injection, model: nn.Module) -> list[tuple[str, LoraLayer, str]]:
+    """The layers of an injection in a model, with their names there and in its root, in the order that it has them."""
+    found = [
+        (clean_fqn(name), module, old)
+        for name, module in outside_adapters(model)
+        if isinstance(module, LoraLayer)
+        for noted, old in _noted_on(module)
+        if noted is injection
+    ]
+    order = {name: position for position, name in enumerate(injection.targets)}
+    return sorted(found, key=lambda each: order.get(each[2], 0))
+
+
+def _is_whole(injection: Injection, found: list[tuple[str, LoraLayer, str]]) -> bool:
+    here = {id(layer) for _, layer, _ in found}
+    return bool(here) and all(id(layer) in here for _, layer in injection.layers())
+
+
+def _is_in(module: nn.Module, model: nn.Module) -> bool:
+    return any(module is inner for inner in model.modules())
+
+
+def _move(injection: Injection, root: nn.Module) -> None:
+    _take_from_root(injection)
+    give_root(injection, root)
+    keep_record(injection)
+
+
+def give_root(injection: Injection, root: nn.Module) -> None:
+    """Have a module that holds the layers of an injection be its root; the caller keeps the record there."""
+    layers = _layers_of(injection, root)
+    injection.move(root, layers)
+    injection.is_found = True
+    injection.forget_layers()
+    injection.add_layers({name: layer for name, layer, _ in layers})
+
+
+def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model by name, as ``named_modules`` has them, but not into adapters, which are most of them."""
+    seen: set[nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        children = {inner: child for inner, child in module._modules.items() if child is not None}
+        if isinstance(module, LoraLayer):
+            children.pop("lora", None)
+        waiting.extend((f"{name}.{inner}".lstrip("."), child) for inner, child in reversed(children.items()))
 
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

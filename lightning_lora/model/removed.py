@@ -9,15 +9,24 @@ from typing import Any, TypeVar
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_lora.layers import LoraLayer, class_without_adapter
+from lightning_lora.layers import LoraLayer, change_class, class_without_adapter
 from lightning_lora.model.freeze import freeze, hand_over, thaw
-from lightning_lora.model.record import Injection, drop_record, injections, injections_of, keep_record
+from lightning_lora.model.record import (
+    Injection,
+    broken_injections,
+    drop_record,
+    give_root,
+    injections,
+    injections_of,
+    injections_on,
+    keep_record,
+)
 from lightning_lora.sharding import is_sharded
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 MERGED, REMOVED = "merged", "removed"
-_ATTRIBUTES = ("_active", "_merged", "_aside", "_seals", "_rows")
+_ATTRIBUTES = ("_active", "_merged", "_aside", "_seals", "_rows", "_injections")
 
 
 @dataclasses.dataclass
@@ -26,6 +35,10 @@ class _Removed:
 
     injections: list[Injection]
     layers: list["_RemovedLayer"]
+
+    def alive(self) -> list["_RemovedLayer"]:
+        """The layers that are there still."""
+        return [part for part in self.layers if part.layer() is not None]
 
 
 @dataclasses.dataclass
@@ -36,15 +49,19 @@ class _RemovedLayer:
     attributes: dict[str, Any]
 
 
-# Kept here, so that nothing of the plugin is left on a merged model itself, in memory or in files.
+# By layer, and kept here, so that nothing of the plugin is left on a merged model itself, in memory or in files.
 _removed: "weakref.WeakKeyDictionary[nn.Module, _Removed]" = weakref.WeakKeyDictionary()
 
 
 def remove_all(root: nn.Module) -> _Removed:
     """Give all adapted layers of a root their classes back, and thaw the base; weights stay as they are."""
-    found = injections_of(root)
-    layers = {id(layer): layer for injection in found for _, layer in injection.layers()}.values()
-    removed = _Removed(list(found), [_remove_class(layer) for layer in layers])
+    found = list(injections_of(root))
+    layers: dict[int, LoraLayer] = {}
+    for injection in found:  # which grows by those that share layers with these and have another root
+        for _, layer in injection.layers():
+            layers[id(layer)] = layer
+            found += [other for other in injections_on(layer) if other not in found]
+    removed = _Removed(found, [_remove_class(layer) for layer in layers.values()])
     for injection in removed.injections:
         thaw(injection)
         drop_record(injection)
@@ -53,15 +70,49 @@ def remove_all(root: nn.Module) -> _Removed:
 
 def keep_removed(root: nn.Module, removed: _Removed) -> None:
     """Keep what was taken out of a merged model for :func:`restore`."""
-    _removed[root] = removed
+    for earlier in _removed_at(root):
+        _forget(earlier)
+    for part in removed.layers:
+        layer = part.layer()
+        assert layer is not None  # it was taken out just now
+        _removed[layer] = removed
+
+
+def _forget(removed: _Removed) -> None:
+    for layer in [layer for layer, found in _removed.items() if found is removed]:
+        del _removed[layer]
+
+
+def _removed_in(model: nn.Module, whole: bool = True) -> list[_Removed]:
+    """What was taken out of a model, or also of one of which it is a part."""
+    if not _removed:
+        return []
+    inside = set(model.modules())
+    found = {id(removed): removed for module in inside if (removed := _removed.get(module)) is not None}
+    return [removed for removed in found.values() if not whole or all(p.layer() in inside for p in removed.alive())]
+
+
+def _removed_at(root: nn.Module) -> list[_Removed]:
+    """What was taken out of a root, also if it was another then, which is gone or is another one around its layers."""
+    return [
+        removed
+        for removed in _removed_in(root)
+        if (living := removed.injections[0].living_root()) is root
+        or living is None
+        or not (_is_in(living, root) or _is_in(root, living))
+    ]
+
+
+def _is_in(module: nn.Module, model: nn.Module) -> bool:
+    return any(module is inner for inner in model.modules())
 
 
 def _remove_class(layer: LoraLayer) -> _RemovedLayer:
     """Give a layer its old class back, without the attributes that it had beside its adapters."""
-    attributes = {name: layer.__dict__.pop(name) for name in _ATTRIBUTES}
+    attributes = {name: layer.__dict__.pop(name) for name in _ATTRIBUTES if name in layer.__dict__}
     removed = _RemovedLayer(weakref.ref(layer), type(layer), layer.lora, attributes)
     del layer.lora
-    layer.__class__ = class_without_adapter(layer)  # type: ignore[assignment]
+    change_class(layer, class_without_adapter(layer))
     return removed
 
 
@@ -84,17 +135,17 @@ def remove_adapter(injection: Injection) -> None:
 
 def is_removed(model: nn.Module) -> bool:
     """Whether adapters were merged into this model and taken out."""
-    return bool(_removed) and any(module in _removed for module in model.modules())
+    return bool(_removed_in(model))
 
 
 def removed_injections(root: nn.Module) -> list[Injection]:
     """The injections that were merged into this very module and taken out."""
-    return list(_removed[root].injections) if root in _removed else []
+    return [injection for removed in _removed_at(root) for injection in removed.injections]
 
 
 def how_merged(root: nn.Module) -> str | None:
     """How adapters are merged into this very module, with layers adapted still or not; ``None`` if they are not."""
-    if root in _removed:
+    if _removed_at(root):
         return REMOVED
     layers = (layer for injection in injections_of(root) for _, layer in injection.layers())
     return MERGED if any(layer.merged for layer in layers) else None
@@ -106,7 +157,10 @@ def forget_removed(root: nn.Module) -> list[dict[str, Any]]:
     Returns:
         What lies merged in it now: name and settings of each adapter, the first merged first, in plain types.
     """
-    return [entry for injection in _removed.pop(root).injections for entry in injection.as_beneath()]
+    earlier = _removed_at(root)
+    for removed in earlier:
+        _forget(removed)
+    return [entry for removed in earlier for injection in removed.injections for entry in injection.as_beneath()]
 
 
 def restore(model: nn.Module) -> None:
@@ -114,15 +168,19 @@ def restore(model: nn.Module) -> None:
 
     Where weights were changed since, those adapters are let go: what is there now is a base of its own.
     """
-    for root in [module for module in model.modules() if module in _removed]:
-        removed = _removed.pop(root)
-        for part in removed.layers:
+    for removed in _removed_in(model):
+        _forget(removed)
+        for part in removed.alive():
             layer: Any = part.layer()
-            layer.__class__ = part.layer_class
+            change_class(layer, part.layer_class)
             layer.__dict__.update(part.attributes)
             layer.lora = part.adapters
-            if not is_sharded(layer.lora):
-                layer.lora.to(next(iter(layer.adapted_parameters().values())).device)
+            device = next(iter(layer.adapted_parameters().values())).device
+            if device.type != "meta" and not is_sharded(layer.lora):
+                layer.lora.to(device)
+        for injection in removed.injections:
+            if injection.living_root() is None:
+                give_root(injection, model)
         for injection in removed.injections:
             freeze(injection)
         for injection in removed.injections:
@@ -130,7 +188,7 @@ def restore(model: nn.Module) -> None:
             for name in injection.trained:
                 injection.tensor(name).requires_grad_(injection.in_place)
         if not all(layer.is_as_merged() for injection in removed.injections for _, layer in injection.layers()):
-            let_go(root)
+            let_go(removed.injections[0].root)
 
 
 def let_go(root: nn.Module) -> None:
@@ -146,22 +204,44 @@ def let_go(root: nn.Module) -> None:
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """Have the adapters of a merged model in their layers meanwhile, without a change of any weight."""
-    roots = [module for module in model.modules() if module in _removed]
+    found = _removed_in(model)
     restore(model)
     try:
         yield
     finally:
-        for root in roots:
+        for root in (removed.injections[0].root for removed in found):
             if injections_of(root):
                 keep_removed(root, remove_all(root))
+
+
+def require_whole(model: nn.Module, if_merged: bool = False) -> None:
+    """Require that no adapter, or none that is merged, has some of its layers in a model and others elsewhere.
+
+    Raises:
+        ValueError: Naming the module that has all of them.
+    """
+    broken = broken_injections(model)
+    if if_merged:
+        broken = [found for found in broken if any(layer.merged for _, layer in found.layers())]
+    whole = list(map(id, _removed_in(model)))
+    for removed in _removed_in(model, whole=False):
+        broken += [] if id(removed) in whole else removed.injections
+    if broken:
+        root = broken[0].living_root()
+        raise ValueError(
+            f"Only a part of the layers of the adapter {broken[0].adapter_name!r} is in this {type(model).__name__}: "
+            f"call it on the {'module' if root is None else type(root).__name__} that has all of them, or on an "
+            "nn.ModuleList of those that do. Nothing was changed."
+        )
 
 
 def require_adapters(model: nn.Module, what: str) -> list[Injection]:
     """The injections in a model.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or one is in this model in part.
     """
+    require_whole(model)
     found = injections(model)
     if not found:
         raise ValueError(f"There is no adapter {what} in this {type(model).__name__}: inject or load one first.")
