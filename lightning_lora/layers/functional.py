@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 _PLAIN = (Tensor, nn.Parameter)  # not a subclass, which has operations of its own
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # new in PyTorch 2.7
 
 
 def add_low_rank(out: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -98,7 +99,7 @@ def low_rank_linear(
     dtype, device = x.dtype, x.device.type
     # The backward pass is that of real numbers, and the meta device knows no autocast.
     fusible = dtype.is_floating_point and torch.amp.is_autocast_available(device)
-    if not (fusible and is_plain_eager(x, weight, bias, lora_A, lora_B)):
+    if not (fusible and is_plain(x, weight, bias, lora_A, lora_B)):
         return add_low_rank(F.linear(x, weight, bias), x, lora_A, lora_B, scaling)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
@@ -107,15 +108,15 @@ def low_rank_linear(
     return out
 
 
-def is_plain_eager(*tensors: Tensor | None) -> bool:
-    """Whether these tensors will see no more than eager passes forward and backward.
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these tensors will see no more than passes forward and backward, compiled or not.
 
     Nothing else is defined for a ``torch.autograd.Function`` with only a backward pass, nor for all changes in place:
-    forward-mode derivatives, the transforms of ``torch.func``, saved traces, and subclasses of Tensor need PyTorch's
-    own operations, and compilers can have them, since they fuse by themselves.
+    forward-mode derivatives, the transforms of ``torch.func``, programs that are saved, and subclasses of Tensor need
+    PyTorch's own operations.
     """
     return not (
-        torch.compiler.is_compiling()
+        _is_exporting()
         or torch.jit.is_tracing()  # type: ignore
         or torch._C._are_functorch_transforms_active()
     ) and all(

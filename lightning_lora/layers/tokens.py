@@ -15,7 +15,7 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import LoraLayer, Target, has_own_forward
 from lightning_lora.layers.embedding import embed_scale, lookup_unsupported_reason
-from lightning_lora.layers.functional import is_plain_eager
+from lightning_lora.layers.functional import is_plain
 
 
 class TokenAdapter(Adapter):
@@ -58,7 +58,7 @@ class TokenAdapter(Adapter):
         # The difference goes on top, so that the untouched row gives the base's logit, bit for bit. The base's forward
         # keeps no logits for its backward, so they can be changed in place.
         logits = F.linear(x, rows - weight[self.index]).to(out.dtype)
-        add = out.index_add_ if is_plain_eager(x, out, rows) else out.index_add
+        add = out.index_add_ if is_plain(x, out, rows) else out.index_add
         return add(-1, self.index, logits)
 
     def _look_up(self, x: Tensor, out: Tensor, layer: nn.Embedding, rows: Tensor) -> Tensor:

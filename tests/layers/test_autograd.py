@@ -112,10 +112,10 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.06}[dtype]
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
     assert found.shape == expected.shape
     distance = (found.double() - expected).norm()
-    assert distance <= tolerance * (expected.norm() + tolerance), (distance, expected.norm())
+    assert distance <= tolerance * (expected.norm() + 1), (distance, expected.norm())
 
 
 @settings(max_examples=250, deadline=None)
@@ -196,6 +196,24 @@ def test_compiled_outputs_can_be_changed_in_place(kind: str, shape: tuple[int, .
         torch.autograd.grad(compiled(x).square().sum(), wrt), torch.autograd.grad(model(x).square().sum(), wrt)
     ):
         torch.testing.assert_close(found, expected)
+
+
+def test_compiled_transforms() -> None:
+    torch.manual_seed(0)
+    layer, x = adapted("linear", dtype=torch.float32), torch.randn(2, 3, IN)
+    trained = {name: parameter.detach() for name, parameter in trained_of(layer).items()}
+
+    def loss(trained: Parameters, x: Tensor) -> Tensor:
+        return functional_call(layer, trained, (x,)).pow(3).sum()
+
+    def tangent(trained: Parameters, x: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(loss(trained, forward_ad.make_dual(x, x))).tangent
+
+    for f in (vmap(grad(loss), in_dims=(None, 0)), jacfwd(loss, 1), hessian(loss, 1), tangent):
+        torch.compiler.reset()
+        compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(trained, x), f(trained, x))
 
 
 def derivatives(f: Callable[[Parameters, Tensor], Tensor], trained: Parameters, x: Tensor) -> dict[str, Any]:
@@ -392,7 +410,7 @@ def kept_by(call: Callable[[], Tensor]) -> list[int]:
 def test_no_more_is_kept_than_by_the_plain_path(method: str, x_trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = adapted("linear", method), torch.randn(5, 7, IN, dtype=torch.float64, requires_grad=x_trained)
     fast = kept_by(lambda: layer(x))
-    monkeypatch.setattr(functional, "is_plain_eager", lambda *tensors: False)
+    monkeypatch.setattr(functional, "is_plain", lambda *tensors: False)
     assert fast == kept_by(lambda: layer(x))
     assert (x.numel() in fast) is (method == "LoRA")
 

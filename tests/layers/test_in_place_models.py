@@ -113,7 +113,7 @@ def test_a_step_is_that_of_the_plain_path(name: str, activation: str, seed: int)
         np.random.seed(seed)  # SpecAugment draws with it
         with pytest.MonkeyPatch.context() as patch:
             if not fast:
-                patch.setattr(functional, "is_plain_eager", lambda *tensors: False)
+                patch.setattr(functional, "is_plain", lambda *tensors: False)
             found.append(train_a_step(name, activation, seed))
     assert found[0].keys() == found[1].keys()
     for one, other in zip(found[0].values(), found[1].values()):
