@@ -23,7 +23,7 @@ from lightning_lora.formats.metadata import check_metadata
 from lightning_lora.formats.model_card import write_card
 from lightning_lora.formats.peft_config import CONFIG_FILE, config_from_peft, peft_adapters, peft_config
 from lightning_lora.layers import Adapter, kind_of
-from lightning_lora.model.fingerprint import base_tensors, fingerprint_of
+from lightning_lora.model.fingerprint import Fingerprint, base_tensors, fingerprint_of
 from lightning_lora.model.inject import inject
 from lightning_lora.model.multi_adapter import adapters, add_adapter, delete_adapter
 from lightning_lora.model.record import Injection, injections
@@ -39,7 +39,7 @@ from lightning_lora.sharding import full_tensor, is_writer, load_full, named_ten
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_FINGERPRINT = "lightning_lora_base_fingerprint"
+_FINGERPRINT, _SAMPLES = "lightning_lora_base_fingerprint", "lightning_lora_base_samples"
 _BASE = "lightning_lora_base"
 _WRAPPED = re.compile(r"\.(original_module|modules_to_save)\.")
 
@@ -78,7 +78,8 @@ def write_adapter(injection: Injection, directory: Path, run: Mapping[str, Any] 
             for peft_name, tensor in _peft_state_dict(injection, plain=True).items()
         }
     tensors.update({name: tensor.clone() for name, tensor in _projections(injection).items()})
-    meta = {"format": "pt", _FINGERPRINT: _fingerprint(injection, prefix)}
+    base = _fingerprint(injection, prefix)
+    meta = {"format": "pt", _FINGERPRINT: base.short, **({_SAMPLES: base.samples} if base.samples is not None else {})}
     if injection.config.quantizes_base:
         meta[_BASE] = str(injection.config.init_lora_weights)
     if not is_writer(injection.root):
@@ -149,7 +150,7 @@ def _load_tensors(injection: Injection, directory: Path, saved: LoraConfig) -> N
     _require_same_kind(injection, directory, saved)
     prefix = _peft_root(injection)
     base = _fingerprint(injection, prefix)
-    if meta.get(_FINGERPRINT, base) != base:
+    if _FINGERPRINT in meta and not Fingerprint(meta[_FINGERPRINT], meta.get(_SAMPLES)).fits(base):
         raise CheckpointError(
             f"{directory} was trained on another base model: its fingerprint is {meta[_FINGERPRINT]}, this model's is "
             f"{base}. Load it onto the pretrained weights that it was trained on. Nothing was loaded."
@@ -323,10 +324,12 @@ def _find_injection(model: nn.Module, adapter_name: str | None) -> Injection:
     return found[0]
 
 
-def _fingerprint(injection: Injection, prefix: str) -> str:
+def _fingerprint(injection: Injection, prefix: str) -> Fingerprint:
     """The base's fingerprint under the names that it has in the model that PEFT would wrap."""
     tensors = base_tensors(injection)
-    return fingerprint_of((name[len(prefix) :], tensor) for name, tensor in tensors if name.startswith(prefix))
+    return fingerprint_of(
+        each._replace(name=each.name[len(prefix) :]) for each in tensors if each.name.startswith(prefix)
+    )
 
 
 def _peft_state_dict(injection: Injection, plain: bool = False) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class Injection:
         self.frozen: list[str] = []
         self.frozen_norms: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.fused: list[tuple[weakref.ref[nn.Module], str, Any]] = []
-        self.fingerprint: str | None = None
+        self.fingerprint: Any = None
         self.from_data = False
         self.beneath: list[dict[str, Any]] = []
         self._root = weakref.ref(root)
@@ -73,11 +73,14 @@ class Injection:
         self._layers.update((name, weakref.ref(layer)) for name, layer in layers.items())
 
     def layers(self) -> Iterator[tuple[str, LoraLayer]]:
-        """The adapted layers, by name."""
+        """The adapted layers, by name, as far as they still are."""
         for name, found in self._layers.items():
-            layer = found()
-            assert isinstance(layer, LoraLayer)
-            yield name, layer
+            if isinstance(layer := found(), LoraLayer):
+                yield name, layer
+
+    def gone(self) -> list[str]:
+        """Names of the adapted layers that are no more, since something else was put in their place."""
+        return [name for name, found in self._layers.items() if found() is None]
 
     def tensor(self, name: str) -> Tensor:
         """The parameter or buffer of this name, as it is in the model now."""
