@@ -21,6 +21,7 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.formats.checkpoint import KEY, inject_from_checkpoint, read_checkpoint
 from lightning_lora.formats.metadata import check_metadata
 from lightning_lora.formats.model_card import write_card
+from lightning_lora.formats.open_file import Objects
 from lightning_lora.formats.peft_config import CONFIG_FILE, config_from_peft, peft_adapters, peft_config
 from lightning_lora.layers import Adapter, kind_of
 from lightning_lora.model.fingerprint import Fingerprint, base_tensors, fingerprint_of
@@ -92,7 +93,9 @@ def write_adapter(injection: Injection, directory: Path, run: Mapping[str, Any] 
     return directory
 
 
-def load_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = None) -> nn.Module:
+def load_adapter(
+    model: nn.Module, path: str | Path, adapter_name: str | None = None, *, weights_only: bool | None = None
+) -> nn.Module:
     """Load an adapter: a directory in PEFT's format, or an adapter checkpoint that a Trainer wrote.
 
     A directory goes into the adapter of this name, which is put in first if the model has none: at work in a model
@@ -103,6 +106,8 @@ def load_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = 
         model: The base model, or the LightningModule that holds it.
         path: The directory or the ``.ckpt`` file.
         adapter_name: Of a directory. By default, that of the only adapter, or ``"default"``.
+        weights_only: Of a checkpoint, the adapter alone is read, and objects beside it, such as hyperparameters may be,
+            are left out unopened. ``False`` opens them too, which can run code; it helps where they cannot be left out.
 
     Returns:
         The same model.
@@ -124,7 +129,7 @@ def load_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = 
         if path.is_dir():
             _load_tensors(_find_injection(model, name), path, config)
         else:
-            _load_checkpoint(model, path, fresh=not before)
+            _load_checkpoint(model, path, fresh=not before, objects="open" if weights_only is False else "skip")
     return model
 
 
@@ -251,8 +256,8 @@ def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=eps, atol=1e-6)
 
 
-def _load_checkpoint(model: nn.Module, path: Path, fresh: bool) -> None:
-    checkpoint = read_checkpoint(path)
+def _load_checkpoint(model: nn.Module, path: Path, fresh: bool, objects: Objects) -> None:
+    checkpoint = read_checkpoint(path, objects, "load_adapter(..., weights_only=False)")
     if fresh:
         inject_from_checkpoint(model, checkpoint)
     check_metadata(model, checkpoint[KEY], str(path))
