@@ -8,8 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from lightning_lora.formats.checkpoint import KEY, check_checkpoint, read_checkpoint
-from lightning_lora.model.state_dict import CheckpointError, adapter_tensors, load_adapter_state_dict
+from lightning_lora.formats.checkpoint import KEY
 
 RNG_KEY = "rng"
 
@@ -53,24 +52,6 @@ def rebuild_dataloader(trainer: pl.Trainer) -> None:
             "middle of an epoch: it was made for Lightning 2.6, so install that version."
         )
     trainer.fit_loop._combined_loader = None
-
-
-def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Load the adapter of the best checkpoint of the run that just ended.
-
-    Raises:
-        CheckpointError: If the run kept none.
-    """
-    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if not path:
-        raise CheckpointError(
-            'merge="best" needs a best checkpoint, and this run kept none: add '
-            'ModelCheckpoint(monitor="val_loss") to the Trainer\'s callbacks, or use merge="last". The adapter of the '
-            "last step is still in the model, unmerged."
-        )
-    checkpoint = read_checkpoint(path)
-    state_dict = check_checkpoint(module, checkpoint, path)
-    load_adapter_state_dict(module, {name: state_dict[name] for name in adapter_tensors(module)})
 
 
 def run_rng_state(trainer: pl.Trainer) -> dict[str, Any]:
