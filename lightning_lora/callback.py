@@ -17,6 +17,7 @@ from lightning_lora.formats.model_card import facts_of
 from lightning_lora.formats.peft import load_adapter, read_adapter, write_adapter
 from lightning_lora.model.eject import eject
 from lightning_lora.model.fingerprint import fingerprint
+from lightning_lora.model.freeze import freeze_norms
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.record import Injection, adopt, injections, injections_of
@@ -25,11 +26,11 @@ from lightning_lora.model.summary import print_summary
 from lightning_lora.sharding import is_sharded
 from lightning_lora.signature import takes
 from lightning_lora.trainer import base_changes, gradient_checks, requeue, resume, weight_averaging
+from lightning_lora.trainer.best_checkpoint import load_best, require_best
 from lightning_lora.trainer.eva_calibration import calibrate_eva
 from lightning_lora.trainer.frozen_parameters import drop_frozen
 from lightning_lora.trainer.process_launchers import no_way_back, spawns
 from lightning_lora.trainer.pytorch_lightning import original_class, rebuild, serve_both_packages
-from lightning_lora.trainer.resume import load_best
 from lightning_lora.trainer.sharded_strategy import checkpoints_of
 from lightning_lora.trainer.strategy import install
 
@@ -79,7 +80,8 @@ class LoRA(Callback):
         config: All settings of the adapter at once, instead of them.
         merge: Which adapter is folded into the weights when ``fit`` ends: that of the ``"last"`` step, that of the
             ``"best"`` checkpoint by ``ModelCheckpoint(monitor=...)``, or none (``None``), which leaves the adapted
-            model. Nothing is merged after an exception or an interrupt.
+            model. With ``"best"``, what is trained outside of ``module`` is that checkpoint's too. Nothing is merged
+            after an exception or an interrupt.
         export_dir: Where the end of ``fit`` writes ``adapter/``, in PEFT's format, and ``merged/``, the merged model.
         adapter: Where to start from: a directory in PEFT's format or an adapter checkpoint. Unlike ``ckpt_path``, it
             brings the adapter's tensors alone, no optimizer and no progress.
@@ -175,6 +177,7 @@ class LoRA(Callback):
         """Drop frozen parameters from the optimizers, let gradients and averages pass rightly, say what is trained."""
         base_changes.require_frozen(trainer.optimizers, pl_module)
         drop_frozen(trainer.optimizers, pl_module)
+        freeze_norms(self._injection(self._root(pl_module)))  # the strategy may have put in others for them
         if self.adapter is None:
             calibrate_eva(trainer, pl_module, self._injection(self._root(pl_module)))
         self._running = True
@@ -294,11 +297,8 @@ class LoRA(Callback):
 
     def _require_ends(self, trainer: "pl.Trainer") -> None:
         """What the end of the run needs is looked for at its beginning."""
-        if self.merge == "best" and trainer.checkpoint_callback is None:
-            raise ValueError(
-                'LoRA(merge="best") needs a checkpoint of the best step, and the Trainer keeps none: add '
-                'ModelCheckpoint(monitor="val_loss") to its callbacks, or use merge="last".'
-            )
+        if self.merge == "best":
+            require_best(trainer)
         if self.export_dir is not None and trainer.is_global_zero:
             self.export_dir.mkdir(parents=True, exist_ok=True)
 

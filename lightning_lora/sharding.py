@@ -181,9 +181,12 @@ def is_writer(model: nn.Module) -> bool:
 
 
 def full_shape(module: nn.Module, name: str) -> torch.Size:
-    """The shape of a whole parameter."""
+    """The shape of a whole parameter or buffer; of a nested one, which has none, how many numbers it has."""
     flat_shard = _flat_shards.get(module, {}).get(name)
-    return getattr(module, name).shape if flat_shard is None else flat_shard.shape
+    if flat_shard is not None:
+        return flat_shard.shape
+    tensor: Tensor = getattr(module, name)
+    return torch.Size([tensor.numel()]) if tensor.is_nested else tensor.shape
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

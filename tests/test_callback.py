@@ -42,7 +42,7 @@ def test_merging_the_best_needs_a_best(tmp_path: Path) -> None:
         fit(tmp_path, lora=lora, enable_checkpointing=False)
     model = Toy()
     with pytest.raises(CheckpointError, match='merge="best" needs a best checkpoint'):
-        fit(tmp_path, ModelCheckpoint(tmp_path, save_top_k=0), lora=lora, model=model)
+        fit(tmp_path, ModelCheckpoint(tmp_path, monitor="val_loss"), lora=lora, model=model, limit_val_batches=0)
     assert "lora" in dict(model.net[0].named_children())
 
 

@@ -35,6 +35,7 @@ def open_on_base(
         CheckpointError: If the base is not known, or the adapter does not fit it.
     """
     hyper = {} if saved.path.is_dir() else read_checkpoint(saved.path).get("hyper_parameters", {})
+    hyper = {name: value for name, value in hyper.items() if isinstance(value, str)} if isinstance(hyper, dict) else {}
     name = base or saved.settings.get("base_model_name_or_path") or hyper.get("pretrained")
     if not name:
         raise CheckpointError(f"{saved.path} does not say what its base model is: name it with --base.")

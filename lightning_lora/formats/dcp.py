@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from lightning_lora.formats.open_file import Objects, open_file
+
 META_FILE = "meta.pt"  # as Lightning 2.6 names it
 _MODEL = ("model.", "state_dict.")  # as FSDPStrategy and ModelParallelStrategy call the model
 _OPTIMIZER = "optimizer_{}."
@@ -43,17 +45,21 @@ def _is_stored(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
-def read_directory(path: str | Path) -> dict[str, Any]:
+def read_directory(path: str | Path, objects: Objects = "refuse") -> dict[str, Any]:
     """Read a sharded checkpoint as one of a single file: with ``state_dict`` and ``optimizer_states``, on the CPU.
 
     ``torch.distributed.checkpoint`` keeps the list of the tensors as a pickled object, so the directory must be of a
     source that you trust.
 
+    Args:
+        path: The directory.
+        objects: What becomes of objects in ``meta.pt``.
+
     Raises:
         RuntimeError: If files of it are damaged or missing.
     """
     path = Path(path)
-    checkpoint: dict[str, Any] = torch.load(path / META_FILE, map_location="cpu", weights_only=True)
+    checkpoint: dict[str, Any] = open_file(path / META_FILE, objects)
     try:
         reader = FileSystemReader(path)
         stored = reader.read_metadata().state_dict_metadata

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.formats.checkpoint import readable
+from lightning_lora.formats.open_file import readable
 from lightning_lora.formats.peft import load_tensors
 from lightning_lora.layers.fused_qkv import in_blocks, qkv_rows
 from lightning_lora.model.state_dict import CheckpointError

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
@@ -22,6 +23,9 @@ def save_merged(
     model: nn.Module, directory: str | Path, tokenizer: Any | None = None, max_shard_size: str = "5GB"
 ) -> Path:
     """Write a merged model: a transformers model as ``from_pretrained`` opens it, any other as ``model.safetensors``.
+
+    That format has no sparse, quantized or nested tensors, and nothing else that a state dict may hold. With such, the
+    file is ``model.pt``, which ``torch.load`` opens.
 
     Where processes share the parameters, all must call this together; tensors are gathered one by one, and the first
     process writes each file as soon as it has it.
@@ -41,6 +45,8 @@ def save_merged(
     hf_models = list(pretrained_models(model).values())
     if is_sharded(model):
         _save_gathered(hf_models[0] if len(hf_models) == 1 else model, directory, max_shard_size)
+    elif not all(map(_is_storable, model.state_dict().values())):
+        torch.save(model.state_dict(), directory / "model.pt")
     elif len(hf_models) == 1:
         with _true_to_ties(hf_models[0]):
             hf_models[0].save_pretrained(directory, max_shard_size=max_shard_size)  # type: ignore[operator]
@@ -53,6 +59,11 @@ def save_merged(
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
     return directory
+
+
+def _is_storable(value: Any) -> bool:
+    dense = isinstance(value, Tensor) and value.layout is torch.strided
+    return dense and not (value.is_quantized or value.is_nested)
 
 
 def _save_gathered(model: nn.Module, directory: Path, max_shard_size: str) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.model.fingerprint import fingerprint
-from lightning_lora.model.record import named_injections
+from lightning_lora.model.fingerprint import Fingerprint, fingerprint
+from lightning_lora.model.record import Injection, named_injections
 from lightning_lora.model.state_dict import CheckpointError
 
 FORMAT_VERSION = 1
@@ -21,18 +21,18 @@ _BINDING = (
 
 def metadata(model: nn.Module) -> dict[str, Any]:
     """What adapters a model has and on which base, in plain types."""
+    return {"format_version": FORMAT_VERSION, "adapters": [_entry(*found) for found in named_injections(model)]}
+
+
+def _entry(name: str, injection: Injection) -> dict[str, Any]:
+    base = fingerprint(injection)
     return {
-        "format_version": FORMAT_VERSION,
-        "adapters": [
-            {
-                "module": name,
-                "adapter_name": injection.adapter_name,
-                "config": injection.config.to_dict(),
-                "base_fingerprint": fingerprint(injection),
-                **({"beneath": injection.beneath} if injection.beneath else {}),
-            }
-            for name, injection in named_injections(model)
-        ],
+        "module": name,
+        "adapter_name": injection.adapter_name,
+        "config": injection.config.to_dict(),
+        "base_fingerprint": base.short,
+        **({"base_samples": base.samples} if base.samples is not None else {}),
+        **({"beneath": injection.beneath} if injection.beneath else {}),
     }
 
 
@@ -69,7 +69,7 @@ def check_metadata(model: nn.Module, meta: Mapping[str, Any], source: str) -> No
                 f"{source} was saved with other LoRA settings: {', '.join(different)}. The adapter would compute "
                 "something else, so use the settings with which it was saved. Nothing was loaded."
             )
-        if entry["base_fingerprint"] != fingerprint(injection):
+        if not Fingerprint(entry["base_fingerprint"], entry.get("base_samples")).fits(fingerprint(injection)):
             beneath = ", ".join(f"{each['adapter_name']!r}" for each in entry.get("beneath", []))
             raise CheckpointError(
                 f"{source} was trained on another base model: its fingerprint is {entry['base_fingerprint']}, this "

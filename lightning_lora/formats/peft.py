@@ -21,10 +21,11 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.formats.checkpoint import KEY, inject_from_checkpoint, read_checkpoint
 from lightning_lora.formats.metadata import check_metadata
 from lightning_lora.formats.model_card import write_card
+from lightning_lora.formats.open_file import Objects
 from lightning_lora.formats.peft_config import CONFIG_FILE, config_from_peft, peft_adapters, peft_config
 from lightning_lora.layers import Adapter, kind_of
 from lightning_lora.layers.offloading import onloaded
-from lightning_lora.model.fingerprint import base_tensors, fingerprint_of
+from lightning_lora.model.fingerprint import Fingerprint, base_tensors, fingerprint_of
 from lightning_lora.model.inject import inject
 from lightning_lora.model.multi_adapter import adapters, add_adapter, delete_adapter
 from lightning_lora.model.record import Injection, injections
@@ -40,7 +41,7 @@ from lightning_lora.sharding import full_tensor, is_writer, load_full, named_ten
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_FINGERPRINT = "lightning_lora_base_fingerprint"
+_FINGERPRINT, _SAMPLES = "lightning_lora_base_fingerprint", "lightning_lora_base_samples"
 _BASE = "lightning_lora_base"
 _WRAPPED = re.compile(r"\.(original_module|modules_to_save)\.")
 
@@ -79,7 +80,8 @@ def write_adapter(injection: Injection, directory: Path, run: Mapping[str, Any] 
             for peft_name, tensor in _peft_state_dict(injection, plain=True).items()
         }
     tensors.update({name: tensor.clone() for name, tensor in _projections(injection).items()})
-    meta = {"format": "pt", _FINGERPRINT: _fingerprint(injection, prefix)}
+    base = _fingerprint(injection, prefix)
+    meta = {"format": "pt", _FINGERPRINT: base.short, **({_SAMPLES: base.samples} if base.samples is not None else {})}
     if injection.config.quantizes_base:
         meta[_BASE] = str(injection.config.init_lora_weights)
     if not is_writer(injection.root):
@@ -92,7 +94,9 @@ def write_adapter(injection: Injection, directory: Path, run: Mapping[str, Any] 
     return directory
 
 
-def load_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = None) -> nn.Module:
+def load_adapter(
+    model: nn.Module, path: str | Path, adapter_name: str | None = None, *, weights_only: bool | None = None
+) -> nn.Module:
     """Load an adapter: a directory in PEFT's format, or an adapter checkpoint that a Trainer wrote.
 
     A directory goes into the adapter of this name, which is put in first if the model has none: active in a model
@@ -103,6 +107,8 @@ def load_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = 
         model: The base model, or the LightningModule that holds it.
         path: The directory or the ``.ckpt`` file.
         adapter_name: Of a directory. By default, that of the only adapter, or ``"default"``.
+        weights_only: Of a checkpoint, the adapter alone is read, and objects beside it, such as hyperparameters may be,
+            are left out unopened. ``False`` opens them too, which can run code; it helps where they cannot be left out.
 
     Returns:
         The same model.
@@ -124,7 +130,7 @@ def load_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = 
         if path.is_dir():
             _load_tensors(_find_injection(model, name), path, config)
         else:
-            _load_checkpoint(model, path, fresh=not before)
+            _load_checkpoint(model, path, fresh=not before, objects="open" if weights_only is False else "skip")
     return model
 
 
@@ -150,7 +156,7 @@ def _load_tensors(injection: Injection, directory: Path, saved: LoraConfig) -> N
     _require_same_kind(injection, directory, saved)
     prefix = _peft_root(injection)
     base = _fingerprint(injection, prefix)
-    if meta.get(_FINGERPRINT, base) != base:
+    if _FINGERPRINT in meta and not Fingerprint(meta[_FINGERPRINT], meta.get(_SAMPLES)).fits(base):
         raise CheckpointError(
             f"{directory} was trained on another base model: its fingerprint is {meta[_FINGERPRINT]}, this model's is "
             f"{base}. Load it onto the pretrained weights that it was trained on. Nothing was loaded."
@@ -252,8 +258,8 @@ def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=eps, atol=1e-6)
 
 
-def _load_checkpoint(model: nn.Module, path: Path, fresh: bool) -> None:
-    checkpoint = read_checkpoint(path)
+def _load_checkpoint(model: nn.Module, path: Path, fresh: bool, objects: Objects) -> None:
+    checkpoint = read_checkpoint(path, objects, "load_adapter(..., weights_only=False)")
     if fresh:
         inject_from_checkpoint(model, checkpoint)
     check_metadata(model, checkpoint[KEY], str(path))
@@ -325,10 +331,12 @@ def _find_injection(model: nn.Module, adapter_name: str | None) -> Injection:
     return found[0].seen_from(model)
 
 
-def _fingerprint(injection: Injection, prefix: str) -> str:
+def _fingerprint(injection: Injection, prefix: str) -> Fingerprint:
     """The base's fingerprint under the names that it has in the model that PEFT would wrap."""
     tensors = base_tensors(injection)
-    return fingerprint_of((name[len(prefix) :], tensor) for name, tensor in tensors if name.startswith(prefix))
+    return fingerprint_of(
+        each._replace(name=each.name[len(prefix) :]) for each in tensors if each.name.startswith(prefix)
+    )
 
 
 def _peft_state_dict(injection: Injection, plain: bool = False) -> dict[str, Tensor]:

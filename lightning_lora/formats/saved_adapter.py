@@ -47,10 +47,10 @@ class SavedAdapter:
 
 
 def read(path: str | Path) -> SavedAdapter:
-    """Read a Lightning checkpoint or a directory in PEFT's format, opening no pickled objects.
+    """Read a Lightning checkpoint or a directory in PEFT's format; objects beside the adapter stay unopened.
 
     Raises:
-        CheckpointError: If it is damaged, holds no adapter, or would need pickled objects.
+        CheckpointError: If it is damaged, holds no adapter, or cannot be read without opening objects.
         FileNotFoundError: If it is not there.
     """
     path = Path(path)
@@ -80,4 +80,5 @@ def _checkpoint(path: Path) -> SavedAdapter:
         "optimizer state": "yes" if checkpoint.get("optimizer_states") else "no",
         "file": f"{path.stat().st_size / 1e6:.2f} MB",
     }
-    return SavedAdapter(path, "Lightning checkpoint of adapters", entries[0]["config"], checkpoint["state_dict"], facts)
+    tensors = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+    return SavedAdapter(path, "Lightning checkpoint of adapters", entries[0]["config"], tensors, facts)

@@ -2,6 +2,7 @@
 
 from typing import TypeVar
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_lora.model.merge import layers_of, merge_layers
@@ -27,6 +28,12 @@ def eject(model: ModuleT, merge: bool = False) -> ModuleT:
             changed then.
     """
     found = require_adapters(model, "to take out")
+    gone = [name for injection in found for name in injection.gone()]
+    if gone:
+        rank_zero_warn(
+            f"Something else was put in the place of {', '.join(map(repr, gone))} since the adapters were put in. "
+            "It is left as it is, without an adapter."
+        )
     if merge:
         merge_layers(model, layers_of(found))
     else:

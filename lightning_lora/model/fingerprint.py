@@ -1,70 +1,240 @@
-"""Which base an adapter belongs to: a short number of its frozen tensors."""
+"""Which base an adapter belongs to: a short number of its frozen tensors, and samples of them to compare."""
 
+import base64
+import dataclasses
 import hashlib
+import zlib
 from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_lora.fqn import clean_fqn
-from lightning_lora.layers import LoraLayer
+from lightning_lora.layers import LoraLayer, LoraTokens
 from lightning_lora.layers.offloading import offloaded
 from lightning_lora.model.record import Injection, injections_of
 from lightning_lora.sharding import full_tensor, named_tensors
 
-_SAMPLES = 16
+_SAMPLES, _FEWEST, _ALL = 16, 4, 4096  # of a tensor, of one among very many, of all together
+_UNKNOWN = "unknown until the model is materialized"
+
+# What holds the samples of a tensor exactly, the coarsest first; the place in this list is its code in the text.
+_FORMATS = (torch.bfloat16, torch.float16, torch.float32)
+_CHECKSUM = len(_FORMATS)  # of what is no floating point
+# By how much one base in two formats may differ, relative to a value; and float16 has a smallest step.
+_ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+_SMALLEST_STEP = 2.0**-24
+_NOISE = 2.0**-16  # in float32, relative to the largest sample of a tensor: what other hardware computes
 
 
-def fingerprint(injection: Injection) -> str:
-    """A short number for the frozen base under an injection, computed once.
+class BaseTensor(NamedTuple):
+    """A tensor of a base.
 
-    It covers the name and shape of every frozen parameter and persistent buffer, and 16 values spread evenly over
-    each, rounded to bfloat16: so a base is told from another at no cost to speak of, and stays the same base when a
-    Trainer casts it to bfloat16.
+    Attributes:
+        name: Its name.
+        tensor: The whole of it.
+        replaced: Rows that the adapter puts others in the place of, so that they do not matter.
+    """
+
+    name: str
+    tensor: Tensor
+    replaced: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """What tells a base from another.
+
+    Attributes:
+        short: A short number of it, which rounding may change.
+        samples: Names, shapes and samples of the tensors, as text; files of version 0.1 had none.
+    """
+
+    short: str
+    samples: str | None = None
+
+    def __str__(self) -> str:
+        return self.short
+
+    def fits(self, other: "Fingerprint") -> bool:
+        """Whether both are of one base, in whatever precision either has it."""
+        if self.samples is None or other.samples is None:
+            return self.short == other.short
+        (names, values), (other_names, other_values) = _decode(self.samples), _decode(other.samples)
+        return names == other_names and len(values) == len(other_values) and all(map(_agree, values, other_values))
+
+
+def fingerprint(injection: Injection) -> Fingerprint:
+    """What tells the frozen base under an injection from others, computed once.
+
+    It covers the name and shape of every frozen parameter and persistent buffer, and up to 16 values spread evenly over
+    each: so a base is told from another at no cost to speak of. A copy of it in another precision is the same base.
     """
     if injection.fingerprint is None:
         if any(tensor.is_meta for tensor in injection.root.parameters()):
-            return "unknown until the model is materialized"
+            return Fingerprint(_UNKNOWN)
         injection.fingerprint = fingerprint_of(base_tensors(injection))
-    return injection.fingerprint
+    found: Fingerprint = injection.fingerprint
+    return found
 
 
-def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def fingerprint_of(tensors: Iterable[BaseTensor]) -> Fingerprint:
     """The fingerprint of named tensors, of which only one is held at a time; see :func:`fingerprint`."""
+    taken = sorted((_take(each) for each in tensors), key=lambda sample: (sample.name, sample.shape))
     digest = hashlib.sha256()
-    samples = []
-    for name, shape, values in sorted((name, tuple(t.shape), _samples(t)) for name, t in tensors):
-        digest.update(f"{name}{shape}".encode())
-        samples.append(values)
-    for values in samples:
-        digest.update(values)
-    return digest.hexdigest()[:16]
+    for sample in taken:
+        digest.update(f"{sample.name}{sample.shape}".encode())
+    names = digest.copy()
+    for sample in taken:
+        digest.update(sample.rounded)
+    parts = [part for sample in taken for part in sample.parts]
+    return Fingerprint(digest.hexdigest()[:16], f"{names.hexdigest()[:16]}:{base64.b64encode(_encode(parts)).decode()}")
 
 
-def _samples(tensor: Tensor) -> bytes:
-    flat = tensor.detach().flatten()
+class _Part(NamedTuple):
+    dtype: torch.dtype
+    values: Tensor
+
+
+class _Sample(NamedTuple):
+    name: str
+    shape: str
+    rounded: bytes  # as version 0.1 took them
+    parts: list[_Part]
+
+
+def _take(base: BaseTensor) -> _Sample:
+    parts = _plain(base.tensor.detach())
+    shape = [tuple(part.shape) for part in parts] if base.tensor.is_nested else tuple(base.tensor.shape)
+    rounded = b"".join(_spread(part).to(torch.bfloat16).view(torch.int16).numpy().tobytes() for part in parts)
+    taken = [_Part(part.dtype, _spread(_kept_rows(part, base.replaced))) for part in parts]
+    return _Sample(base.name, str(shape), rounded, taken)
+
+
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """The ordinary dense tensors that hold what a tensor holds."""
+    if tensor.is_nested:
+        return [part for each in tensor.unbind() for part in _plain(each)]
+    if tensor.is_quantized:
+        return [tensor.dequantize()]
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [*tensor.indices().unbind(), *_plain(tensor.values())]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), *_plain(tensor.values())]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), *_plain(tensor.values())]
+    return [torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor]
+
+
+def _kept_rows(tensor: Tensor, replaced: tuple[int, ...]) -> Tensor:
+    if not replaced or tensor.is_meta:
+        return tensor
+    kept = torch.ones(len(tensor), dtype=torch.bool)
+    kept[list(replaced)] = False
+    rows = kept.nonzero().flatten()
+    if len(rows) > _SAMPLES:  # as many of them as there are samples will do
+        rows = rows[torch.linspace(0, len(rows) - 1, _SAMPLES, dtype=torch.float64).long()]
+    return tensor[rows.to(tensor.device)]
+
+
+def _spread(tensor: Tensor) -> Tensor:
+    flat = tensor.flatten()
     if flat.is_meta or not flat.numel():
-        return b""
+        return torch.empty(0, dtype=tensor.dtype)
     where = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64)
-    return flat[where.long().to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
+    return flat[where.long().to(flat.device)].cpu()
 
 
-def base_tensors(injection: Injection) -> Iterator[tuple[str, Tensor]]:
+def _encode(parts: list[_Part]) -> bytes:
+    most = max(_FEWEST, min(_SAMPLES, _ALL // max(len(parts), 1)))
+    # One format for all tensors of a type, for a few round numbers in one of them say nothing of its precision.
+    formats: dict[torch.dtype, int] = {}
+    for dtype, values in parts:
+        if dtype.is_floating_point:
+            formats[dtype] = max(formats.get(dtype, 0), _format_of(values))
+    content = b""
+    for dtype, values in parts:
+        if dtype.is_floating_point:
+            where = torch.linspace(0, max(len(values) - 1, 0), min(most, len(values)), dtype=torch.float64).long()
+            own = values[where].to(_FORMATS[formats[dtype]])
+            content += bytes((formats[dtype], len(own))) + own.view(torch.uint8).numpy().tobytes()
+        else:
+            whole = values.long().numpy().astype("<i8").tobytes()
+            content += bytes((_CHECKSUM, 1)) + zlib.crc32(whole).to_bytes(4, "little")
+    return content
+
+
+def _format_of(values: Tensor) -> int:
+    """The code of the coarsest format that holds all of them exactly, else the finest."""
+    for code, dtype in enumerate(_FORMATS):
+        if torch.equal(torch.nan_to_num(values.to(dtype).double()), torch.nan_to_num(values.double())):
+            return code
+    return len(_FORMATS) - 1
+
+
+class _Values(NamedTuple):
+    code: int
+    content: bytes
+
+    def numbers(self) -> "np.ndarray":
+        return torch.frombuffer(bytearray(self.content), dtype=_FORMATS[self.code]).double().numpy()
+
+
+def _decode(samples: str) -> tuple[str, list[_Values]]:
+    names, _, text = samples.partition(":")
+    content, found, at = base64.b64decode(text), [], 0
+    while at < len(content):
+        code, count = content[at], content[at + 1]
+        size = count * (4 if code == _CHECKSUM else _FORMATS[code].itemsize)
+        found.append(_Values(code, content[at + 2 : at + 2 + size]))
+        at += 2 + size
+    return names, found
+
+
+def _agree(one: _Values, other: _Values) -> bool:
+    if one.code == other.code and one.content == other.content:
+        return True
+    if _CHECKSUM in (one.code, other.code):
+        return False
+    a, b = one.numbers(), other.numbers()
+    if len(a) != len(b):
+        return False
+    size = np.maximum(np.abs(a), np.abs(b))
+    if one.code != other.code:
+        allowed = _ROUNDING[_FORMATS[min(one.code, other.code)]] * size + _SMALLEST_STEP
+    elif _FORMATS[one.code] is torch.float32:
+        allowed = _NOISE * np.max(size, initial=0.0)
+    else:
+        return False  # copies in one precision are equal
+    return bool(np.all((a == b) | (np.abs(a - b) <= allowed) | (np.isnan(a) & np.isnan(b))))
+
+
+def base_tensors(injection: Injection) -> Iterator[BaseTensor]:
     """The frozen parameters and persistent buffers under an injection, as they are when nothing is merged.
 
     Where processes share them, each is made full as it comes.
     """
     root = injection.root
-    layers = [(clean_fqn(name), module) for name, module in root.named_modules() if isinstance(module, LoraLayer)]
-    of_base = {f"{name}.{inner}".lstrip("."): base for name, layer in layers for inner, base in layer._aside.items()}
+    tensors = list(named_tensors(root))  # which reshards, so that the objects below are those named here
+    layers = [module for module in root.modules() if isinstance(module, LoraLayer)]
+    # By what is there, for a module may have several names.
+    of_base = {id(layer.adapted_parameters()[inner]): base for layer in layers for inner, base in layer._aside.items()}
     beside = injections_of(root)
     for each in beside if injection in beside else (*beside, injection):
         if each.in_place:
-            of_base.update(each.aside)
+            of_base.update((id(each.tensor(name)), base) for name, base in each.aside.items())
+    replaced: dict[int, Any] = {
+        id(layer.weight): layer.adapter(injection.adapter_name).tokens
+        for _, layer in injection.layers()
+        if isinstance(layer, LoraTokens)
+    }
     # What this injection trains is none of its base; what another one trains is.
     trained = {id(injection.tensor(name)) for name in injection.trained}
-    trained |= {id(parameter) for _, layer in layers for parameter in layer.lora.parameters()}
-    for name, module, inner in named_tensors(root):
-        is_buffer = inner in module._buffers
-        if id(getattr(module, inner)) not in trained and not (is_buffer and injection.saves(name)):
-            yield name, full_tensor(module, inner, of_base.get(name, offloaded(module, inner)))
+    trained |= {id(parameter) for layer in layers for parameter in layer.lora.parameters()}
+    for name, module, inner in tensors:
+        key, is_buffer = id(getattr(module, inner)), inner in module._buffers
+        if key not in trained and not (is_buffer and injection.saves(name)):
+            of_base_or_disk = of_base.get(key, offloaded(module, inner))
+            yield BaseTensor(name, full_tensor(module, inner, of_base_or_disk), replaced.get(key, ()))

@@ -6,6 +6,7 @@ Everything that is done is noted in an :class:`~lightning_lora.model.record.Inje
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
@@ -25,6 +26,7 @@ from lightning_lora.model.record import (
 from lightning_lora.model.shard_adapters import require_shardable, shard_adapters
 from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets, modules_by_name
 from lightning_lora.model.token_targets import find_token_targets
+from lightning_lora.sharding import named_tensors
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -141,9 +143,14 @@ def _train_in_full(injection: Injection, names: list[str]) -> None:
     """Train the parameters of these names and keep the base's values, and those of their modules' buffers."""
     injection.trained = names
     parameters = parameters_by_name(injection.root)
-    wanted = {id(parameters[name]) for name in names}
-    elsewhere = {name for name, p in parameters.items() if id(p) in wanted} - set(names)
-    tied = {id(parameters[name]): name for name in elsewhere}
+    tied = _tied_elsewhere(injection.root, names)
+    untied = {name: tied[id(parameters[name])] for name in names if id(parameters[name]) in tied}
+    if untied:
+        rank_zero_warn(
+            f"{'; '.join(f'{name!r} is tied to {other!r}' for name, other in untied.items())}. The one is trained in "
+            "full and the other stays as it is, so while the adapter is in the model, and once it is merged, they are "
+            "no longer tied. Name both in modules_to_save to train them as one."
+        )
     copies: dict[int, Tensor] = {}
     for name in names:
         parameter = parameters[name]
@@ -157,3 +164,19 @@ def _train_in_full(injection: Injection, names: list[str]) -> None:
             injection.put_aside(clean_fqn(name), buffer.detach().clone())
     for name in names:
         injection.tensor(name).requires_grad_(True)
+
+
+def _tied_elsewhere(root: nn.Module, names: list[str]) -> dict[int, str]:
+    """By identity, the parameters of these names that other modules have too, and their name there."""
+    parameters = parameters_by_name(root)
+    holders: dict[int, dict[tuple[int, str], str]] = {}  # a module may have several names itself
+    wanted: set[tuple[int, str]] = set()
+    for name, module, inner in named_tensors(root):
+        holders.setdefault(id(getattr(module, inner)), {}).setdefault((id(module), inner), name)
+        if name in names:
+            wanted.add((id(module), inner))
+    return {
+        key: min(others)
+        for key in {id(parameters[name]) for name in names}
+        if (others := [name for place, name in holders[key].items() if place not in wanted])
+    }

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 
 from lightning_lora.fqn import clean_fqn
 from lightning_lora.layers import LoraLayer
@@ -76,6 +78,7 @@ def layers_of(found: Iterable[Injection]) -> list[LoraLayer]:
 def merge_layers(model: nn.Module, layers: list[LoraLayer]) -> None:
     """Merge the layers that are not merged yet, all of them or, after an error, none."""
     layers = [layer for layer in layers if not layer.merged]
+    _require_own_weights(model, layers)
     leaders = {id(layer.lora): layer for layer in reversed(layers)}  # layers that share adapters share their weights
     elsewhere = _tied_elsewhere(model, layers)
     if is_sharded(model) and elsewhere:
@@ -92,6 +95,48 @@ def merge_layers(model: nn.Module, layers: list[LoraLayer]) -> None:
     for layer in layers:
         if layer is not leaders[id(layer.lora)]:
             layer.merge_like(leaders[id(layer.lora)])
+
+
+def _require_own_weights(model: nn.Module, layers: list[LoraLayer]) -> None:
+    """Have layers compute with weights of their own, where pruning or a norm of weights makes them of others.
+
+    Such may have been put on since the adapters were put in. What is merged would be computed anew in the next forward
+    pass, and so be lost.
+
+    Raises:
+        ValueError: If it cannot be taken off.
+    """
+    inside = {id(layer) for layer in layers}
+    for layer_name, layer in model.named_modules():
+        for name in layer.adapted_parameters() if id(layer) in inside else ():
+            owner_name, _, attribute = name.rpartition(".")
+            owner = layer.get_submodule(owner_name)
+            if attribute in owner._parameters:
+                continue
+            full_name = clean_fqn(f"{layer_name}.{name}".lstrip("."))
+            _take_off(owner, attribute)
+            if attribute not in owner._parameters:
+                raise ValueError(
+                    f"{full_name!r} is no parameter any more but computed of others, so nothing can be merged into it: "
+                    "take off what computes it, or use merge=None."
+                )
+            rank_zero_warn(
+                f"{full_name!r} was computed of others (pruning, a parametrization, or a norm of weights), which was "
+                "put on since the adapter was put in. To merge the adapter, it was taken off and the weight kept."
+            )
+
+
+def _take_off(owner: nn.Module, attribute: str) -> None:
+    if parametrize.is_parametrized(owner, attribute):
+        parametrize.remove_parametrizations(owner, attribute)
+    for remove in (prune.remove, remove_spectral_norm, remove_weight_norm):
+        try:
+            remove(owner, attribute)
+        except ValueError:  # none of this kind is there
+            continue
+    left = owner._buffers.pop(attribute, None)
+    if left is not None:  # as torch leaves a frozen weight that was made of several
+        owner.register_parameter(attribute, nn.Parameter(left.detach(), requires_grad=False))
 
 
 def _for(parameter: nn.Parameter, values: Tensor, elsewhere: dict[int, str]) -> Tensor:

@@ -56,7 +56,7 @@ class Injection:
         self.frozen: list[str] = []
         self.frozen_norms: list[str] = []
         self.fused: list[tuple[str, str, Any]] = []
-        self.fingerprint: str | None = None
+        self.fingerprint: Any = None
         self.from_data = False
         self.beneath: list[dict[str, Any]] = []
         self.is_found = False
@@ -153,6 +153,10 @@ class Injection:
         view._owners = self._owners
         view.move(model, _layers_of(self, model))
         return view
+
+    def gone(self) -> list[str]:
+        """Names of the adapted layers that are no more, since something else was put in their place."""
+        return [name for name, found in self._layers.items() if found is None or found() is None]
 
     def tensor(self, name: str) -> Tensor:
         """The parameter or buffer of this name, as it is in the model now."""

@@ -1,6 +1,8 @@
 """The state of adapters: collect it, say what it belongs to, check it, load it."""
 
+import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.fqn import clean_fqn
 from lightning_lora.layers import LoraLayer
 from lightning_lora.model.record import Injection, named_injections
+from lightning_lora.model.targets import modules_by_name
 from lightning_lora.sharding import full_shape, full_tensor, is_sharded, load_full, named_tensors
 
 
@@ -26,7 +29,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         The tensors under the names that ``model.state_dict()`` has for them; no copies, unless processes share the
         model. Then all must call this together, and each gets the whole tensors.
     """
-    names = set(_adapter_names(model))
+    names = _owners(model).adapters
     if is_sharded(model):
         return gathered(model, names)
     return {name: tensor for name, tensor in model.state_dict().items() if clean_fqn(name) in names}
@@ -38,7 +41,7 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
     Raises:
         CheckpointError: If a tensor is missing, left over or of another shape. Nothing is loaded then.
     """
-    check_tensors(adapter_tensors(model), state_dict, "the state dict")
+    check_adapters(model, state_dict, "the state dict", alone=True)
     if is_sharded(model):
         scatter(model, state_dict)
     else:
@@ -47,13 +50,13 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The names of :func:`adapter_state_dict`, and tensors of these shapes, without gathering anything."""
-    names = set(_adapter_names(model))
+    names = _owners(model).adapters
     return {name: tensor for name, tensor in _tensors(model).items() if clean_fqn(name) in names}
 
 
-def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The names of what a checkpoint of a model holds, and tensors of these shapes."""
-    return adapter_only(model, _tensors(model))
+def tensor_names(model: nn.Module) -> list[str]:
+    """The names of a model's state dict, without gathering anything."""
+    return list(_tensors(model))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -82,9 +85,117 @@ def adapter_only(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, A
 
 def saved_names(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Which of the clean names of a model's tensors are those of adapters, or outside of where they were injected."""
-    adapter = set(_adapter_names(model))
-    roots = [f"{name}." if name else "" for name, _ in named_injections(model)]
-    return [name for name in names if name in adapter or not any(name.startswith(root) for root in roots)]
+    owners = _owners(model)
+    return [name for name in names if owners.keep(name)]
+
+
+@contextmanager
+def base_absent(model: nn.Module) -> Iterator[None]:
+    """Have ``model.load_state_dict`` be as strict as it is asked to, but for the frozen base, which no file has."""
+    owners = _owners(model)
+
+    def forgive(module: nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = [name for name in keys.missing_keys if not owners.inside(clean_fqn(name))]
+
+    handle = model.register_load_state_dict_post_hook(forgive)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Owners:
+    """To whom the entries of a model's state dict belong, by what they are: a tensor or module may have many names.
+
+    Attributes:
+        adapters: The tensors of adapters and those trained in full, by each of their clean names: module, name there.
+        base: The other names of tensors that belong to where adapters were injected.
+        modules: The names of all modules there.
+        whole: The names of those of them that are trained in full.
+    """
+
+    adapters: dict[str, tuple[nn.Module, str]]
+    base: set[str]
+    modules: set[str]
+    whole: set[str]
+
+    def inside(self, name: str) -> bool:
+        """Whether an entry belongs to where adapters were injected."""
+        return name in self.adapters or name in self.base or any(parent in self.modules for parent in _parents(name))
+
+    def keep(self, name: str) -> bool:
+        """Whether a checkpoint holds an entry. What modules store beside tensors goes by the module."""
+        if name in self.adapters or not self.inside(name):
+            return True
+        return name not in self.base and any(parent in self.whole for parent in _parents(name))
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _owners(model: nn.Module) -> _Owners:
+    found = [injection for _, injection in named_injections(model)]
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    adapter = [getattr(module, inner) for layer in layers for _, module, inner in named_tensors(layer.lora)]
+    adapter += [injection.tensor(name) for injection in found for name in own_names(injection)]
+    modules = {id(module) for injection in found for module in injection.root.modules()}
+    whole = {
+        id(module)
+        for injection in found
+        if injection.in_place
+        for name, saved in modules_by_name(injection.root).items()
+        if injection.saves(name)
+        for module in saved.modules()
+    }
+    # What is tied to the base stays the base's, also where a merge has put another in its place.
+    holders: list[Mapping[str, Tensor | None]] = [
+        *(layer._aside for layer in layers),
+        *(injection.aside for injection in found),
+    ]
+    for injection in found:
+        holders.append(injection.aside)
+        holders += [held for module in injection.root.modules() for held in (module._parameters, module._buffers)]
+    base = [tensor for holder in holders for tensor in holder.values() if tensor is not None]
+    adapter_ids, base_ids = set(map(id, adapter)), set(map(id, base))
+    owners = _Owners({}, set(), set(), set())
+    for name, module, inner in named_tensors(model):
+        if id(getattr(module, inner)) in adapter_ids:
+            owners.adapters[name] = (module, inner)
+        elif id(getattr(module, inner)) in base_ids:
+            owners.base.add(name)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in modules:
+            owners.modules.add(clean_fqn(name))
+        if id(module) in whole:
+            owners.whole.add(clean_fqn(name))
+    return owners
+
+
+def check_adapters(model: nn.Module, found: Mapping[str, Any], source: str, alone: bool = False) -> None:
+    """Require the adapters of a model, each under one of its names at least, and nothing else that it holds frozen.
+
+    Args:
+        model: The model.
+        found: Entries of a state dict by name.
+        source: Where they come from.
+        alone: Whether nothing else may be there either.
+
+    Raises:
+        CheckpointError: Naming what differs.
+    """
+    owners = _owners(model)
+    there = {clean_fqn(name): value for name, value in found.items()}
+    names: dict[int, list[str]] = {}
+    for name, (module, inner) in owners.adapters.items():
+        names.setdefault(id(getattr(module, inner)), []).append(name)
+    missing = {same[0] for same in names.values() if not any(name in there for name in same)}
+    unexpected = {name for name in there if name not in owners.adapters and (alone or not owners.keep(name))}
+    shapes = {name: full_shape(*place) for name, place in owners.adapters.items() if name in there}
+    _require_none(missing, unexpected, _misshapen(shapes, there), source)
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Any], source: str) -> None:
@@ -93,16 +204,24 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Any], sour
     Raises:
         CheckpointError: Naming what differs.
     """
-    missing = sorted(expected.keys() - found.keys())
-    unexpected = sorted(found.keys() - expected.keys())
-    shapes = [
-        f"{name} ({tuple(found[name].shape)} found, {tuple(tensor.shape)} expected)"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
+    shapes = {name: tensor.shape for name, tensor in expected.items() if name in found}
+    _require_none(expected.keys() - found.keys(), found.keys() - expected.keys(), _misshapen(shapes, found), source)
+
+
+def _misshapen(shapes: Mapping[str, torch.Size], found: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} ({tuple(found[name].shape)} found, {tuple(shape)} expected)"
+        if isinstance(found[name], Tensor)
+        else f"{name} (a {type(found[name]).__name__} found)"
+        for name, shape in shapes.items()
+        if not isinstance(found[name], Tensor) or found[name].shape != shape
     ]
+
+
+def _require_none(missing: Iterable[str], unexpected: Iterable[str], misshapen: Iterable[str], source: str) -> None:
     problems = [
-        f"{what}: {_shorten(names)}"
-        for what, names in (("missing", missing), ("left over", unexpected), ("of another shape", shapes))
+        f"{what}: {_shorten(sorted(names))}"
+        for what, names in (("missing", missing), ("left over", unexpected), ("of another shape", misshapen))
         if names
     ]
     if problems:
@@ -110,14 +229,6 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Any], sour
             f"The tensors in {source} do not fit the adapters of this model. {'; '.join(problems)}. Use the LoRA "
             "settings (r, target_modules, modules_to_save, ...) with which it was saved. Nothing was loaded."
         )
-
-
-def _adapter_names(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield from (clean_fqn(f"{name}.lora.{inner}".lstrip(".")) for inner, _, _ in named_tensors(module.lora))
-    for root_name, injection in named_injections(model):
-        yield from (f"{root_name}.{name}".lstrip(".") for name in own_names(injection))
 
 
 def own_names(injection: Injection) -> list[str]:

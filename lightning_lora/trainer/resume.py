@@ -15,8 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 
-from lightning_lora.formats.checkpoint import KEY, check_checkpoint, read_checkpoint
-from lightning_lora.model.state_dict import CheckpointError, adapter_tensors, load_adapter_state_dict
+from lightning_lora.formats.checkpoint import KEY
 from lightning_lora.rng import generators_of, rng_state, set_rng_state
 from lightning_lora.sharding import is_sharded
 from lightning_lora.trainer.instance_mixin import mix_into
@@ -58,24 +57,6 @@ def rebuild_dataloader(trainer: pl.Trainer) -> None:
     public way to have it made again; Lightning's learning-rate finder does it in this way too.
     """
     trainer.fit_loop._combined_loader = None
-
-
-def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Load the adapter of the best checkpoint of the run that just ended.
-
-    Raises:
-        CheckpointError: If the run kept none.
-    """
-    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if not path:
-        raise CheckpointError(
-            'merge="best" needs a best checkpoint, and this run kept none: add '
-            'ModelCheckpoint(monitor="val_loss") to the Trainer\'s callbacks, or use merge="last". The adapter of the '
-            "last step is still in the model, unmerged."
-        )
-    checkpoint = read_checkpoint(path)
-    state_dict = check_checkpoint(module, checkpoint, path)
-    load_adapter_state_dict(module, {name: state_dict[name] for name in adapter_tensors(module)})
 
 
 def run_rng_state(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> dict[str, Any]:

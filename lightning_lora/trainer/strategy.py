@@ -11,15 +11,18 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.formats.checkpoint import KEY, check_checkpoint, readable
+from lightning_lora.formats.checkpoint import KEY, check_checkpoint, read_checkpoint
 from lightning_lora.formats.dcp import is_directory, read_directory, split_optimizer
 from lightning_lora.formats.metadata import metadata
+from lightning_lora.formats.open_file import is_skipped, readable
 from lightning_lora.model.removed import restored
-from lightning_lora.model.state_dict import adapter_only, adapter_state_dict
+from lightning_lora.model.state_dict import adapter_only, adapter_state_dict, base_absent
 from lightning_lora.trainer import atomic_save
 from lightning_lora.trainer.instance_mixin import mix_into
 from lightning_lora.trainer.resume import RNG_KEY, run_rng_state
 
+_OWN_FILES, _TRUSTS = "_lora_own_files", "_lora_trusts"
+_WAY_OUT = "weights_only=False to this run of the Trainer"
 _SEAM = ("lightning_module_state_dict", "save_checkpoint", "load_checkpoint", "load_model_state_dict")
 
 
@@ -73,17 +76,33 @@ class AdapterCheckpoints(ABC):
             checkpoint[KEY]["optimizers"] = [rest for _, rest in split]
         with atomic_save.writing(self, filepath) as path:
             super().save_checkpoint(checkpoint, path, *args, **kwargs)  # type: ignore[misc]
+        vars(self).setdefault(_OWN_FILES, set()).add(str(filepath))
 
     def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        with readable(checkpoint_path):
+        trusted = False in (*args, kwargs.get("weights_only"))
+        vars(self)[_TRUSTS] = trusted
+        with readable(checkpoint_path, _WAY_OUT):
             checkpoint = (
-                read_directory(checkpoint_path)
+                read_directory(checkpoint_path, "open" if trusted else "refuse")
                 if is_directory(checkpoint_path)
                 else self.read_file(checkpoint_path, *args, **kwargs)
             )
         checkpoint["state_dict"] = check_checkpoint(self.lightning_module, checkpoint, str(checkpoint_path))
-        for holder, key in self.copies_in(checkpoint):
-            holder[key] = {**self.lightning_module.state_dict(), **holder[key]}  # callbacks load theirs strictly
+        for holder, key in self.copies_in(checkpoint):  # which callbacks load strictly, base and all
+            full = self.lightning_module.state_dict()
+            kept = adapter_only(self.lightning_module, full)
+            holder[key] = {**{name: value for name, value in full.items() if name not in kept}, **holder[key]}
+        return checkpoint
+
+    def read_again(self, path: str | Path) -> dict[str, Any]:
+        """Read a checkpoint that this run has kept, or one before it that it goes on from.
+
+        Objects are opened in files that this very process has written, and where the run was told to open them.
+        """
+        trusted = str(path) in vars(self).get(_OWN_FILES, ()) or vars(self).get(_TRUSTS, False)
+        checkpoint = read_checkpoint(path, "open" if trusted else "skip", _WAY_OUT)
+        if is_skipped(checkpoint["state_dict"]):  # for the error
+            read_checkpoint(path, "refuse", _WAY_OUT)
         return checkpoint
 
     def read_file(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -102,8 +121,9 @@ class AdapterCheckpoints(ABC):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         state_dict = adapter_only(self.lightning_module, checkpoint["state_dict"])
-        # Not strict, since the base is absent on purpose; `load_checkpoint` has required all the rest.
-        super().load_model_state_dict({**checkpoint, "state_dict": state_dict}, strict=False)  # type: ignore[misc]
+        # `load_checkpoint` has required the adapters. Outside of them, it is for Lightning to be strict or not.
+        with base_absent(self.lightning_module):
+            super().load_model_state_dict({**checkpoint, "state_dict": state_dict}, strict=strict)  # type: ignore[misc]
 
 
 def _holds(value: Any, names: Collection[str]) -> bool:

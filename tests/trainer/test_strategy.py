@@ -6,13 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from helpers import toys
 from helpers.runs import fit
-from helpers.toys import Toy, assert_adapter_only, assert_same_tensors, inputs, loader, snapshot
+from helpers.toys import Toy, assert_adapter_only, assert_same_tensors, inputs, loader, outputs, snapshot
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch import nn
 
-from lightning_lora import LoRA, adapter_state_dict, eject, load_from_checkpoint, unmerge
+from lightning_lora import (
+    CheckpointError,
+    LoRA,
+    adapter_state_dict,
+    eject,
+    load_adapter,
+    load_from_checkpoint,
+    save_adapter,
+    unmerge,
+)
 from lightning_lora.trainer.strategy import AdapterCheckpoints, install
 
 
@@ -121,6 +132,147 @@ def test_evaluation_from_a_checkpoint_on_the_untouched_base(
         expected = load_from_checkpoint(Toy, path).eval()(inputs())
         torch.testing.assert_close(torch.cat(result), expected)
     assert_same_tensors(eject(model).state_dict(), base)
+
+
+class Extra(nn.Module):
+    """Stores what is no tensor."""
+
+    state: Any = None
+
+    def get_extra_state(self) -> Any:
+        return {"amax": self.state}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.state = state["amax"]
+
+
+class Lazy(nn.Module):
+    """Makes its buffer when it is first used, or loaded."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if "seen" not in self._buffers:
+            self.register_buffer("seen", torch.zeros(()))
+        self.seen += len(x)
+        return x
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if f"{prefix}seen" in state_dict:
+            self.register_buffer("seen", torch.zeros(()))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Beside(Toy):
+    """Has much beside ``net``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra, self.lazy, self.judge = Extra(), Lazy(), nn.Linear(2, 2)
+        self.auroc = torchmetrics.classification.BinaryAUROC()
+        self.auroc.persistent(True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.extra.state = self.global_step
+        self.auroc.update(torch.rand(3), torch.tensor([0, 1, 1]))
+        self.lazy(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+class Drops(Beside):
+    """Keeps a part out of its checkpoints."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name in [name for name in checkpoint["state_dict"] if name.startswith("judge")]:
+            del checkpoint["state_dict"][name]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_is_beside_is_loaded_as_without_lora(lora: bool, strict: bool, tmp_path: Path) -> None:
+    def callbacks() -> list[Any]:
+        return [LoRA(r=2, module="net", summary=False)] if lora else []
+
+    def build(cls: type[Beside] = Beside) -> Beside:
+        model = cls()
+        model.strict_loading = strict
+        return model
+
+    for cls in (Beside, Drops):
+        last = tmp_path / cls.__name__ / "last.ckpt"
+        toys.trainer(tmp_path, [*callbacks(), ModelCheckpoint(last.parent, save_last=True)]).fit(build(cls), loader())
+        model, trainer = build(cls), toys.trainer(tmp_path, callbacks(), max_epochs=3)
+        if strict and cls is Drops:
+            with pytest.raises(
+                RuntimeError, match=r"Missing key\(s\) in state_dict: \"judge.weight\", \"judge.bias\"\. *$"
+            ):
+                trainer.fit(model, loader(), ckpt_path=last)
+        else:
+            trainer.fit(model, loader(), ckpt_path=last)
+            assert model.extra.state == 11
+            assert model.lazy.seen == 96
+            assert len(model.auroc.preds) == 12
+    if lora:
+        rebuilt = load_from_checkpoint(Beside, tmp_path / "Beside" / "last.ckpt", strict=strict)
+        assert rebuilt.extra.state == 7
+        assert rebuilt.lazy.seen == 64
+        with pytest.raises(RuntimeError, match="judge.weight"):
+            load_from_checkpoint(Drops, tmp_path / "Drops" / "last.ckpt", strict=True)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_adapters_are_always_required(strict: bool, tmp_path: Path) -> None:
+    class Loses(Beside):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            del checkpoint["state_dict"]["net.0.lora.default.lora_B"]
+
+    def lora() -> LoRA:
+        return LoRA(r=2, module="net", summary=False)
+
+    toys.trainer(tmp_path, [lora(), ModelCheckpoint(tmp_path, save_last=True)]).fit(Loses(), loader())
+    model = Loses()
+    model.strict_loading = strict
+    with pytest.raises(CheckpointError, match=r"missing: net\.0\.lora\.default\.lora_B"):
+        toys.trainer(tmp_path, [lora()], max_epochs=3).fit(model, loader(), ckpt_path=tmp_path / "last.ckpt")
+
+
+class Aliased(Toy):
+    """Parts of ``net`` have other names too, as modules and as a tied weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = self.net, self.net[6]
+        self.tied = nn.Linear(16, 16)
+        nn.init.zeros_(self.tied.bias)
+        self.tied.weight = self.net[4].weight
+
+
+@pytest.mark.parametrize("module", ["net", "encoder", None])
+def test_other_names_of_the_base_are_in_no_checkpoint(module: str | None, tmp_path: Path) -> None:
+    settings = {"r": 2, "module": module, "target_modules": ["0", "4"], "modules_to_save": ["6"], "summary": False}
+    if module is None:
+        settings.update(target_modules=["net.0", "net.4"], modules_to_save=["net.6"])
+
+    def lora() -> LoRA:
+        return LoRA(**settings)
+
+    model, last = Aliased(), tmp_path / "last.ckpt"
+    trainer = toys.trainer(tmp_path, [lora(), ModelCheckpoint(tmp_path, save_last=True)])
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "merged.ckpt")
+    for path in (last, tmp_path / "merged.ckpt"):
+        names = torch.load(path, weights_only=True)["state_dict"]
+        of_others = {name for name in names if ".lora." not in name and not name.endswith(("6.weight", "6.bias"))}
+        assert {name for name in of_others if not name.startswith("head.")} == ({"tied.bias"} if module else set())
+        other = load_from_checkpoint(Aliased, path)
+        torch.testing.assert_close(outputs(other), outputs(model), rtol=1e-4, atol=1e-5)
+        assert other.encoder is other.net
+        assert other.head.weight is other.net[6].weight
+    resumed = toys.trainer(tmp_path, [lora()], max_epochs=3)
+    resumed.fit(Aliased(), loader(), ckpt_path=last)
+    assert resumed.global_step == 12
+    save_adapter(other, tmp_path / "adapter")
+    again = Aliased()
+    load_adapter(again.net if module else again, tmp_path / "adapter")
+    assert torch.equal(outputs(again), outputs(other))
 
 
 def test_a_strategy_without_the_seam_fails_loudly() -> None:

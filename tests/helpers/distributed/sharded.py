@@ -62,7 +62,7 @@ class _Lora(LoRA):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_fit_start(trainer, pl_module)
         self._start["initial"] = _digest(adapter_state_dict(pl_module))
-        self._start["fingerprints"] = [injection.fingerprint for injection in injections(pl_module)]
+        self._start["fingerprints"] = [injection.fingerprint.short for injection in injections(pl_module)]
 
 
 def _digest(tensors: dict[str, Tensor]) -> dict[str, float]:

@@ -1,0 +1,99 @@
+"""How far a checkpoint's file is opened: its tensors and plain types, or the objects in it too, which can run code."""
+
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from lightning_lora.model.state_dict import CheckpointError
+
+Objects = Literal["refuse", "skip", "open"]
+
+
+class _Skipped:
+    """Stands where a file has an object of a class that was not opened. It does nothing, whatever a file asks of it."""
+
+    # Also what calling it, or making an object of it, gives: so there is one alone.
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Skipped":
+        return _SKIPPED
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "_Skipped":
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        return
+
+
+_SKIPPED: _Skipped = object.__new__(_Skipped)
+
+
+def open_file(path: str | Path, objects: Objects) -> Any:
+    """Read a file that ``torch.save`` wrote, onto the CPU.
+
+    Args:
+        path: The file.
+        objects: What becomes of what is neither a tensor nor of a plain type. ``"refuse"`` is torch's
+            ``weights_only=True``, and ``"open"`` its ``weights_only=False``, which runs what code the file asks for.
+            ``"skip"`` leaves out such objects and runs nothing: torch's restricted reader reads the file, and finds
+            for each name that it does not know one object that does nothing.
+    """
+    with get_filesystem(path).open(str(path), "rb") as file:
+        if objects != "skip":
+            return torch.load(file, map_location="cpu", weights_only=objects == "refuse")
+        names = get_unsafe_globals_in_checkpoint(file)
+        file.seek(0)
+        unknown: list[Any] = [(_SKIPPED, name) for name in names]
+        # The class too, for only what has an allowed class may be given a state.
+        with safe_globals([*unknown, (_Skipped, f"{__name__}._Skipped")]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def is_skipped(value: Any) -> bool:
+    """Whether this, or something in it, was left out."""
+    if isinstance(value, dict):
+        return any(map(is_skipped, value)) or any(map(is_skipped, value.values()))
+    return any(map(is_skipped, value)) if isinstance(value, (list, tuple, set)) else value is _SKIPPED
+
+
+@contextmanager
+def readable(path: str | Path, way_out: str | None = None) -> Iterator[None]:
+    """Turn what a damaged file, or one that holds more than was to be opened, raises into a CheckpointError.
+
+    Args:
+        path: The file.
+        way_out: How the caller can have objects opened, if there is a way.
+    """
+    try:
+        yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (EOFError, OSError, pickle.UnpicklingError, RuntimeError) as error:
+        reason = (str(error).splitlines() or ["it ends early."])[0]
+        names = _names_in(path) if isinstance(error, pickle.UnpicklingError) else []
+        if names:
+            raise CheckpointError(
+                f"{path} cannot be read as a checkpoint: it holds more than tensors and plain types, namely "
+                f"{', '.join(names)}, and what opening these runs is up to the file. If you trust where it comes from, "
+                f"{f'give {way_out}, or ' if way_out else ''}name them to torch.serialization.add_safe_globals. "
+                "Nothing was loaded."
+            ) from error
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: {reason} The file is damaged or cut short. Take another "
+            "checkpoint. Nothing was loaded."
+        ) from error
+
+
+def _names_in(path: str | Path) -> list[str]:
+    """The names that a file has beside those of tensors and plain types."""
+    try:
+        with get_filesystem(path).open(str(path), "rb") as file:
+            found = get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # a damaged file may break anywhere
+        return []
+    return sorted(name for name in found if re.fullmatch(r"[\w.]+", name))

@@ -1,0 +1,70 @@
+"""``LoRA(merge="best")``: which checkpoint is the best of a run, and how the model gets what it holds."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_lora.formats.checkpoint import check_checkpoint
+from lightning_lora.model.state_dict import CheckpointError
+
+_ADD = 'add ModelCheckpoint(monitor="val_loss") to its callbacks, or use merge="last"'
+
+
+def require_best(trainer: pl.Trainer) -> None:
+    """Require, before a run, that it will keep one checkpoint that is the best.
+
+    Raises:
+        ValueError: If none is kept by a monitored value, or several by different ones.
+    """
+    keepers = _keepers(trainer)
+    if not keepers:
+        what = (
+            "none of the Trainer's ModelCheckpoints keeps one by a monitored value"
+            if trainer.checkpoint_callbacks
+            else "the Trainer keeps none"
+        )
+        raise ValueError(f'LoRA(merge="best") needs a checkpoint of the best step, and {what}: {_ADD}.')
+    kinds = list(dict.fromkeys(f"monitor={keeper.monitor!r}, mode={keeper.mode!r}" for keeper in keepers))
+    if len(kinds) > 1:
+        raise ValueError(
+            f'LoRA(merge="best") cannot tell which is the best: the Trainer has ModelCheckpoints with '
+            f"{' and with '.join(kinds)}. Give all that have a monitor the same one, or use merge=None and load the "
+            "checkpoint that you want after the run."
+        )
+
+
+def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Load the best checkpoint of the run that just ended: adapters, and what is trained outside of them.
+
+    Raises:
+        CheckpointError: If the run kept none, as its monitored value was never there.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        rank_zero_info('fast_dev_run keeps no checkpoints, so merge="best" merges the adapter of the last step.')
+        return
+    keepers = [keeper for keeper in _keepers(trainer) if keeper.best_model_path]
+    if not keepers:
+        raise CheckpointError(
+            f'merge="best" needs a best checkpoint, and this run kept none: {_ADD}. The adapter of the last step is '
+            "still in the model, unmerged."
+        )
+    path = min(keepers, key=_rank).best_model_path
+    strategy: Any = trainer.strategy
+    checkpoint = strategy.read_again(path)
+    checkpoint["state_dict"] = check_checkpoint(module, checkpoint, path)
+    module.on_load_checkpoint(checkpoint)  # as Lightning does before it loads
+    strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
+
+
+def _keepers(trainer: pl.Trainer) -> list[Any]:
+    """The callbacks that keep checkpoints by a monitored value."""
+    found: list[Any] = [callback for callback in trainer.checkpoint_callbacks if getattr(callback, "monitor", None)]
+    return [callback for callback in found if callback.save_top_k != 0]
+
+
+def _rank(keeper: Any) -> float:
+    score = keeper.best_model_score
+    if score is None:
+        return float("inf")
+    return -float(score) if keeper.mode == "max" else float(score)

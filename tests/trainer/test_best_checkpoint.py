@@ -1,0 +1,107 @@
+"""``LoRA(merge="best")``: which checkpoint is merged, and what of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import toys
+from helpers.toys import Toy, assert_same_tensors, loader
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_lora import LoRA, adapter_state_dict, unmerge
+
+
+class Scored(Toy):
+    """Its scores are given, one an epoch; outside of ``net``, it trains a scale."""
+
+    def __init__(self, scores: list[float]) -> None:
+        super().__init__()
+        self.scores, self.scale = scores, nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) * self.scale
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("score", self.scores[self.current_epoch])
+        self.log("other", -self.scores[self.current_epoch])
+
+
+class Record(toys.L.Callback):
+    """Keeps what is trained, after each epoch."""
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, torch.Tensor]] = []
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        found = {**adapter_state_dict(pl_module), "scale": pl_module.scale}
+        self.kept.append({name: tensor.detach().clone() for name, tensor in found.items()})
+
+
+def run(tmp_path: Path, scores: list[float], *keepers: dict[str, Any], **kw: Any) -> tuple[Any, Any]:
+    model, record = Scored(scores), Record()
+    callbacks = [ModelCheckpoint(tmp_path / str(n), **settings) for n, settings in enumerate(keepers)]
+    lora = LoRA(r=2, merge="best", module="net", summary=False)
+    trainer = toys.trainer(tmp_path, [lora, record, *callbacks], max_epochs=len(scores), num_sanity_val_steps=0, **kw)
+    trainer.fit(model, loader(), loader())
+    return unmerge(model), record
+
+
+PLAIN = [{"every_n_epochs": 1, "save_top_k": -1}, {"every_n_train_steps": 3}]
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    scores=st.permutations([1.0, 2.0, 3.0]),
+    mode=st.sampled_from(["min", "max"]),
+    others=st.lists(st.sampled_from(PLAIN), unique_by=str),
+    place=st.integers(0, 2),
+    twice=st.booleans(),
+)
+def test_the_monitored_one_is_merged_whole(
+    scores: list[float],
+    mode: str,
+    others: list[Any],
+    place: int,
+    twice: bool,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    monitored = {"monitor": "score", "mode": mode}
+    keepers = [*others[:place], *([{**monitored, "every_n_epochs": 2}] if twice else []), monitored, *others[place:]]
+    model, record = run(tmp_path_factory.mktemp("best"), scores, *keepers)
+    best = scores.index(min(scores) if mode == "min" else max(scores))
+    assert_same_tensors({**adapter_state_dict(model), "scale": model.scale}, record.kept[best])
+
+
+def test_what_cannot_be_told_is_refused_when_fit_starts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"monitor='score', mode='min' and with monitor='other', mode='min'.*merge=N"):
+        run(tmp_path, [1.0], {"monitor": "score"}, {"monitor": "other"})
+    with pytest.raises(ValueError, match="monitor='score', mode='max'"):
+        run(tmp_path, [1.0], {"monitor": "score"}, {"monitor": "score", "mode": "max"})
+    for unmonitored in ({}, {"monitor": "score", "save_top_k": 0}):
+        with pytest.raises(ValueError, match=r"none of the Trainer's ModelCheckpoints keeps one by a monitored value"):
+            run(tmp_path, [1.0], unmonitored)
+
+
+def test_fast_dev_run_merges_the_last_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        model, record = run(tmp_path, [1.0], {"monitor": "score"}, fast_dev_run=True)
+    assert_same_tensors({**adapter_state_dict(model), "scale": model.scale}, record.kept[-1])
+
+
+def test_the_hook_of_loading_is_called_as_by_lightning(tmp_path: Path) -> None:
+    class Hooked(Scored):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["scale"] = checkpoint["state_dict"].pop("scale")
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"]["scale"] = checkpoint["scale"]
+
+    model, record = Hooked([1.0, 2.0]), Record()
+    keep = ModelCheckpoint(tmp_path, monitor="score")
+    lora = LoRA(r=2, merge="best", module="net", summary=False)
+    toys.trainer(tmp_path, [lora, record, keep], num_sanity_val_steps=0).fit(model, loader(), loader())
+    assert torch.equal(model.scale, record.kept[0]["scale"])
