@@ -134,9 +134,11 @@ class _MovedModule(ModuleType):
         self._home = home
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # which others ask all modules for, such as inspect for __file__
+        # Names with underscores others ask all modules for, such as inspect for __file__.
+        home = None if name.startswith("__") else import_module(self._home)
+        if home is None or not hasattr(home, name):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        return getattr(import_module(self._home), name)
+        return getattr(home, name)
 
 
 for _old, _home in _MOVED.items():

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import lightning_lora
-from lightning_lora import callbacks
 
 ROOT = Path(lightning_lora.__file__).parents[1]
 HEAVY = "{'torch', 'lightning', 'numpy', 'transformers', 'rich', 'jsonargparse'}"
@@ -79,6 +78,8 @@ MOVED = [
     ("curve", "LearningCurve"),
     ("predictions", "PredictionWriter"),
     ("reference", "BaseAsReference"),
+    ("export", "save_merged"),
+    ("tasks.modes", "evaluating"),
 ]
 
 
@@ -86,9 +87,10 @@ MOVED = [
 def test_names_of_version_0_1_are_found(module: str, name: str) -> None:
     assert fresh(f"from lightning_lora.{module} import {name}; print({name}.__name__)") == name
     old = importlib.import_module(f"lightning_lora.{module}")
-    assert getattr(old, name) is getattr(callbacks, name)
+    now = getattr(importlib.import_module(f"lightning_lora.{lightning_lora._MOVED[module]}"), name)
+    assert getattr(old, name) is now
     assert importlib.util.find_spec(f"lightning_lora.{module}") is not None
-    assert pickle.loads(f"clightning_lora.{module}\n{name}\n.".encode()) is getattr(callbacks, name)
+    assert pickle.loads(f"clightning_lora.{module}\n{name}\n.".encode()) is now
     with pytest.raises(AttributeError, match=f"module 'lightning_lora.{module}' has no attribute 'other'"):
         old.other  # noqa: B018
     with pytest.raises(ImportError):
