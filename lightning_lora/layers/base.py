@@ -1,6 +1,7 @@
 """What every adapted layer shares: the class that a base layer takes on while it is adapted."""
 
 import dataclasses
+import inspect
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -320,6 +321,7 @@ def adapted_class(layer_class: type[LoraLayer], base: type[nn.Module]) -> type[L
             return type(self).forward(self, *args, **kwargs)
         return super(adapted, self).forward(*args, **kwargs)
 
+    forward.__signature__ = inspect.signature(layer_class.forward)  # type: ignore[attr-defined]  # for torch.export
     names = {"__module__": layer_class.__module__, "_is_adapted": True}
     adapted: type[LoraLayer] = type(f"Lora{base.__name__}", (layer_class, base), {**names, "forward": forward})
     return adapted

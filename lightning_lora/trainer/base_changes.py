@@ -166,6 +166,7 @@ def _read(tensors: dict[str, Tensor], look: Any) -> dict[str, list[int]]:
 def _words(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """The bytes of a tensor as whole numbers: eight at a time, and the rest one by one."""
     tensor = tensor.detach()
+    tensor = tensor.int_repr() if tensor.is_quantized else tensor  # whose bytes torch 2.13 crashes to view
     # In the order in which they lie in memory, so that they need not be copied.
     tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
     read = tensor.contiguous().view(-1).view(torch.uint8)
