@@ -280,6 +280,17 @@ def test_copies_of_layers_are_each_a_record_of_their_own() -> None:
     close(net(X), adapted)
 
 
+def test_a_copied_part_in_another_module_has_no_part_in_what_else_is_there() -> None:
+    _, plan = planned(modules_to_save=["head"])
+    again = Plan(copy.deepcopy(plan.net))
+    head = snapshot(again.head)
+    adapted = again.net(X).detach()
+    close(merge(again) and again.net(X), adapted)
+    eject(again)
+    assert_same_tensors(snapshot(again.net), snapshot(body()))
+    assert_same_tensors(snapshot(again.head), head)
+
+
 def _merge_in_another_process(file: Path, results: Path) -> None:
     model = torch.load(file, weights_only=False)
     merged = merge(model)(X).detach()

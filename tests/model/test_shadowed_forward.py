@@ -137,6 +137,27 @@ def test_dispatched_models(kind: str, how: str, first: str, tmp_path: Path) -> N
 
 
 @torch.no_grad()
+def test_several_offloaded_adapters(tmp_path: Path) -> None:
+    model, settings = base(), KINDS["linear"]
+    for name in ("default", "second"):
+        add_adapter(model, LoraConfig(r=2, **settings), name)
+        set_adapter(model, name)
+        randomize(model, 0.5)
+    wanted = []
+    for names in ("default", "second", ["default", "second"]):
+        wanted.append(set_adapter(model, names)(X))
+    with adapters_for(model, ["second", "default"]):
+        mixed = model(X)
+    DISPATCHES["cpu offload"](model, tmp_path)
+    for names, want in zip(("default", "second", ["default", "second"]), wanted):
+        close(set_adapter(model, names)(X), want)
+        close(merge(model)(X), want)
+        unmerge(model)
+    with adapters_for(model, ["second", "default"]):
+        close(model(X), mixed)
+
+
+@torch.no_grad()
 def test_the_map_of_a_model_that_is_offloaded_as_a_whole(tmp_path: Path) -> None:
     def net() -> nn.Sequential:
         torch.manual_seed(0)

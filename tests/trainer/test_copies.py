@@ -1,6 +1,7 @@
 """Copies of the module and of the Trainer, made in a run and after it, and networks that outlive their module."""
 
 import copy
+import gc
 import io
 import pickle
 from collections.abc import Callable
@@ -78,6 +79,10 @@ def test_a_copy_made_in_fit_is_a_copy(tmp_path: Path, how: str, module_class: ty
     adapted = outputs(twin)
     assert is_adapted(twin)
     torch.testing.assert_close(adapted, outputs(model), rtol=1e-4, atol=1e-5)
+    merge(twin)
+    trainer(tmp_path).test(twin, loader(), verbose=False)
+    assert twin.net[0].merged
+    unmerge(twin)
     for callbacks in ([], [lora()]):
         the_trainer = trainer(tmp_path, callbacks)
         for run in (the_trainer.validate, the_trainer.test):
@@ -88,7 +93,7 @@ def test_a_copy_made_in_fit_is_a_copy(tmp_path: Path, how: str, module_class: ty
     assert_same_tensors(snapshot(model), merged)
     assert getattr(model, "built", 0) == built
     if module_class is Late:
-        assert twin.built == built + 4
+        assert twin.built == built + 5
     trainer(tmp_path, [lora()], max_epochs=1).fit(twin, loader())
     assert not is_adapted(twin)
     assert_same_tensors(snapshot(model), merged)
@@ -179,12 +184,16 @@ def test_a_network_outlives_the_module_of_its_run(tmp_path: Path, how: str | Non
     net = toy_net(dropout=0.0)
     base, kept = snapshot(net), []
 
-    def fit() -> None:
+    def fit_plan() -> None:
         plan = Plan(net)
         the_trainer = trainer(tmp_path, [lora(merge=how)], max_epochs=1)
         the_trainer.fit(plan, loader())
         if not is_gone:
             kept.append(the_trainer)
+
+    def fit() -> None:
+        fit_plan()
+        gc.collect()  # a Trainer and its module hold each other
 
     fit()
     first = outputs(net)
@@ -198,3 +207,20 @@ def test_a_network_outlives_the_module_of_its_run(tmp_path: Path, how: str | Non
     assert_same_tensors(snapshot(net), base)
     fit()
     torch.testing.assert_close(outputs(net), first, rtol=1e-4, atol=1e-5)
+
+
+class Fails(L.Callback):
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        raise RuntimeError("no start")
+
+
+@pytest.mark.parametrize("how", ["last", None])
+def test_a_start_that_fails_takes_out_no_adapter_of_an_earlier_module(tmp_path: Path, how: str | None) -> None:
+    net = toy_net(dropout=0.0)
+    first = trainer(tmp_path, [lora(merge=how)], max_epochs=1)
+    first.fit(Plan(net), loader())
+    state = snapshot(net)
+    with pytest.raises(RuntimeError, match="no start"):
+        trainer(tmp_path, [Fails(), lora(merge=how)], max_epochs=1).fit(Plan(net), loader())
+    assert_same_tensors(snapshot(net), state)
+    assert adapters(unmerge(net))
