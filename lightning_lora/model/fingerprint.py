@@ -5,13 +5,13 @@ import dataclasses
 import hashlib
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_lora.layers import LoraLayer, LoraTokens
+from lightning_lora.layers import LoraLayer
 from lightning_lora.layers.offloading import offloaded
 from lightning_lora.model.record import Injection, injections_of
 from lightning_lora.sharding import full_tensor, named_tensors
@@ -204,11 +204,16 @@ def _agree(one: _Values, other: _Values) -> bool:
     size = np.maximum(np.abs(a), np.abs(b))
     if one.code != other.code:
         allowed = _ROUNDING[_FORMATS[min(one.code, other.code)]] * size + _SMALLEST_STEP
+        alike = np.abs(a - b) <= allowed
     elif _FORMATS[one.code] is torch.float32:
-        allowed = _NOISE * np.max(size, initial=0.0)
-    else:
-        return False  # copies in one precision are equal
-    return bool(np.all((a == b) | (np.abs(a - b) <= allowed) | (np.isnan(a) & np.isnan(b))))
+        alike = np.abs(a - b) <= _NOISE * np.max(size, initial=0.0)
+    else:  # in one precision; but among the smallest numbers float16 has fewer of them than bfloat16
+        alike = (a == _in_float16(b)) | (b == _in_float16(a))
+    return bool(np.all((a == b) | alike | (np.isnan(a) & np.isnan(b))))
+
+
+def _in_float16(numbers: "np.ndarray") -> "np.ndarray":
+    return torch.from_numpy(numbers).half().double().numpy()
 
 
 def base_tensors(injection: Injection) -> Iterator[BaseTensor]:
@@ -224,14 +229,16 @@ def base_tensors(injection: Injection) -> Iterator[BaseTensor]:
     beside = injections_of(root)
     for each in beside if injection in beside else (*beside, injection):
         if each.in_place:
-            of_base.update((id(each.tensor(name)), base) for name, base in each.aside.items())
-    replaced: dict[int, Any] = {
-        id(layer.weight): layer.adapter(injection.adapter_name).tokens
+            of_base.update((id(here), each.aside[name]) for name, here in each.tensors(each.aside).items())
+    replaced = {
+        id(parameter): part.replaced_rows
         for _, layer in injection.layers()
-        if isinstance(layer, LoraTokens)
+        for part in layer.parts(injection.adapter_name)
+        if part.replaced_rows
+        for parameter in layer.adapted_parameters().values()
     }
     # What this injection trains is none of its base; what another one trains is.
-    trained = {id(injection.tensor(name)) for name in injection.trained}
+    trained = {id(tensor) for tensor in injection.tensors(injection.trained).values()}
     trained |= {id(parameter) for layer in layers for parameter in layer.lora.parameters()}
     for name, module, inner in tensors:
         key, is_buffer = id(getattr(module, inner)), inner in module._buffers
