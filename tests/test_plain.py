@@ -2,7 +2,6 @@
 
 import enum
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.settings import DictConfig, ListConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,35 +30,6 @@ class Name(enum.Enum):
 
 class Text(str):
     pass
-
-
-class ListConfig(Sequence):
-    """As Hydra's: a list that is none."""
-
-    def __init__(self, *items: Any) -> None:
-        self.items = items
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.items[index]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-
-class DictConfig(Mapping):
-    """As Hydra's: a dict that is none."""
-
-    def __init__(self, items: dict[str, Any]) -> None:
-        self.items_ = items
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.items_[key]
-
-    def __len__(self) -> int:
-        return len(self.items_)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.items_)
 
 
 def is_plain(value: Any) -> bool:
@@ -101,8 +72,8 @@ def same(one: Any, other: Any) -> bool:
         ({"q": 1}.keys(), ["q"]),
         (OrderedDict(q=(1, 2)), {"q": [1, 2]}),
         ({Color.RED: {1: np.int8(2)}}, {"red": {"1": 2}}),
-        (ListConfig("q", ListConfig(np.int32(1))), ["q", [1]]),
-        (DictConfig({"q": ListConfig(1), "v": DictConfig({})}), {"q": [1], "v": {}}),
+        (ListConfig(["q", ListConfig([np.int32(1)])]), ["q", [1]]),
+        (DictConfig({"q": ListConfig([1]), "v": DictConfig({})}), {"q": [1], "v": {}}),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -136,7 +107,7 @@ nested = st.recursive(
     lambda inner: st.one_of(
         st.lists(inner),
         st.lists(inner).map(tuple),
-        st.lists(inner).map(lambda items: ListConfig(*items)),
+        st.lists(inner).map(ListConfig),
         st.dictionaries(keys, inner),
         st.dictionaries(st.text(), inner).map(DictConfig),
         st.frozensets(leaves),

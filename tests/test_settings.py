@@ -5,13 +5,13 @@ import enum
 import inspect
 import pickle
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
 import yaml
+from helpers.settings import DictConfig, ListConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -186,35 +186,6 @@ def test_type_checkers_know_every_setting(tmp_path: Path) -> None:
 
 class Start(str, enum.Enum):
     PISSA = "pissa"
-
-
-class ListConfig(Sequence):
-    """As Hydra's: a list that is none."""
-
-    def __init__(self, items: list[Any]) -> None:
-        self.items = items
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.items[index]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-
-class DictConfig(Mapping):
-    """As Hydra's: a dict that is none."""
-
-    def __init__(self, items: dict[str, Any]) -> None:
-        self.of = items
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.of[key]
-
-    def __len__(self) -> int:
-        return len(self.of)
-
-    def __iter__(self) -> Any:
-        return iter(self.of)
 
 
 def test_settings_of_other_libraries_become_plain() -> None:
