@@ -277,6 +277,7 @@ def load_full(module: nn.Module, name: str, tensor: Tensor, shard: Tensor | None
     (getattr(module, name) if shard is None else shard).detach().copy_(shard_of(module, name, tensor))
 
 
+@torch.inference_mode(False)  # in which what is cast here could never be trained again
 @torch.no_grad()
 def swap_parameters(module: nn.Module, name: str, other: Tensor) -> Tensor:
     """Put another parameter, or other values of it, in the place of a module's own.
@@ -308,13 +309,15 @@ def swap_parameters(module: nn.Module, name: str, other: Tensor) -> Tensor:
         before = here.detach().clone()
         here.detach().copy_(shard_of(module, name, other.detach()))
         return nn.Parameter(before, here.requires_grad) if isinstance(other, nn.Parameter) else before
-    if other.is_floating_point() and (other.dtype, other.device) != (here.dtype, here.device):
-        other.data = other.data.to(here.device, here.dtype)
+    # Models are cast in their floating-point numbers alone, and moved as a whole.
+    casts = other.is_floating_point() or other.is_complex()
+    values = other.data.to(here.device, here.dtype if casts else other.dtype)
     if isinstance(other, nn.Parameter):
+        other.data = values
         setattr(module, name, other)
         return here
     before = here.data
-    here.data = other  # which neither makes a new object nor counts as a change of one that autograd has saved
+    here.data = values  # which neither makes a new object nor counts as a change of one that autograd has saved
     return before
 
 

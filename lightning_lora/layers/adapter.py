@@ -36,6 +36,8 @@ class Adapter(nn.Module):
     follows_tensor_parallel: ClassVar[bool] = False
 
     layer_name: str
+    # Rows of the weight that it puts others in the place of, so that the base's own do not matter.
+    replaced_rows: tuple[int, ...] = ()
 
     def fold(self, weight: Tensor) -> Tensor:
         """The base weight, in float32 or better, with this adapter merged in."""

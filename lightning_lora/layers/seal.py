@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 20
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FACTOR = -0x61C8864680B583EB  # odd, so that it loses no bit modulo 2**64
 
 
 class Seal:
@@ -16,25 +16,53 @@ class Seal:
 
     def __init__(self, tensor: Tensor) -> None:
         self._dtype = tensor.dtype
-        self._version = tensor._version
+        self._writes = writes(tensor)
         self._checksum = checksum(tensor)
 
     def fits(self, tensor: Tensor) -> bool:
         """Whether a tensor has the sealed values; after a cast, whether it was changed by autograd's count."""
         if tensor.dtype != self._dtype:
-            return tensor._version == self._version
+            return writes(tensor) == self._writes
         return checksum(tensor) == self._checksum
 
 
-@torch.no_grad()
+def writes(tensor: Tensor) -> int:
+    """How often torch has counted a write to a tensor; not counted are those through ``.data``."""
+    # torch has no public name for it, and tensors made in inference mode have none.
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def checksum(tensor: Tensor) -> int:
-    """A number that another value anywhere in the tensor, or another order, changes (but for one chance in 2**64)."""
-    if tensor.is_meta or not tensor.numel():
-        return 0
-    flat = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()])
-    # Odd multipliers, which lose no bit modulo 2**64.
-    weights = torch.arange(1, 2 * min(_CHUNK, len(flat)), 2, device=flat.device) * 0x9E3779B97F4A7C15 % 2**63 | 1
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for chunk in torch.split(flat, _CHUNK):
-        total = total * 31 + (chunk.to(torch.int64) * weights[: len(chunk)]).sum()
-    return int(total)
+    """See :func:`checksum_of`."""
+    return 0 if tensor.is_meta else int(checksum_of(*words(tensor)))
+
+
+@torch.no_grad()
+def words(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The bytes of a tensor's values, in their order, as whole numbers: eight at a time, and the rest one by one.
+
+    Raises:
+        RuntimeError: If the bytes of such a tensor cannot be seen.
+    """
+    tensor = tensor.detach()
+    tensor = tensor.int_repr() if tensor.is_quantized else tensor  # whose bytes torch 2.13 crashes to view
+    read = tensor.contiguous().view(-1).view(torch.uint8)
+    whole = len(read) // 8 * 8
+    eights, rest = read[:whole], read[whole:]
+    if eights.storage_offset() % 8 or eights.data_ptr() % 8:
+        eights = eights.clone()
+    return eights.view(torch.int64), rest.long()
+
+
+@torch.no_grad()
+def checksum_of(eights: Tensor, rest: Tensor) -> Tensor:
+    """A number that another value or another order changes, but for one chance in 2**64, from :func:`words`.
+
+    Returns:
+        Shape ``()``, on their device.
+    """
+    weights = torch.arange(1, 2 * max(min(_CHUNK, len(eights)), len(rest)) + 1, 2, device=eights.device) * _FACTOR
+    total = (rest * weights[: len(rest)]).sum()
+    for chunk in torch.split(eights, _CHUNK):
+        total = total * 31 + (chunk * weights[: len(chunk)]).sum()
+    return total

@@ -39,7 +39,7 @@ class TokenAdapter(Adapter):
 
     def __init__(self, weight: Tensor, tokens: tuple[int, ...], layer_name: str) -> None:
         super().__init__()
-        self.tokens = tokens
+        self.tokens = self.replaced_rows = tokens
         self.layer_name = layer_name
         index = torch.tensor(tokens, device=weight.device)
         sorted_index, slots = index.sort()

@@ -75,9 +75,10 @@ def _leave_fused_path(injection: Injection) -> None:
 def thaw(injection: Injection) -> None:
     """Undo :func:`freeze`."""
     parameters = parameters_by_name(injection.root)
-    for name in (*injection.trained, *injection.frozen):
+    frozen = set(injection.frozen)
+    for name in {*injection.trained, *frozen}:
         if name in parameters:  # pruning and parametrizations rename
-            parameters[name].requires_grad_(name in injection.frozen)
+            parameters[name].requires_grad_(name in frozen)
     modules = modules_by_name(injection.root)
     for norm in map(modules.get, injection.frozen_norms):
         if isinstance(norm, FrozenNorm):

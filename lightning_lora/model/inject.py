@@ -24,7 +24,7 @@ from lightning_lora.model.record import (
     parameters_by_name,
 )
 from lightning_lora.model.shard_adapters import require_shardable, shard_adapters
-from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets, modules_by_name
+from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets
 from lightning_lora.model.token_targets import find_token_targets
 from lightning_lora.sharding import named_tensors
 
@@ -89,8 +89,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
             target.module.lora = tokens[target.tied_to].module.lora
     injection.add_layers({name: target.module for name, target in every.items()})  # type: ignore[misc]
     freeze(injection)
-    for name, residual in residuals.items():
-        injection.put_aside(name, residual)
+    injection.put_aside(residuals)
     _train_in_full(injection, trained)
     keep_record(injection)
     return model
@@ -130,8 +129,9 @@ def _names_to_train(
 
 
 def _require_loaded(model: nn.Module, names: Iterable[str]) -> None:
-    modules = modules_by_name(model)
-    elsewhere = [name for name in names if offloading_hook(modules[name.rpartition(".")[0]]) is not None]
+    wanted = set(names)
+    named = ((name, module) for name, module, _ in named_tensors(model) if name in wanted)
+    elsewhere = [name for name, module in named if offloading_hook(module) is not None]
     if elsewhere:
         raise TargetError(
             f"{elsewhere[0]} would be trained in full (modules_to_save, bias), but accelerate keeps it elsewhere: "
@@ -152,18 +152,17 @@ def _train_in_full(injection: Injection, names: list[str]) -> None:
             "no longer tied. Name both in modules_to_save to train them as one."
         )
     copies: dict[int, Tensor] = {}
-    for name in names:
-        parameter = parameters[name]
-        if id(parameter) not in copies:
-            copy = parameter.detach().clone()
-            # What is tied to other parts of the base gets a parameter of its own, since they stay as they are.
-            copies[id(parameter)] = nn.Parameter(copy) if id(parameter) in tied else copy
-        injection.put_aside(name, copies[id(parameter)])
-    for name, buffer in injection.root.named_buffers():
-        if injection.saves(clean_fqn(name)):
-            injection.put_aside(clean_fqn(name), buffer.detach().clone())
-    for name in names:
-        injection.tensor(name).requires_grad_(True)
+    for key, parameter in {id(parameters[name]): parameters[name] for name in names}.items():
+        copy = parameter.detach().clone()
+        # What is tied to other parts of the base gets a parameter of its own, since they stay as they are.
+        copies[key] = nn.Parameter(copy) if key in tied else copy
+    buffers = {clean_fqn(name): buffer for name, buffer in injection.root.named_buffers()}
+    injection.put_aside(
+        {name: copies[id(parameters[name])] for name in names}
+        | {name: buffer.detach().clone() for name, buffer in buffers.items() if injection.saves(name)}
+    )
+    for tensor in injection.tensors(names).values():
+        tensor.requires_grad_(True)
 
 
 def _tied_elsewhere(root: nn.Module, names: list[str]) -> dict[int, str]:
@@ -171,9 +170,10 @@ def _tied_elsewhere(root: nn.Module, names: list[str]) -> dict[int, str]:
     parameters = parameters_by_name(root)
     holders: dict[int, dict[tuple[int, str], str]] = {}  # a module may have several names itself
     wanted: set[tuple[int, str]] = set()
+    chosen = set(names)
     for name, module, inner in named_tensors(root):
         holders.setdefault(id(getattr(module, inner)), {}).setdefault((id(module), inner), name)
-        if name in names:
+        if name in chosen:
             wanted.add((id(module), inner))
     return {
         key: min(others)

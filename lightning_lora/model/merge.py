@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
@@ -11,7 +12,7 @@ from lightning_lora.fqn import clean_fqn
 from lightning_lora.layers import LoraLayer
 from lightning_lora.model.multi_adapter import set_adapter
 from lightning_lora.model.record import Injection, injections
-from lightning_lora.model.removed import is_removed, let_go, require_adapters, require_whole, restore
+from lightning_lora.model.removed import is_removed, let_go_if_changed, require_adapters, require_whole, restore
 from lightning_lora.sharding import is_sharded
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -60,13 +61,10 @@ def unmerge(model: ModuleT) -> ModuleT:
     require_whole(model, if_merged=True)
     restore(model)
     for root in {id(injection.root): injection.root for injection in injections(model)}.values():
-        layers = layers_of(injection for injection in injections(model) if injection.root is root)
-        if all(layer.is_as_merged() for layer in layers):
-            for layer in layers:
-                if layer.merged:
-                    layer.unmerge()
-        else:
-            let_go(root)
+        let_go_if_changed(root)
+    for layer in layers_of(injections(model)):
+        if layer.merged:
+            layer.unmerge()
     return model
 
 
@@ -75,6 +73,8 @@ def layers_of(found: Iterable[Injection]) -> list[LoraLayer]:
     return list({id(layer): layer for injection in found for _, layer in injection.layers()}.values())
 
 
+@torch.inference_mode(False)  # in which weights would become ones that can never be trained again
+@torch.no_grad()
 def merge_layers(model: nn.Module, layers: list[LoraLayer]) -> None:
     """Merge the layers that are not merged yet, all of them or, after an error, none."""
     layers = [layer for layer in layers if not layer.merged]

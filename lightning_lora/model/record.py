@@ -3,7 +3,7 @@
 import copy
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -147,7 +147,8 @@ class Injection:
 
     def seen_from(self, model: nn.Module) -> "Injection":
         """This injection with the names that all has in a module that holds its layers, to be read and not changed."""
-        if any(module is self.living_root() for module in model.modules()):
+        root = self.living_root()
+        if root is not None and is_in(root, model):
             return self
         view = copy.copy(self)
         view._owners = self._owners
@@ -158,11 +159,9 @@ class Injection:
         """Names of the adapted layers that are no more, since something else was put in their place."""
         return [name for name, found in self._layers.items() if found is None or found() is None]
 
-    def tensor(self, name: str) -> Tensor:
-        """The parameter or buffer of this name, as it is in the model now."""
-        module, attribute = self._place(name)
-        found: Tensor = getattr(module, attribute)
-        return found
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The parameters and buffers of these names, as they are in the model now."""
+        return {name: getattr(module, attribute) for name, module, attribute in self._places(names)}
 
     def saves(self, name: str) -> bool:
         """Whether a module, parameter or buffer belongs to a module that is trained in full."""
@@ -172,34 +171,44 @@ class Injection:
         """What :attr:`beneath` is to say of an adapter that is put over this one, once this is merged for good."""
         return [*self.beneath, {"adapter_name": self.adapter_name, "config": self.config.to_dict()}]
 
-    def put_aside(self, name: str, other: Tensor) -> None:
-        """Put the adapter's own parameter or values in the place of the base's, which are kept."""
-        module, attribute = self._place(name)
-        self.aside[name] = swap_parameters(module, attribute, other)
-        self._owners[_owner(name)] = weakref.ref(module)
+    def put_aside(self, others: Mapping[str, Tensor]) -> None:
+        """Put the adapter's own parameters, or values of them, in the place of the base's, which are kept."""
+        self.aside.update(self._swap(others))
+        self._owners.update((_owner(name), weakref.ref(module)) for name, module, _ in self._places(others))
 
     def switch(self, in_place: bool) -> None:
         """Have the model show the adapter's own values of what both have, or the base's."""
         if in_place == self.in_place:
             return
-        swapped: dict[int, Tensor] = {}
-        for name, other in self.aside.items():
-            module, attribute = self._place(name)
-            here = id(getattr(module, attribute))
-            if here not in swapped or isinstance(other, nn.Parameter):  # values of what is tied change once
-                swapped[here] = swap_parameters(module, attribute, other)
-            self.aside[name] = swapped[here]
+        self.aside = self._swap(self.aside)
         self.in_place = in_place
-        for name in self.trained:
-            self.tensor(name).requires_grad_(in_place)
+        for tensor in self.tensors(self.trained).values():
+            tensor.requires_grad_(in_place)
 
     def shard_aside(self) -> None:
         """Keep aside only what this process holds, once a strategy has sharded the model."""
-        self.aside = {name: shard_of(*self._place(name), other) for name, other in self.aside.items()}
+        places = self._places(self.aside)
+        self.aside = {name: shard_of(module, attribute, self.aside[name]) for name, module, attribute in places}
 
-    def _place(self, name: str) -> tuple[nn.Module, str]:
-        module_name, _, attribute = name.rpartition(".")
-        return modules_by_name(self.root)[module_name], attribute
+    def _swap(self, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put others in the place of what is in the model, and return that."""
+        swapped: dict[int, Tensor] = {}
+        found: dict[str, Tensor] = {}
+        for name, module, attribute in self._places(others):
+            other, here = others[name], id(getattr(module, attribute))
+            if here not in swapped or isinstance(other, nn.Parameter):  # values of what is tied change once
+                swapped[here] = swap_parameters(module, attribute, other)
+            found[name] = swapped[here]
+        return found
+
+    def _places(self, names: Iterable[str]) -> list[tuple[str, nn.Module, str]]:
+        """Names of parameters and buffers, each with its module and its name there."""
+        if not names:
+            return []
+        # A module may have several names, and all of them count here.
+        named = self.root.named_modules(remove_duplicate=False)
+        modules = {clean_fqn(name): module for name, module in named}
+        return [(name, modules[_owner(name)], name.rpartition(".")[2]) for name in names]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_root": None, "_layers": dict.fromkeys(self._layers), "_owners": {}}
@@ -302,7 +311,7 @@ def adopt(model: nn.Module) -> None:
     modules = list(outside_adapters(model))
     for injection in _strays(modules):
         root = injection.living_root()
-        if _is_whole(injection, _layers_of(injection, model)) and (root is None or not _is_in(model, root)):
+        if _is_whole(injection, _layers_of(injection, model)) and (root is None or not is_in(model, root)):
             _move(injection, model)
             injection.is_found = False
     for _, module in modules:
@@ -357,7 +366,8 @@ def _is_whole(injection: Injection, found: list[tuple[str, LoraLayer, str]]) -> 
     return bool(here) and all(id(layer) in here for _, layer in injection.layers())
 
 
-def _is_in(module: nn.Module, model: nn.Module) -> bool:
+def is_in(module: nn.Module, model: nn.Module) -> bool:
+    """Whether a module is another one or a part of it."""
     return any(module is inner for inner in model.modules())
 
 
@@ -394,7 +404,8 @@ def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters that no injection trains, under each of their names."""
-    trained = {id(found.tensor(name)) for found in injections(model) if found.in_place for name in found.trained}
+    in_place = (found for found in injections(model) if found.in_place)
+    trained = {id(tensor) for found in in_place for tensor in found.tensors(found.trained).values()}
     trained |= {id(p) for m in model.modules() if isinstance(m, LoraLayer) for p in m.lora.parameters()}
     named = model.named_parameters(remove_duplicate=False)
     return [(name, parameter) for name, parameter in named if id(parameter) not in trained]

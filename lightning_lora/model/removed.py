@@ -4,7 +4,7 @@ import dataclasses
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -19,11 +19,10 @@ from lightning_lora.model.record import (
     injections,
     injections_of,
     injections_on,
+    is_in,
     keep_record,
 )
 from lightning_lora.sharding import is_sharded
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 MERGED, REMOVED = "merged", "removed"
 _ATTRIBUTES = ("_active", "_merged", "_aside", "_seals", "_rows", "_injections")
@@ -99,12 +98,8 @@ def _removed_at(root: nn.Module) -> list[_Removed]:
         for removed in _removed_in(root)
         if (living := removed.injections[0].living_root()) is root
         or living is None
-        or not (_is_in(living, root) or _is_in(root, living))
+        or not (is_in(living, root) or is_in(root, living))
     ]
-
-
-def _is_in(module: nn.Module, model: nn.Module) -> bool:
-    return any(module is inner for inner in model.modules())
 
 
 def _remove_class(layer: LoraLayer) -> _RemovedLayer:
@@ -166,7 +161,7 @@ def forget_removed(root: nn.Module) -> list[dict[str, Any]]:
 def restore(model: nn.Module) -> None:
     """Put adapters that were merged and taken out back into their layers, which stay merged.
 
-    Where weights were changed since, those adapters are let go: what is there now is a base of its own.
+    It is for the caller to have those let go whose weights were changed since; see :func:`let_go_if_changed`.
     """
     for removed in _removed_in(model):
         _forget(removed)
@@ -185,14 +180,15 @@ def restore(model: nn.Module) -> None:
             freeze(injection)
         for injection in removed.injections:
             keep_record(injection)
-            for name in injection.trained:
-                injection.tensor(name).requires_grad_(injection.in_place)
-        if not all(layer.is_as_merged() for injection in removed.injections for _, layer in injection.layers()):
-            let_go(removed.injections[0].root)
+            for tensor in injection.tensors(injection.trained).values():
+                tensor.requires_grad_(injection.in_place)
 
 
-def let_go(root: nn.Module) -> None:
+def let_go_if_changed(root: nn.Module) -> None:
     """Take all adapters out of a model whose merged weights were changed since: there is no way back to its base."""
+    layers = {id(layer): layer for injection in injections_of(root) for _, layer in injection.layers()}
+    if all(layer.is_as_merged() for layer in layers.values()):
+        return
     names = ", ".join(repr(injection.adapter_name) for injection in injections_of(root))
     remove_all(root)
     rank_zero_warn(
@@ -206,10 +202,13 @@ def restored(model: nn.Module) -> Iterator[None]:
     """Have the adapters of a merged model in their layers meanwhile, without a change of any weight."""
     found = _removed_in(model)
     restore(model)
+    roots = [removed.injections[0].root for removed in found]
+    for root in roots:
+        let_go_if_changed(root)
     try:
         yield
     finally:
-        for root in (removed.injections[0].root for removed in found):
+        for root in roots:
             if injections_of(root):
                 keep_removed(root, remove_all(root))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.fqn import clean_fqn
+from lightning_lora.fqn import clean_fqn, listed
 from lightning_lora.layers import LoraLayer
 from lightning_lora.model.record import Injection, named_injections
 from lightning_lora.model.targets import modules_by_name
@@ -141,7 +141,7 @@ def _owners(model: nn.Module) -> _Owners:
     found = [injection for _, injection in named_injections(model)]
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     adapter = [getattr(module, inner) for layer in layers for _, module, inner in named_tensors(layer.lora)]
-    adapter += [injection.tensor(name) for injection in found for name in own_names(injection)]
+    adapter += [tensor for injection in found for tensor in injection.tensors(own_names(injection)).values()]
     modules = {id(module) for injection in found for module in injection.root.modules()}
     whole = {
         id(module)
@@ -155,10 +155,9 @@ def _owners(model: nn.Module) -> _Owners:
     holders: list[Mapping[str, Tensor | None]] = [
         *(layer._aside for layer in layers),
         *(injection.aside for injection in found),
+        *(module._parameters for injection in found for module in injection.root.modules()),
+        *(module._buffers for injection in found for module in injection.root.modules()),
     ]
-    for injection in found:
-        holders.append(injection.aside)
-        holders += [held for module in injection.root.modules() for held in (module._parameters, module._buffers)]
     base = [tensor for holder in holders for tensor in holder.values() if tensor is not None]
     adapter_ids, base_ids = set(map(id, adapter)), set(map(id, base))
     owners = _Owners({}, set(), set(), set())
@@ -220,7 +219,7 @@ def _misshapen(shapes: Mapping[str, torch.Size], found: Mapping[str, Any]) -> li
 
 def _require_none(missing: Iterable[str], unexpected: Iterable[str], misshapen: Iterable[str], source: str) -> None:
     problems = [
-        f"{what}: {_shorten(sorted(names))}"
+        f"{what}: {listed(sorted(names))}"
         for what, names in (("missing", missing), ("left over", unexpected), ("of another shape", misshapen))
         if names
     ]
@@ -239,7 +238,3 @@ def own_names(injection: Injection) -> list[str]:
         *injection.trained,
         *(name for name in injection.aside if injection.saves(name) and name not in injection.trained),
     ]
-
-
-def _shorten(names: list[str] | tuple[str, ...], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_lora.fqn import clean_fqn, is_submodule
+from lightning_lora.fqn import clean_fqn, is_submodule, listed
+from lightning_lora.layers.seal import checksum_of, words, writes
 from lightning_lora.model.record import base_parameters, named_injections
 from lightning_lora.model.state_dict import saved_names
 from lightning_lora.sharding import is_sharded, named_tensors
@@ -16,7 +17,6 @@ from lightning_lora.trainer.frozen_parameters import held_by, nested
 from lightning_lora.trainer.weight_averaging import is_a
 
 _SAMPLES = 16
-_ROW = 4096
 _WAYS_OUT = (
     "Name the modules in LoRA(modules_to_save=[...]), which trains and saves them in full, or adapt a part of the "
     "model alone with LoRA(module=...), which leaves the rest to train as without LoRA, or leave out the unfreezing."
@@ -60,7 +60,7 @@ def require_frozen(optimizers: Iterable[Any], model: nn.Module) -> None:
     if found:
         raise ValueError(
             f"Parameters of the frozen base require gradients again and are in an optimizer, but no checkpoint would "
-            f"hold what is learned in them: {_listed(found)}. {_WAYS_OUT}"
+            f"hold what is learned in them: {listed(list(map(repr, found)))}. {_WAYS_OUT}"
         )
 
 
@@ -123,8 +123,8 @@ class BaseWatch:
         if new:
             rank_zero_warn(
                 f"The frozen base has changed since training started, and no checkpoint holds the change, so they give "
-                f"another model on the base than this one: {_listed(new)}. If a training step changes them in place, as"
-                " running statistics, codebooks and momentum teachers are, name their modules in "
+                f"another model on the base than this one: {listed(list(map(repr, new)))}. If a training step changes "
+                "them in place, as running statistics, codebooks and momentum teachers are, name their modules in "
                 "LoRA(modules_to_save=[...]), or adapt a part alone with LoRA(module=...). If pretrained weights were "
                 "loaded late, load them before fit or in configure_model."
             )
@@ -142,8 +142,7 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _written(tensor: Tensor) -> tuple[int, int]:
-    # torch has no public name for its count of writes; tensors made in inference mode have none.
-    return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+    return writes(tensor), tensor.data_ptr()
 
 
 @torch.no_grad()
@@ -152,7 +151,7 @@ def _read(tensors: dict[str, Tensor], look: Any) -> dict[str, list[int]]:
     looks: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         try:
-            looks[name] = look(*_words(tensor))
+            looks[name] = look(*words(tensor))
         except (RuntimeError, NotImplementedError, TypeError):
             continue  # such as quantized classes of tensors, of which the bytes cannot be seen
     found: dict[str, list[int]] = {}
@@ -163,33 +162,9 @@ def _read(tensors: dict[str, Tensor], look: Any) -> dict[str, list[int]]:
     return found
 
 
-def _words(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The bytes of a tensor as whole numbers: eight at a time, and the rest one by one."""
-    tensor = tensor.detach()
-    tensor = tensor.int_repr() if tensor.is_quantized else tensor  # whose bytes torch 2.13 crashes to view
-    # In the order in which they lie in memory, so that they need not be copied.
-    tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
-    read = tensor.contiguous().view(-1).view(torch.uint8)
-    whole = len(read) // 8 * 8
-    words, rest = read[:whole], read[whole:]
-    if words.storage_offset() % 8 or words.data_ptr() % 8:
-        words = words.clone()
-    return words.view(torch.int64), rest.long()
+def _sample(eights: Tensor, rest: Tensor) -> Tensor:
+    return torch.cat([eights[:: max(1, len(eights) // _SAMPLES)][: _SAMPLES + 1], rest])
 
 
-def _sample(words: Tensor, rest: Tensor) -> Tensor:
-    return torch.cat([words[:: max(1, len(words) // _SAMPLES)][: _SAMPLES + 1], rest])
-
-
-def _total(words: Tensor, rest: Tensor) -> Tensor:
-    rows = len(words) // _ROW
-    sums = words[: rows * _ROW].view(rows, _ROW).sum(1)
-    # Weighted, so that rows that change places are found.
-    weighted = (sums * torch.arange(1, rows + 1, device=words.device)).sum()
-    left = words[rows * _ROW :]
-    last = (left * torch.arange(1, len(left) + 1, device=words.device)).sum()
-    return (weighted + last + (rest * torch.arange(1, len(rest) + 1, device=words.device)).sum()).view(1)
-
-
-def _listed(names: list[str], limit: int = 5) -> str:
-    return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _total(eights: Tensor, rest: Tensor) -> Tensor:
+    return checksum_of(eights, rest).view(1)
