@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 20
-_HALF = 29  # bits of a word that a shift leaves out
+_HALF = 29
+_HIGH = (1 << 64 - _HALF) - 1  # what a shift by so many bits leaves, without the sign
 _FACTOR = -0x61C8864680B583EB  # odd, so that it loses no bit modulo 2**64
 
 
@@ -66,6 +67,6 @@ def checksum_of(eights: Tensor, rest: Tensor) -> Tensor:
     total = (rest * weights[: len(rest)]).sum()
     for chunk in torch.split(eights, _CHUNK):
         # Round numbers have their last bits zero, and products keep no more than the last ones.
-        mixed = chunk.bitwise_right_shift(_HALF).bitwise_xor_(chunk)
+        mixed = chunk.bitwise_right_shift(_HALF).bitwise_and_(_HIGH).bitwise_xor_(chunk)
         total = total * 31 + mixed.mul_(weights[: len(chunk)]).sum()
     return total
