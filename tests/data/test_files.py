@@ -64,7 +64,7 @@ def test_parquet_without_pyarrow_gives_the_command(tmp_path: Path, monkeypatch: 
         ("a.csv", "x,y\n1,2\n1\n", r"a\.csv, line 3: found fewer values than the header's 2 fields \('x', 'y'\)"),
         ("a.csv", "x,y\n1,2,3\n", r"a\.csv, line 2: found more values"),
         ("a.csv", 'x,y\n1,"2\n', r"a\.csv, line 2: found no valid CSV"),
-        ("a.txt", "x", r"expected a name that ends in \.jsonl, \.csv, \.parquet"),
+        ("a.txt", "x", r"expected a name that ends in \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:
