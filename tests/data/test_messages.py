@@ -45,10 +45,16 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
         ({"id": "7", "system_prompt": "w0", "question": "w1", "response": "w2"}, [("system", "w0"), *PAIR]),
         ({"id": "7", "system_prompt": "", "question": "w1", "response": "w2"}, PAIR),
         ({"system": "w0", "messages": CHAT[1:3]}, CHAT[:3]),
-        ({"instruction": "w1", "output": "w2", "history": [["w8", "w9"]]}, [("user", "w8"), ("assistant", "w9"), *PAIR]),
-        ({"prompt": '{"a": 1}', "completion": '[{"name": "Bob"}]'}, [("user", '{"a": 1}'), ("assistant", '[{"name": "Bob"}]')]),
+        (
+            {"instruction": "w1", "output": "w2", "history": [["w8", "w9"]]},
+            [("user", "w8"), ("assistant", "w9"), *PAIR],
+        ),
+        (
+            {"prompt": '{"a": 1}', "completion": '[{"name": "Bob"}]'},
+            [("user", '{"a": 1}'), ("assistant", '[{"name": "Bob"}]')],
+        ),
     ],
-)  # fmt: skip
+)
 def test_layouts(fields: dict[str, Any], expected: list[Any]) -> None:
     messages = [m if isinstance(m, dict) else {"role": m[0], "content": m[1]} for m in expected]
     assert read_conversation(Record("here", fields)).messages == messages
