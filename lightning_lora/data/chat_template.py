@@ -55,6 +55,11 @@ def exchange(tokenizer: Any, messages: list[Message], tools: Tools = None) -> Ex
     *before, message = messages
     asked = render(tokenizer, before, tools, add_generation_prompt=True)
     whole = render(tokenizer, messages, tools)
+    if apart := _thoughts_apart(message):
+        # Some write thoughts only where they are a key of the message.
+        other = render(tokenizer, [*before, apart], tools)
+        if other.count(apart["reasoning_content"]) > whole.count(apart["reasoning_content"]):
+            message, whole = apart, other
     shared = len(asked) if whole.startswith(asked) else _shared(asked, whole)
     begun = ""  # what the question has of the answer already, such as <think>
     if shared < len(asked):
@@ -233,6 +238,13 @@ def texts_of(message: Message) -> list[str]:
     reasoning = next((message[key] for key in ("reasoning_content", "reasoning", "thinking") if key in message), "")
     names = [call["function"]["name"] for call in message.get("tool_calls", [])]
     return [text.strip() for text in (reasoning, thoughts, said, *names) if isinstance(text, str) and text.strip()]
+
+
+def _thoughts_apart(message: Message) -> Message | None:
+    """An answer with the thoughts of its content as a key of their own; ``None`` if there are none."""
+    thoughts, _, said = message["content"].rpartition("</think>")
+    thoughts = thoughts.rpartition("<think>")[2].strip()
+    return {**message, "content": said.strip(), "reasoning_content": thoughts} if thoughts and said.strip() else None
 
 
 def _with_thoughts(written: str, content: str) -> str:
