@@ -1,5 +1,6 @@
 """A row of a data file, and what is wrong with rows."""
 
+import re
 from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -34,7 +35,8 @@ class Record(NamedTuple):
     def error(self, field: str, expected: str, found: str | None = None) -> ValueError:
         """What to raise for a field: what it holds, what it should hold, what to do."""
         if found is None and field not in self.fields:
-            found = f"none (the fields are {', '.join(map(repr, self.fields)) or 'none at all'})"
+            there = ", ".join(repr(self.names.get(name, name)) for name in self.fields)
+            found = f"none (the fields are {there or 'none at all'})"
         elif found is None:
             found = f"{short(self.fields[field])} ({type(self.fields[field]).__name__})"
         return ValueError(
@@ -74,7 +76,8 @@ class BadRows:
         """
         if not self.errors:
             return
-        found, self.errors = self.errors, []
+        # Rows are looked at in the order of the split; messages begin with file and line.
+        found, self.errors = sorted(self.errors, key=_by_numbers), []
         rows = "\n".join(found[:SHOWN]) + ("\n..." if len(found) > SHOWN else "")
         if self.on_error == "skip":
             rank_zero_warn(f"Left out {len(found)} rows that cannot be used:\n{rows}")
@@ -82,6 +85,11 @@ class BadRows:
             raise ValueError(found[0])
         else:
             raise ValueError(f"Found {len(found)} rows that cannot be used (on_error: skip leaves them out):\n{rows}")
+
+
+def _by_numbers(text: str) -> list[tuple[int, str]]:
+    """Line 2 before line 10."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", text)]
 
 
 def short(value: Any) -> str:

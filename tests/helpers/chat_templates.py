@@ -76,7 +76,8 @@ TEMPLATES = {
     "endless": "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
     # Marks by itself what is generated; writes thoughts in all turns.
-    "marked": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+    "marked": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}"
     "{{ '<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '' }}"
     "{{ m.content + '<|im_end|>\n' }}"
     "{% endgeneration %}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}" + _CHATML_PROMPT,
