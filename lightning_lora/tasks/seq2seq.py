@@ -71,7 +71,7 @@ class Seq2Seq(FineTuning):
 
     def _write_in(self, language: str, generation: Any) -> None:
         """Let what is written begin as the targets of a language do."""
-        self.tokenizer.tgt_lang = language
+        self.tokenizer.src_lang, self.tokenizer.tgt_lang = self.source_lang, language
         token = self.tokenizer.convert_tokens_to_ids(language)
         if self.tokenizer(text_target="a")["input_ids"][0] == token:
             generation.forced_bos_token_id = token  # mBART-50, NLLB, M2M100
