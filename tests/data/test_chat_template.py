@@ -259,3 +259,22 @@ def test_a_token_that_the_tokenizer_puts_behind_texts_stays_behind_the_answer() 
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=ids)
     ((row, _),) = encode_turns(tokenizer, [USER, REPLY], 100)
     assert marked(tokenizer, row) == "<bos>hi\n«yo<eos>»"
+
+
+def test_thoughts_that_marks_leave_out_are_learned_answer_by_answer() -> None:
+    template = TEMPLATES["marked"].replace("if m.reasoning_content else", "if m.reasoning_content and loop.last else")
+    tokenizer = byte_tokenizer(template)
+    found = [marked(tokenizer, row) for row, _ in encode_turns(tokenizer, CONVERSATIONS["reasoning"], 900) if row]
+    assert found == [
+        f"{ML}«<think>WHY</think>yo<|im_end|>»",
+        f"{ML}yo{NEXT}«<think>SO</think>no<|im_end|>»",
+    ]
+
+
+def test_the_first_token_of_a_row_is_never_learned() -> None:
+    """Else a packed row would teach the one before it how the next begins."""
+    template = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<eos>' }}"
+    template += "{% endgeneration %}{% else %}{{ m.content + '<eos>' }}{% endif %}{% endfor %}"
+    tokenizer = byte_tokenizer(template)
+    ((row, _),) = encode_turns(tokenizer, CONVERSATIONS["first"], 900)
+    assert marked(tokenizer, row) == "y«o<eos>»hi<eos>«no<eos>»"
