@@ -76,6 +76,8 @@ def _pair(record: Record) -> tuple[Conversation, list[Message]]:
         if len(own) != 1 or own[0]["role"] != "assistant":
             found = ", ".join(message["role"] for message in own) or "none"
             raise record.error(name, "the question (or nothing) and one answer of the assistant", f"the roles {found}")
+        if own[0].get("weight") == 0:
+            raise record.error(f"{name}[{len(half) - 1}].weight", "no such key in an answer that is compared", "0")
         answers += own
     system = next((field for field in SYSTEM if not is_empty(record.fields.get(field))), None)
     if system is not None:

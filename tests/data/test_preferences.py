@@ -87,6 +87,7 @@ def test_pairs_without_a_difference_are_dropped_and_counted(tmp_path: Path, capl
         ({"chosen": [HI, GOOD], "rejected": [BAD]}, r"field 'prompt': found none"),
         ({"chosen": "good", "rejected": "bad"}, r"field 'prompt': found none"),
         ({"prompt": "hi", "chosen": "good", "rejected": "bad", "weight": 2}, r"field 'weight': found 2"),
+        ({"prompt": "hi", "chosen": [HI, GOOD | {"weight": 0}], "rejected": [BAD]}, r"field 'chosen\[1\]\.weight'"),
         ({"prompt": "hi", "chosen": [GOOD | {"mood": "x"}], "rejected": [BAD]}, r"field 'chosen.*': found 'x'"),
     ],
 )
