@@ -43,6 +43,20 @@ def test_runs_and_logs(recipe: str, metrics: str, tmp_path: Path, monkeypatch: p
         assert (tmp_path / f"runs/{recipe}/export/adapter/adapter_model.safetensors").exists()
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *(pytest.param(name, marks=MINILM) for name in ("sequence_classification", "full_finetune")),
+        *(pytest.param(name, marks=MINILM) for name in ("token_classification", "seq2seq")),
+        pytest.param("image_classification", marks=VISION),
+    ],
+)
+def test_fast_dev_run(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, monkeypatch, "fit", recipe, "--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu")
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 @MINILM[0]
 @pytest.mark.slow
 @pytest.mark.timeout(600)
