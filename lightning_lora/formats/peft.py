@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from lightning_lora.formats.metadata import check_metadata
 from lightning_lora.formats.model_card import write_card
 from lightning_lora.formats.open_file import Objects
 from lightning_lora.formats.peft_config import CONFIG_FILE, config_from_peft, peft_adapters, peft_config
+from lightning_lora.fqn import listed
 from lightning_lora.layers import Adapter, kind_of
 from lightning_lora.layers.offloading import onloaded
 from lightning_lora.model.fingerprint import Fingerprint, base_tensors, fingerprint_of
@@ -36,7 +38,7 @@ from lightning_lora.model.state_dict import (
     check_tensors,
     load_adapter_state_dict,
 )
-from lightning_lora.model.targets import pretrained_models
+from lightning_lora.model.targets import modules_by_name, pretrained_models
 from lightning_lora.sharding import full_tensor, is_writer, load_full, named_tensors, unsharded
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -73,6 +75,7 @@ def write_adapter(injection: Injection, directory: Path, run: Mapping[str, Any] 
         run: What the card says of the training run: names and values.
     """
     prefix = _peft_root(injection)
+    _warn_of_what_peft_leaves_out(injection, directory)
     with _full_adapters(injection):
         tensors = {
             # Cloned where they share memory, which safetensors refuses.
@@ -179,6 +182,18 @@ def load_tensors(
             _find_injection(root, adapter_name), {PREFIX + name: tensor for name, tensor in tensors.items()}, source
         )
     return root
+
+
+def _warn_of_what_peft_leaves_out(injection: Injection, directory: Path) -> None:
+    read = [f"{name}.{inner}".lstrip(".") for name, layer in injection.layers() for inner in layer.beyond_peft()]
+    modules = modules_by_name(injection.root)
+    single = [name for name in injection.saved if name not in modules]
+    if read or single:
+        rank_zero_warn(
+            f"PEFT adapts layers where they are called and trains whole modules, so it would leave out "
+            f"{listed(list(map(repr, read + single)))}. lightning_lora loads {directory} right; for others, export the "
+            "merged model."
+        )
 
 
 def _put_tensors(injection: Injection, tensors: dict[str, Tensor], source: str) -> None:

@@ -7,7 +7,15 @@ from torch import nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers.adapter import Adapter, LoraAdapter
 from lightning_lora.layers.attention import LoraMultiheadAttention
-from lightning_lora.layers.base import LoraLayer, Target, adapted_class, change_class, class_without_adapter, rows_of
+from lightning_lora.layers.base import (
+    LoraLayer,
+    Target,
+    adapted_class,
+    change_class,
+    class_without_adapter,
+    rows_of,
+    weightless_reason,
+)
 from lightning_lora.layers.conv import LoraConv
 from lightning_lora.layers.dora import DORA
 from lightning_lora.layers.embedding import LoraEmbedding
@@ -37,6 +45,7 @@ __all__ = [
     "rows_of",
     "supported_modules",
     "unsupported_reason",
+    "weightless_reason",
 ]
 
 _layer_kinds: list[type[LoraLayer]] = [LoraLinear, LoraEmbedding, LoraConv, LoraMultiheadAttention, LoraConv1D]

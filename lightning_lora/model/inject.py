@@ -13,8 +13,10 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import clean_fqn
 from lightning_lora.layers import Adapter, LoraLayer, Target, adapted_class, change_class, new_adapter
 from lightning_lora.layers.offloading import offloading_hook
-from lightning_lora.model.checks import require_room, warn_of_ties
+from lightning_lora.model.checks import require_initialized, require_room, warn_of_ties
+from lightning_lora.model.copies import start_copies_alike
 from lightning_lora.model.freeze import freeze
+from lightning_lora.model.read_watch import watch_reads
 from lightning_lora.model.record import (
     Injection,
     adopt,
@@ -54,6 +56,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     wanted = (config, adapter_name)
     if any((found.config, found.adapter_name) == wanted and not found.is_part for found in present):
         return model
+    require_initialized(model)
     targets = find_targets(model, config)
     saved = find_modules_to_save(model, config)
     modules = {name: target.module for name, target in targets.items()}
@@ -67,6 +70,8 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     adapters = {
         name: new_adapter(target, config, adapter_name) for name, target in every.items() if target.tied_to is None
     }
+    if not config.freeze_A:  # which is drawn again by a layer's name
+        start_copies_alike(targets, adapters)
     _connect(adapters.values(), config)
     residuals = {}
     if config.takes_from_base:
@@ -92,6 +97,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     injection.put_aside(residuals)
     _train_in_full(injection, trained)
     keep_record(injection)
+    watch_reads(model, targets.values())
     return model
 
 
@@ -114,10 +120,12 @@ def _connect(adapters: Iterable[nn.Module], config: LoraConfig) -> None:
 
 
 def _names_to_train(
-    model: nn.Module, targets: dict[str, nn.Module], saved: dict[str, nn.Module], bias: str
+    model: nn.Module, targets: dict[str, nn.Module], saved: dict[str, nn.Module | Tensor], bias: str
 ) -> list[str]:
     """The parameters to train in full, as far as no other injection does."""
-    names = [clean_fqn(f"{saved_name}.{name}") for saved_name, m in saved.items() for name, _ in m.named_parameters()]
+    names = [name for name, each in saved.items() if isinstance(each, nn.Parameter)]
+    modules = ((name, each) for name, each in saved.items() if isinstance(each, nn.Module))
+    names += [clean_fqn(f"{name}.{inner}") for name, module in modules for inner, _ in module.named_parameters()]
     if bias == "lora_only":
         names += [f"{name}.bias" for name, module in targets.items() if getattr(module, "bias", None) is not None]
     parameters = parameters_by_name(model)
