@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from lightning_lora.config import ALL_LINEAR, LoraConfig
 from lightning_lora.fqn import clean_fqn, is_submodule, listed
 from lightning_lora.layers import Adapter, LoraLayer, Target, adapter_class_for
-from lightning_lora.model.record import Injection, injections_of, parameters_by_name
+from lightning_lora.model.record import Injection, base_parameters, injections, injections_of, parameters_by_name
 from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets, modules_by_name
 
 
@@ -82,13 +82,17 @@ def require_clear_freeze(model: nn.Module, config: LoraConfig) -> None:
     Raises:
         TargetError: If it would.
     """
+    known = {id(each): each for each in (*injections_of(model), *injections(model))}.values()
+    if any(isinstance(module, LoraLayer) for module in model.modules()) and not known:
+        return  # adapters of a larger module, which has frozen this one
     targets, saved = find_targets(model, config), find_modules_to_save(model, config)
-    frozen_here = {id(p) for each in injections_of(model) for p in _parameters_of(each.root, each.frozen)}
-    trains = {name: p.requires_grad or id(p) in frozen_here for name, p in parameters_by_name(model).items()}
-    frozen = [name for name, target in targets.items() if not any(trains[full] for full in _full_names(target))]
+    frozen_here = {id(p) for each in known for p in _parameters_of(each.root, each.frozen)}
+    trains = {clean_fqn(name): p.requires_grad or id(p) in frozen_here for name, p in base_parameters(model)}
+    of = {name: [full for full in trains if is_submodule(full, name)] for name in targets}
+    frozen = [name for name, inside in of.items() if inside and not any(map(trains.get, inside))]
+    beside = [name for name in targets if name not in frozen]
     if isinstance(config.target_modules, list):
         frozen = [name for name in frozen if name not in config.target_modules]  # which are meant
-    beside = [name for name, target in targets.items() if any(trains[full] for full in _full_names(target))]
     if config.target_modules == ALL_LINEAR:
         beside += [name for name, train in trains.items() if train and not any(is_submodule(name, s) for s in saved)]
     if frozen and beside:
@@ -100,10 +104,6 @@ def require_clear_freeze(model: nn.Module, config: LoraConfig) -> None:
             "parameters require gradients before, since LoRA freezes the weights itself; or name what trains beside "
             "them in modules_to_save. Nothing was changed."
         )
-
-
-def _full_names(target: Target) -> list[str]:
-    return [f"{target.name}.{parameter}".lstrip(".") for parameter in target.parameters]
 
 
 def _parameters_of(root: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
