@@ -20,6 +20,7 @@ from lightning_lora.layers import (
     unsupported_reason,
 )
 from lightning_lora.layers.fused_qkv import NAMES, LoraFusedLinear, fused_class_for
+from lightning_lora.patterns import fullmatch
 
 # Transformers' modules that read the weights of these layers of theirs and never call them.
 _READ_BY = {
@@ -230,7 +231,7 @@ def matches(name: str, patterns: str | list[str] | None) -> bool:
     if patterns is None:
         return False
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        return fullmatch(patterns, name, "target_modules or exclude_modules")
     return any(_matches_one(name, pattern) for pattern in patterns)
 
 
@@ -244,8 +245,9 @@ def _in_chosen_layers(name: str, config: LoraConfig) -> bool:
     if config.layers_to_transform is None:
         return True
     chosen = config.layers_to_transform
-    pattern = re.escape(config.layers_pattern) if config.layers_pattern else r"[^.]*"
-    index = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", f"{name}.")
+    lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
+    pattern = "|".join(map(re.escape, lists)) or r"[^.]*"
+    index = re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", f"{name}.")
     return index is not None and int(index.group(1)) in ([chosen] if isinstance(chosen, int) else chosen)
 
 
