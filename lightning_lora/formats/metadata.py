@@ -89,7 +89,7 @@ def check_metadata(model: nn.Module, meta: Mapping[str, Any], source: str) -> No
                 f"{source} was saved with other LoRA settings: {', '.join(different)}. The adapter would compute "
                 "something else, so use the settings with which it was saved. Nothing was loaded."
             )
-        if not Fingerprint(entry["base_fingerprint"], entry.get("base_samples")).fits(fingerprint(injection)):
+        if not _fits(entry, injection, source):
             beneath = ", ".join(f"{each['adapter_name']!r}" for each in entry.get("beneath", []))
             raise CheckpointError(
                 f"{source} was trained on another base model: its fingerprint is {entry['base_fingerprint']}, this "
@@ -132,6 +132,13 @@ def config_of(entry: Mapping[str, Any], source: str) -> LoraConfig:
         return LoraConfig.from_dict(entry["config"])
     except ValueError as error:
         raise CheckpointError(f"{source} cannot be read: {error} Nothing was loaded.") from error
+
+
+def _fits(entry: Mapping[str, Any], injection: Injection, source: str) -> bool:
+    try:
+        return Fingerprint(entry["base_fingerprint"], entry.get("base_samples")).fits(fingerprint(injection))
+    except ValueError as error:
+        raise CheckpointError(f"{source} is damaged: {error} Take another copy of it. Nothing was loaded.") from error
 
 
 def _binding(config: LoraConfig) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.formats.checkpoint import KEY, inject_from_checkpoint, read_checkpoint
 from lightning_lora.formats.dcp import is_directory
 from lightning_lora.formats.metadata import check_metadata
-from lightning_lora.formats.model_card import write_card
+from lightning_lora.formats.model_card import has_own_card, write_card
 from lightning_lora.formats.open_file import Objects
 from lightning_lora.formats.peft_config import peft_adapters, peft_config
 from lightning_lora.formats.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftFiles, read_files, write_weights
 from lightning_lora.formats.peft_variants import as_plain_lora, same_but_for_rounding
+from lightning_lora.formats.publish import whole_directory
 from lightning_lora.formats.sizes import require_finite, require_sizes, rows_in_peft
 from lightning_lora.layers import Adapter, kind_of
 from lightning_lora.layers.offloading import onloaded
@@ -77,11 +78,12 @@ def write_adapter(injection: Injection, directory: Path, run: Mapping[str, Any] 
     if not is_writer(injection.root):
         return directory
     start = str(injection.config.init_lora_weights) if injection.config.quantizes_base else None
-    directory.mkdir(parents=True, exist_ok=True)
-    write_weights(directory / WEIGHTS_FILE, tensors, base, start)
     settings = peft_config(injection, prefix)
-    (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    write_card(directory, settings, run)
+    with whole_directory(directory) as new:
+        write_weights(new / WEIGHTS_FILE, tensors, base, start)
+        (new / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if not has_own_card(directory):
+            write_card(new, settings, run)
     return directory
 
 

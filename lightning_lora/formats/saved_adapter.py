@@ -40,7 +40,7 @@ class SavedAdapter:
         for name, tensor in self.tensors.items():
             short = name.removeprefix(PREFIX).removesuffix(".weight").replace("lora_embedding_", "lora_")
             layer, _, matrix = short.rpartition(".")
-            if matrix in ("lora_A", "lora_B"):
+            if matrix in ("lora_A", "lora_B") and tensor.dim() > 1:
                 found.setdefault(layer.partition(".lora.")[0], {})[matrix] = tensor
         return {layer: (pair["lora_A"], pair["lora_B"]) for layer, pair in found.items() if len(pair) == 2}
 
@@ -72,11 +72,12 @@ def _checkpoint(path: Path) -> SavedAdapter:
     entries = checkpoint[KEY]["adapters"]
     facts = {
         "adapters": ", ".join(f"{e['adapter_name']} on {e['module'] or 'the whole module'}" for e in entries),
-        "base fingerprint": ", ".join(sorted({entry["base_fingerprint"] for entry in entries})),
+        "base fingerprint": ", ".join(sorted({entry["base_fingerprint"] for entry in entries})) or "none",
         "progress": f"epoch {checkpoint.get('epoch')}, step {checkpoint.get('global_step')}",
         "Lightning": str(checkpoint.get("pytorch-lightning_version", "unknown")),
         "optimizer state": "yes" if checkpoint.get("optimizer_states") else "no",
         "file": f"{path.stat().st_size / 1e6:.2f} MB",
     }
     tensors = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
-    return SavedAdapter(path, "Lightning checkpoint of adapters", entries[0]["config"], tensors, facts)
+    settings = entries[0]["config"] if entries else {}
+    return SavedAdapter(path, "Lightning checkpoint of adapters", settings, tensors, facts)
