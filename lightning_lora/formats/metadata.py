@@ -148,7 +148,7 @@ def _binding(config: LoraConfig) -> dict[str, Any]:
 
 
 def _identity(module: str, adapter_name: str, config: dict[str, Any]) -> tuple[str, str, str]:
-    return module, adapter_name, str(config["target_modules"])
+    return module, adapter_name, str(config.get("target_modules"))
 
 
 def _describe(names: list[tuple[str, str]]) -> str:

@@ -41,11 +41,7 @@ def as_plain_lora(files: PeftFiles, base: nn.Module) -> tuple[LoraConfig, Tensor
         config = dataclasses.replace(config, init_lora_weights=files.start)
     modules = modules_by_name(base)
     if settings["peft_type"] == "TRAINABLE_TOKENS":
-        ending = ".trainable_tokens_delta"
-        return config, {
-            f"{name.removesuffix(ending)}.token_adapter{ending}" if name.endswith(ending) else name: tensor
-            for name, tensor in tensors.items()
-        }
+        return config, _rows_of_tokens(tensors, modules)
     if settings["peft_type"] == "LORA":
         if settings.get("velora_config"):
             tensors = {name: tensor for name, tensor in tensors.items() if ".lora_velora_" not in name}
@@ -61,6 +57,25 @@ def as_plain_lora(files: PeftFiles, base: nn.Module) -> tuple[LoraConfig, Tensor
     return _with_stored_embeddings(config, tensors, base, str(files.directory))
 
 
+def _rows_of_tokens(tensors: Tensors, modules: Mapping[str, nn.Module]) -> Tensors:
+    """Trained rows have another name in a LoRA, where those of what is tied to an embedding are stored once."""
+    ending = ".trainable_tokens_delta"
+    rows = {name.removeprefix(PREFIX).removesuffix(ending): name for name in tensors if name.endswith(ending)}
+    rows = {layer.removesuffix(".token_adapter"): name for layer, name in rows.items()}
+    weights = {layer: id(getattr(modules.get(layer), "weight", None)) for layer in rows}
+    found = {name: tensor for name, tensor in tensors.items() if name not in rows.values()}
+    for layer, name in rows.items():
+        of_embeddings = [
+            rows[other]
+            for other in rows
+            if weights[other] == weights[layer] and isinstance(modules.get(other), nn.Embedding)
+        ]
+        is_copy = of_embeddings and name not in of_embeddings and torch.equal(tensors[name], tensors[of_embeddings[0]])
+        if not is_copy:
+            found[f"{PREFIX}{layer}.token_adapter{ending}"] = tensors[name]
+    return found
+
+
 def _without_blocks(
     tensors: Tensors, bdlora: Mapping[str, Any], config: LoraConfig, modules: Mapping[str, nn.Module], source: str
 ) -> Tensors:
@@ -71,7 +86,7 @@ def _without_blocks(
     whole = dict(tensors)
     for layer in layers_in(tensors):
         names = [f"{PREFIX}{layer}.lora_{matrix}.weight" for matrix in "AB"]
-        if any(name not in tensors for name in names):
+        if any(name not in tensors or tensors[name].dim() != 2 for name in names):
             continue
         lora_A, lora_B = (tensors[name] for name in names)
         in_features = getattr(modules.get(layer), "in_features", 0)
@@ -79,7 +94,7 @@ def _without_blocks(
             (names[0], lora_A, lora_A.shape[-1] * blocks == in_features and blocks > 1),
             (names[1], lora_B, lora_B.shape[-1] * blocks == config.rank(layer) and blocks > 1),
         ):
-            if is_cut and tensor.dim() == 2 and len(tensor) % blocks == 0:
+            if is_cut and len(tensor) % blocks == 0:
                 whole[name] = torch.block_diag(*tensor.chunk(blocks))  # type: ignore[no-untyped-call]
     return whole
 
@@ -100,7 +115,7 @@ def _experts_in_todays_layout(
             continue
         for depth, parameter in enumerate(reversed(adapted)):  # PEFT wraps once for each, the first innermost
             names = [f"{PREFIX}{layer}{'.base_layer' * depth}.lora_{matrix}.weight" for matrix in "AB"]
-            if parameter.dim() != 3 or any(name not in tensors for name in names):
+            if parameter.dim() != 3 or any(name not in tensors or tensors[name].dim() != 2 for name in names):
                 continue
             lora_A, lora_B = (tensors[name] for name in names)
             experts, out_features, in_features = parameter.shape

@@ -13,7 +13,7 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import clean_fqn
 from lightning_lora.layers import Adapter, LoraLayer, Target, adapted_class, change_class, new_adapter
 from lightning_lora.layers.offloading import offloading_hook
-from lightning_lora.model.checks import require_room, warn_of_ties
+from lightning_lora.model.checks import require_name, require_room, require_unwrapped, warn_of_ties
 from lightning_lora.model.freeze import freeze
 from lightning_lora.model.record import (
     Injection,
@@ -49,6 +49,8 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     Raises:
         TargetError: If the config does not fit the model, or another adapter is in the way. Nothing is changed then.
     """
+    require_name(adapter_name)
+    require_unwrapped(model)
     adopt(model)
     present = injections_of(model)
     wanted = (config, adapter_name)
