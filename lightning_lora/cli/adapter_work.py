@@ -1,4 +1,4 @@
-"""What ``lightning-lora inspect``, ``export``, ``merge`` and ``diff`` do."""
+"""What ``lightning-lora inspect``, ``export``, ``merge``, ``diff`` and ``check`` do."""
 
 import argparse
 import sys
@@ -12,8 +12,11 @@ from rich.table import Table
 
 from lightning_lora.cli.load_base import open_on_base, tokenizer_of
 from lightning_lora.formats.merged import save_merged
-from lightning_lora.formats.peft import save_adapter
+from lightning_lora.formats.peft import not_portable_of, save_adapter
+from lightning_lora.formats.peft_files import read_files
+from lightning_lora.formats.portable import not_portable
 from lightning_lora.formats.saved_adapter import SavedAdapter, read
+from lightning_lora.formats.serving import served_otherwise
 from lightning_lora.model.eject import eject
 from lightning_lora.model.state_dict import CheckpointError
 from lightning_lora.model.targets import TargetError
@@ -25,7 +28,7 @@ def run(given: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    commands = {"inspect": _inspect, "export": _export, "merge": _merge, "diff": _diff}
+    commands = {"inspect": _inspect, "export": _export, "merge": _merge, "diff": _diff, "check": _check}
     try:
         return commands[given.command](given)
     except (CheckpointError, TargetError, OSError, ValueError) as error:
@@ -61,7 +64,10 @@ def _export(given: argparse.Namespace) -> int:
         begin("loading the base")
         model = open_on_base(saved, given.base, given.gguf_file)
         begin("writing the adapter")
-        save_adapter(model, given.target)
+        problems = not_portable_of(model)
+        if problems and given.layout is None:
+            print(f"PEFT's layout is kept, since the portable one cannot hold {', '.join(problems)}.", file=sys.stderr)
+        save_adapter(model, given.target, layout=given.layout or ("peft" if problems else "portable"))
     print(f"Wrote {given.target}")
     return 0
 
@@ -103,6 +109,20 @@ def _diff(given: argparse.Namespace) -> int:
         console.print(table)
     console.print("different" if different else "the same")
     return int(different)
+
+
+def _check(given: argparse.Namespace) -> int:
+    files = read_files(given.adapter)
+    problems = served_otherwise(files, given.server)
+    for problem in problems:
+        print(printable(f"{given.server} {problem}"))
+    if problems and not not_portable(files.settings, files.tensors):
+        print(f"lightning-lora export ... --layout portable writes it so that {given.server} serves what was trained.")
+    elif problems:
+        print("lightning-lora merge ... writes the merged model, which serves what was trained anywhere.")
+    else:
+        print(f"{given.server} serves it as it was trained.")
+    return int(bool(problems))
 
 
 def _console() -> Console:

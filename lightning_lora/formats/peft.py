@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from lightning_lora.formats.open_file import Objects
 from lightning_lora.formats.peft_config import peft_adapters, peft_config
 from lightning_lora.formats.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftFiles, read_files, write_weights
 from lightning_lora.formats.peft_variants import as_plain_lora, same_but_for_rounding
+from lightning_lora.formats.portable import as_portable, not_portable
 from lightning_lora.formats.publish import whole_directory
 from lightning_lora.formats.sizes import require_finite, require_sizes, rows_in_peft
 from lightning_lora.layers import Adapter, kind_of
@@ -39,32 +40,52 @@ from lightning_lora.model.state_dict import (
 from lightning_lora.model.targets import pretrained_models
 from lightning_lora.sharding import full_tensor, is_writer, load_full, named_tensors, unsharded
 
+Layout = Literal["peft", "portable"]
 
-def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str | None = None) -> Path:
-    """Write an adapter of a model as a directory that PEFT opens.
+
+def save_adapter(
+    model: nn.Module, directory: str | Path, adapter_name: str | None = None, *, layout: Layout = "peft"
+) -> Path:
+    """Write an adapter of a model as a directory that PEFT opens. It has all files, or is as it was before.
 
     Args:
         model: A model with adapters, of which ``modules_to_save`` are stored too.
         directory: Made if it is not there.
         adapter_name: Which adapter; may be left out if there is one.
+        layout: ``"peft"`` writes ranks and scalings as they were trained. ``"portable"`` gives all layers one rank, by
+            zeros, and a scaling of one, whose rest goes into B: the same update, for servers that read ``r`` and
+            ``lora_alpha`` alone, or neither.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: If the model has no such adapter, or several to choose from.
+        ValueError: If the model has no such adapter, or several to choose from, or if it has more than the portable
+            layout can hold: DoRA, VeRA, biases, ``modules_to_save``, token rows or stacked parameters.
     """
     with restored(model):
-        return write_adapter(_find_injection(model, adapter_name), Path(directory))
+        return write_adapter(_find_injection(model, adapter_name), Path(directory), layout=layout)
 
 
-def write_adapter(injection: Injection, directory: Path, run: Mapping[str, Any] | None = None) -> Path:
+def not_portable_of(model: nn.Module, adapter_name: str | None = None) -> list[str]:
+    """What the portable layout cannot hold of an adapter of a model, in words; see :func:`save_adapter`."""
+    with restored(model):
+        injection = _find_injection(model, adapter_name)
+        prefix = _peft_root(injection)
+        names = {PREFIX + name[len(prefix) :]: tensor for name, tensor in _peft_state_dict(injection).items()}
+        return not_portable(peft_config(injection, prefix), names)
+
+
+def write_adapter(
+    injection: Injection, directory: Path, run: Mapping[str, Any] | None = None, layout: Layout = "peft"
+) -> Path:
     """Write the adapter of one injection, and a card; see :func:`save_adapter`.
 
     Args:
         injection: The injection.
         directory: Made if it is not there.
         run: What the card says of the training run: names and values.
+        layout: How ranks and scalings are written.
     """
     prefix = _peft_root(injection)
     with _full_adapters(injection):
@@ -79,6 +100,8 @@ def write_adapter(injection: Injection, directory: Path, run: Mapping[str, Any] 
         return directory
     start = str(injection.config.init_lora_weights) if injection.config.quantizes_base else None
     settings = peft_config(injection, prefix)
+    if layout == "portable":
+        settings, tensors = as_portable(settings, tensors)
     with whole_directory(directory) as new:
         write_weights(new / WEIGHTS_FILE, tensors, base, start)
         (new / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -75,9 +75,13 @@ def _checkpoint(path: Path) -> SavedAdapter:
         "base fingerprint": ", ".join(sorted({entry["base_fingerprint"] for entry in entries})) or "none",
         "progress": f"epoch {checkpoint.get('epoch')}, step {checkpoint.get('global_step')}",
         "Lightning": str(checkpoint.get("pytorch-lightning_version", "unknown")),
-        "optimizer state": "yes" if checkpoint.get("optimizer_states") else "no",
+        "optimizer state": "no" if _is_empty(checkpoint.get("optimizer_states")) else "yes",
         "file": f"{path.stat().st_size / 1e6:.2f} MB",
     }
     tensors = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     settings = entries[0]["config"] if entries else {}
     return SavedAdapter(path, "Lightning checkpoint of adapters", settings, tensors, facts)
+
+
+def _is_empty(states: Any) -> bool:
+    return not isinstance(states, list) or not states
