@@ -11,6 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lightning_lora.cli.load_base import open_on_base, tokenizer_of
+from lightning_lora.formats.gguf_adapter import save_gguf_adapter
 from lightning_lora.formats.merged import save_merged
 from lightning_lora.formats.peft import not_portable_of, save_adapter
 from lightning_lora.formats.peft_files import read_files
@@ -64,6 +65,10 @@ def _export(given: argparse.Namespace) -> int:
         begin("loading the base")
         model = open_on_base(saved, given.base, given.gguf_file)
         begin("writing the adapter")
+        if given.format == "gguf":
+            save_gguf_adapter(model, given.target)
+            print(f"Wrote {given.target}")
+            return 0
         problems = not_portable_of(model)
         if problems and given.layout is None:
             print(f"PEFT's layout is kept, since the portable one cannot hold {', '.join(problems)}.", file=sys.stderr)

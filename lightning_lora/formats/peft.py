@@ -69,11 +69,23 @@ def save_adapter(
 
 def not_portable_of(model: nn.Module, adapter_name: str | None = None) -> list[str]:
     """What the portable layout cannot hold of an adapter of a model, in words; see :func:`save_adapter`."""
+    settings, tensors, _ = adapter_contents(model, adapter_name)
+    return not_portable(settings, tensors)
+
+
+def adapter_contents(
+    model: nn.Module, adapter_name: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor], nn.Module]:
+    """What :func:`save_adapter` writes of an adapter, without writing it.
+
+    Returns:
+        The settings, the tensors under PEFT's names, and the model that these are the names in.
+    """
     with restored(model):
         injection = _find_injection(model, adapter_name)
         prefix = _peft_root(injection)
-        names = {PREFIX + name[len(prefix) :]: tensor for name, tensor in _peft_state_dict(injection).items()}
-        return not_portable(peft_config(injection, prefix), names)
+        base = injection.root.get_submodule(prefix.rstrip("."))
+        return peft_config(injection, prefix), _tensors_of(injection, prefix), base
 
 
 def write_adapter(
@@ -88,13 +100,7 @@ def write_adapter(
         layout: How ranks and scalings are written.
     """
     prefix = _peft_root(injection)
-    with _full_adapters(injection):
-        tensors = {
-            # Cloned where they share memory, which safetensors refuses.
-            PREFIX + peft_name[len(prefix) :]: tensor.detach().cpu().contiguous().clone()
-            for peft_name, tensor in _peft_state_dict(injection, plain=True).items()
-        }
-    tensors.update({name: tensor.clone() for name, tensor in _projections(injection).items()})
+    tensors = _tensors_of(injection, prefix)
     base = _fingerprint(injection, prefix)
     if not is_writer(injection.root):
         return directory
@@ -108,6 +114,16 @@ def write_adapter(
         if not has_own_card(directory):
             write_card(new, settings, run)
     return directory
+
+
+def _tensors_of(injection: Injection, prefix: str) -> dict[str, Tensor]:
+    with _full_adapters(injection):
+        tensors = {
+            # Cloned where they share memory, which safetensors refuses.
+            PREFIX + peft_name[len(prefix) :]: tensor.detach().cpu().contiguous().clone()
+            for peft_name, tensor in _peft_state_dict(injection, plain=True).items()
+        }
+    return {**tensors, **{name: tensor.clone() for name, tensor in _projections(injection).items()}}
 
 
 def load_adapter(
