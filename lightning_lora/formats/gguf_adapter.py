@@ -23,7 +23,7 @@ class _Family(NamedTuple):
     turns_heads: bool
 
 
-# As llama.cpp's convert_hf_to_gguf.py has them: of Llama and Mistral (LlamaModel) it permutes queries and keys, of Qwen not.
+# As llama.cpp's convert_hf_to_gguf.py has them: it permutes queries and keys of Llama and Mistral, and not of Qwen.
 _FAMILIES = {
     "llama": _Family("LLAMA", True),
     "mistral": _Family("LLAMA", True),
