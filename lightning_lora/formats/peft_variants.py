@@ -7,6 +7,7 @@ computes the same and that this package holds. None changes the model.
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -244,8 +245,10 @@ def _with_stored_embeddings(
 
 def _embeddings(base: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """The input and output embeddings of a transformers model, by name."""
-    asked = [getattr(base, f"get_{side}_embeddings", None) for side in ("input", "output")]
-    found = [ask() for ask in asked if callable(ask)]
+    found: list[Any] = []
+    for side in ("input", "output"):
+        with suppress(NotImplementedError):  # transformers' answer for models that have none
+            found += [ask() for ask in [getattr(base, f"get_{side}_embeddings", None)] if callable(ask)]
     for name, module in modules.items():
         if any(module is each for each in found) and "weight" in module._parameters:
             yield name, module
