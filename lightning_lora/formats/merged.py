@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
+from lightning_lora.formats.publish import whole_directory
 from lightning_lora.model.targets import pretrained_models
 from lightning_lora.sharding import full_shape, full_tensor, is_sharded, is_writer, named_tensors
 
 ADAPTER_DIR = "adapter"
 MERGED_DIR = "merged"
+_WEIGHT_FILES = ("model*.safetensors*", "model.pt", "pytorch_model*.bin*")  # of an earlier model, in other shards
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -40,8 +42,14 @@ def save_merged(
         The directory.
     """
     directory = Path(directory)
-    if is_writer(model):
-        directory.mkdir(parents=True, exist_ok=True)
+    if not is_writer(model):
+        return _write(model, directory, tokenizer, max_shard_size)
+    with whole_directory(directory, _WEIGHT_FILES) as new:
+        _write(model, new, tokenizer, max_shard_size)
+    return directory
+
+
+def _write(model: nn.Module, directory: Path, tokenizer: Any | None, max_shard_size: str) -> Path:
     hf_models = list(pretrained_models(model).values())
     if is_sharded(model):
         _save_gathered(hf_models[0] if len(hf_models) == 1 else model, directory, max_shard_size)

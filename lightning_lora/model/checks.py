@@ -13,6 +13,29 @@ from lightning_lora.model.record import Injection, base_parameters, injections, 
 from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets, modules_by_name
 
 
+def require_name(adapter_name: str) -> None:
+    """Require a name under which an adapter can be put into a layer."""
+    container = nn.ModuleDict()
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or hasattr(container, adapter_name):
+        raise TargetError(
+            f"adapter_name is {adapter_name!r}, but it must be a name without dots, other than those of "
+            'nn.ModuleDict\'s own methods: "default" is a common choice. Nothing was changed.'
+        )
+
+
+def require_unwrapped(model: nn.Module) -> None:
+    """Require a model that PEFT has put no adapter into, which this one would adapt and freeze."""
+    for name, module in model.named_modules():
+        # By name, so that PEFT need not be imported.
+        if type(module).__module__.startswith(("peft.peft_model", "peft.tuners", "peft.mixed_model")):
+            raise TargetError(
+                f"{repr(clean_fqn(name)) if name else 'The model'} is a {type(module).__name__} of PEFT: its adapter "
+                "would be adapted in turn, and frozen. Give the model without get_peft_model, whose place this package "
+                "takes (LoRA(r=..., target_modules=...), and load_adapter(model, directory) for what PEFT has saved), "
+                "or call merge_and_unload() first to train on top of it. Nothing was changed."
+            )
+
+
 def require_room(targets: dict[str, Target], config: LoraConfig, adapter_name: str, present: list[Injection]) -> None:
     """Require that the adapter can go beside those that are there."""
     layers = {name: target.module for name, target in targets.items() if isinstance(target.module, LoraLayer)}

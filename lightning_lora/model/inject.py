@@ -13,7 +13,7 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import clean_fqn
 from lightning_lora.layers import Adapter, LoraLayer, Target, adapted_class, change_class, new_adapter
 from lightning_lora.layers.offloading import offloading_hook
-from lightning_lora.model.checks import require_initialized, require_room, warn_of_ties
+from lightning_lora.model.checks import require_initialized, require_name, require_room, require_unwrapped, warn_of_ties
 from lightning_lora.model.copies import start_copies_alike
 from lightning_lora.model.freeze import freeze
 from lightning_lora.model.read_watch import watch_reads
@@ -26,7 +26,7 @@ from lightning_lora.model.record import (
     parameters_by_name,
 )
 from lightning_lora.model.shard_adapters import require_shardable, shard_adapters
-from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets
+from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets, parameters_in
 from lightning_lora.model.token_targets import find_token_targets
 from lightning_lora.sharding import named_tensors
 
@@ -51,6 +51,8 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     Raises:
         TargetError: If the config does not fit the model, or another adapter is in the way. Nothing is changed then.
     """
+    require_name(adapter_name)
+    require_unwrapped(model)
     adopt(model)
     present = injections_of(model)
     wanted = (config, adapter_name)
@@ -123,9 +125,7 @@ def _names_to_train(
     model: nn.Module, targets: dict[str, nn.Module], saved: dict[str, nn.Module | Tensor], bias: str
 ) -> list[str]:
     """The parameters to train in full, as far as no other injection does."""
-    names = [name for name, each in saved.items() if isinstance(each, nn.Parameter)]
-    modules = ((name, each) for name, each in saved.items() if isinstance(each, nn.Module))
-    names += [clean_fqn(f"{name}.{inner}") for name, module in modules for inner, _ in module.named_parameters()]
+    names = parameters_in(saved)
     if bias == "lora_only":
         names += [f"{name}.bias" for name, module in targets.items() if getattr(module, "bias", None) is not None]
     parameters = parameters_by_name(model)

@@ -23,6 +23,7 @@ from lightning_lora.layers import (
 )
 from lightning_lora.layers.fused_qkv import NAMES, LoraFusedLinear, fused_class_for
 from lightning_lora.model.weight_reads import Read, weight_reads
+from lightning_lora.patterns import fullmatch
 from lightning_lora.sharding import named_tensors
 
 Reads: TypeAlias = Mapping[str, list[Read]]
@@ -212,6 +213,13 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.M
     return {name: each for name, each in found.items() if not any(is_submodule(name, n) for n in found if n != name)}
 
 
+def parameters_in(saved: Mapping[str, nn.Module | Tensor]) -> list[str]:
+    """The names of the parameters that :func:`find_modules_to_save` has found."""
+    names = [name for name, each in saved.items() if isinstance(each, nn.Parameter)]
+    modules = ((name, each) for name, each in saved.items() if isinstance(each, nn.Module))
+    return names + [clean_fqn(f"{name}.{inner}") for name, module in modules for inner, _ in module.named_parameters()]
+
+
 def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost transformers models inside a module (which may be one itself), by name."""
     found: dict[str, nn.Module] = {}
@@ -298,7 +306,7 @@ def matches(name: str, patterns: str | list[str] | None) -> bool:
     if patterns is None:
         return False
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        return fullmatch(patterns, name, "target_modules or exclude_modules")
     return any(_matches_one(name, pattern) for pattern in patterns)
 
 
@@ -312,8 +320,9 @@ def _in_chosen_layers(name: str, config: LoraConfig) -> bool:
     if config.layers_to_transform is None:
         return True
     chosen = config.layers_to_transform
-    pattern = re.escape(config.layers_pattern) if config.layers_pattern else r"[^.]*"
-    index = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", f"{name}.")
+    lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
+    pattern = "|".join(map(re.escape, lists)) or r"[^.]*"
+    index = re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", f"{name}.")
     return index is not None and int(index.group(1)) in ([chosen] if isinstance(chosen, int) else chosen)
 
 

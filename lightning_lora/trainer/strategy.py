@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_lora.formats.checkpoint import KEY, check_checkpoint, read_checkpoint
 from lightning_lora.formats.dcp import is_directory, read_directory, split_optimizer
 from lightning_lora.formats.metadata import metadata
-from lightning_lora.formats.open_file import is_skipped, readable
+from lightning_lora.formats.open_file import is_skipped, readable, require_intact
 from lightning_lora.model.removed import is_finished, restored
 from lightning_lora.model.state_dict import adapter_only, adapter_state_dict, base_absent
 from lightning_lora.trainer import atomic_save
@@ -106,7 +106,7 @@ class AdapterCheckpoints(ABC):
             checkpoint = (
                 read_directory(checkpoint_path, "open" if trusted else "refuse")
                 if is_directory(checkpoint_path)
-                else self.read_file(checkpoint_path, *args, **kwargs)
+                else self._read_intact(checkpoint_path, *args, **kwargs)
             )
         checkpoint["state_dict"] = check_checkpoint(self.lightning_module, checkpoint, str(checkpoint_path))
         for holder, key in self.copies_in(checkpoint):  # which callbacks load strictly, base and all
@@ -125,6 +125,10 @@ class AdapterCheckpoints(ABC):
         if is_skipped(checkpoint["state_dict"]):  # for the error
             read_checkpoint(path, "refuse", _WAY_OUT)
         return checkpoint
+
+    def _read_intact(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        require_intact(path)
+        return self.read_file(path, *args, **kwargs)
 
     def read_file(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What a checkpoint of a single file holds."""
