@@ -20,6 +20,7 @@ from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.freeze import freeze_norms
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge
+from lightning_lora.model.quantization import is_quantized
 from lightning_lora.model.record import Injection, adopt, injections, injections_of
 from lightning_lora.model.removed import MERGED, REMOVED, forget_removed, how_merged, removed_injections
 from lightning_lora.model.summary import print_summary
@@ -262,7 +263,13 @@ class LoRA(Callback):
         for callback in [] if moved else exporting:
             callback._export_adapter(trainer, pl_module)
         if self.merge is not None:
-            eject(pl_module, merge=True)
+            if is_quantized(pl_module):
+                rank_zero_info(
+                    "The base is quantized, so that a merged model would be several times larger: the adapter stays at "
+                    "work in memory, and merged/ is written layer by layer. eject(model, merge=True) merges it here."
+                )
+            else:
+                eject(pl_module, merge=True)
             for callback in exporting:
                 callback._export_merged(trainer, pl_module)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.formats.checkpoint import KEY, inject_from_checkpoint, read_checkpoint
-from lightning_lora.formats.metadata import check_metadata
+from lightning_lora.formats.metadata import Base, check_metadata, require_same_base
 from lightning_lora.formats.model_card import write_card
 from lightning_lora.formats.open_file import Objects
 from lightning_lora.formats.peft_config import CONFIG_FILE, config_from_peft, peft_adapters, peft_config
@@ -42,6 +42,7 @@ from lightning_lora.sharding import full_tensor, is_writer, load_full, named_ten
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _FINGERPRINT, _SAMPLES = "lightning_lora_base_fingerprint", "lightning_lora_base_samples"
+_QUANTIZATION = "lightning_lora_base_quantization"
 _BASE = "lightning_lora_base"
 _WRAPPED = re.compile(r"\.(original_module|modules_to_save)\.")
 
@@ -82,6 +83,8 @@ def write_adapter(injection: Injection, directory: Path, run: Mapping[str, Any] 
     tensors.update({name: tensor.clone() for name, tensor in _projections(injection).items()})
     base = _fingerprint(injection, prefix)
     meta = {"format": "pt", _FINGERPRINT: base.short, **({_SAMPLES: base.samples} if base.samples is not None else {})}
+    if injection.quantization:
+        meta[_QUANTIZATION] = json.dumps(injection.quantization)
     if injection.config.quantizes_base:
         meta[_BASE] = str(injection.config.init_lora_weights)
     if not is_writer(injection.root):
@@ -95,7 +98,12 @@ def write_adapter(injection: Injection, directory: Path, run: Mapping[str, Any] 
 
 
 def load_adapter(
-    model: nn.Module, path: str | Path, adapter_name: str | None = None, *, weights_only: bool | None = None
+    model: nn.Module,
+    path: str | Path,
+    adapter_name: str | None = None,
+    *,
+    weights_only: bool | None = None,
+    other_format: bool = False,
 ) -> nn.Module:
     """Load an adapter: a directory in PEFT's format, or an adapter checkpoint that a Trainer wrote.
 
@@ -109,6 +117,8 @@ def load_adapter(
         adapter_name: Of a directory. By default, that of the only adapter, or ``"default"``.
         weights_only: Of a checkpoint, the adapter alone is read, and objects beside it, such as hyperparameters may be,
             are left out unopened. ``False`` opens them too, which can run code; it helps where they cannot be left out.
+        other_format: Whether the base may also be the same one in full precision or quantized otherwise, where the
+            adapter was trained on a quantized one. A warning says how far they are apart.
 
     Returns:
         The same model.
@@ -128,9 +138,10 @@ def load_adapter(
             add_adapter(_find_injection(model, before[0]).root, config, name)
     with _removed_after_failure(model, before):
         if path.is_dir():
-            _load_tensors(_find_injection(model, name), path, config)
+            _load_tensors(_find_injection(model, name), path, config, other_format)
         else:
-            _load_checkpoint(model, path, fresh=not before, objects="open" if weights_only is False else "skip")
+            objects: Objects = "open" if weights_only is False else "skip"
+            _load_checkpoint(model, path, not before, objects, other_format)
     return model
 
 
@@ -150,17 +161,15 @@ def read_adapter(injection: Injection, directory: Path) -> None:
     _load_tensors(injection, directory, _read_config(directory))
 
 
-def _load_tensors(injection: Injection, directory: Path, saved: LoraConfig) -> None:
+def _load_tensors(injection: Injection, directory: Path, saved: LoraConfig, other_format: bool = False) -> None:
     tensors, meta = read_tensors(directory)
     _require_same_quantization(injection.config, meta, directory)
     _require_same_kind(injection, directory, saved)
     prefix = _peft_root(injection)
-    base = _fingerprint(injection, prefix)
-    if _FINGERPRINT in meta and not Fingerprint(meta[_FINGERPRINT], meta.get(_SAMPLES)).fits(base):
-        raise CheckpointError(
-            f"{directory} was trained on another base model: its fingerprint is {meta[_FINGERPRINT]}, this model's is "
-            f"{base}. Load it onto the pretrained weights that it was trained on. Nothing was loaded."
-        )
+    if _FINGERPRINT in meta:
+        theirs = Base(Fingerprint(meta[_FINGERPRINT], meta.get(_SAMPLES)), json.loads(meta.get(_QUANTIZATION, "[]")))
+        here = Base(_fingerprint(injection, prefix), injection.quantization)
+        require_same_base(theirs, here, str(directory), other_format=other_format)
     _put_tensors(injection, tensors, str(directory))
 
 
@@ -258,11 +267,11 @@ def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=eps, atol=1e-6)
 
 
-def _load_checkpoint(model: nn.Module, path: Path, fresh: bool, objects: Objects) -> None:
+def _load_checkpoint(model: nn.Module, path: Path, fresh: bool, objects: Objects, other_format: bool) -> None:
     checkpoint = read_checkpoint(path, objects, "load_adapter(..., weights_only=False)")
     if fresh:
         inject_from_checkpoint(model, checkpoint)
-    check_metadata(model, checkpoint[KEY], str(path))
+    check_metadata(model, checkpoint[KEY], str(path), other_format)
     expected = adapter_tensors(model)
     load_adapter_state_dict(model, {k: v for k, v in checkpoint["state_dict"].items() if k in expected})
 
