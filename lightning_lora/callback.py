@@ -26,7 +26,7 @@ from lightning_lora.model.removed import MERGED, REMOVED, forget_removed, how_me
 from lightning_lora.model.summary import print_summary
 from lightning_lora.sharding import is_sharded
 from lightning_lora.signature import takes
-from lightning_lora.trainer import base_changes, gradient_checks, requeue, resume, weight_averaging
+from lightning_lora.trainer import base_changes, gradient_checks, quantized_base, requeue, resume, weight_averaging
 from lightning_lora.trainer.best_checkpoint import load_best, require_best
 from lightning_lora.trainer.eva_calibration import calibrate_eva
 from lightning_lora.trainer.frozen_parameters import drop_frozen
@@ -139,6 +139,7 @@ class LoRA(Callback):
         self._injected_now = self._running = False
         self._came = None
         install(trainer.strategy, checkpoints)
+        quantized_base.leave_to_building(trainer)
         _after_configure_model(pl_module, self)
         if weight_averaging.must_be_injected_early(trainer, pl_module, self):
             self.attach(pl_module)
@@ -151,6 +152,8 @@ class LoRA(Callback):
         self._came = how_merged(root)
         unmerge(root)
         adopt(root)
+        quantized_base.quantize_now(pl_module.trainer, pl_module)
+        quantized_base.require_uncast(pl_module.trainer, root)
         before = len(injections_of(root))
         inject(root, self.config, self.adapter_name)
         if len(injections_of(root)) > before:
@@ -327,6 +330,7 @@ class LoRA(Callback):
 
     def _release(self, pl_module: "pl.LightningModule") -> None:
         _as_before_configure_model(pl_module)
+        quantized_base.as_before(pl_module.trainer)
         if self._gradients is not None:
             self._gradients.stop()
         self._gradients = self._base = None
@@ -407,9 +411,11 @@ class _Waiting(list[LoRA]):
 
 
 def _build_and_attach(pl_module: "pl.LightningModule", own: Any, waiting: _Waiting) -> None:
-    if own is None:
-        type(pl_module).configure_model(pl_module)
-    else:
-        own()
+    has_own = own is not None or not type(pl_module).configure_model.__module__.endswith("core.hooks")
+    with quantized_base.building(pl_module, has_own):
+        if own is None:
+            type(pl_module).configure_model(pl_module)
+        else:
+            own()
     for callback in waiting:
         callback.attach(pl_module)

@@ -82,6 +82,11 @@ class LoraQuantizedLinear(LoraLinear):
         if is_shard(module, "weight"):
             return "its weight is quantized and processes share it already: inject before it is sharded"
         storage, packed = _stored(module)
+        if not storage.is_ready(module, packed):
+            return (
+                "its weight is not quantized yet, which is done when it is moved: move the model to the device that it "
+                "is to train on (model.to(device)) before it gets adapters"
+            )
         reason = storage.refusal(module, packed)
         if reason is not None:
             return reason

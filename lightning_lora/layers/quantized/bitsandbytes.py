@@ -12,10 +12,6 @@ from lightning_lora.layers.quantized.storage import QuantizedStorage
 
 _PACKAGES = ("bitsandbytes.", "lightning.fabric.plugins.precision.bitsandbytes")
 _HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
-_NOT_YET = (
-    "its weight is not quantized yet, which bitsandbytes does when the layer is moved: move the model to the device "
-    "that it is to train on (model.to(device)) before it gets adapters"
-)
 
 
 class _Bitsandbytes(QuantizedStorage):
@@ -100,11 +96,14 @@ class Bitsandbytes4bit(_Bitsandbytes):
         scales = (state.absmax, state.code, *((state.state2.absmax, state.state2.code) if state.nested else ()))
         return sum(tensor.numel() * tensor.element_size() for tensor in (packed, *scales))
 
+    def is_ready(self, module: nn.Module, packed: Tensor) -> bool:
+        return _state(module, packed) is not None
+
+    def cast_with(self, module: nn.Module, packed: Tensor) -> torch.dtype | None:
+        return packed.dtype if packed.is_floating_point() else None
+
     def refusal(self, module: nn.Module, packed: Tensor) -> str | None:
-        state: Any = getattr(packed, "quant_state", None) or module.quant_state
-        if state is None:
-            return _NOT_YET
-        if getattr(state, "packing_format_for_cpu", False):
+        if getattr(_state(module, packed), "packing_format_for_cpu", False):
             return (
                 "bitsandbytes has packed its weight anew for inference on this processor, which rounds the scales: "
                 "load the model again, and put the adapter in before the first evaluation"
@@ -157,8 +156,8 @@ class Bitsandbytes8bit(_Bitsandbytes):
     def size(self, module: nn.Module, packed: Tensor) -> int:
         return packed.numel() + _scales(module, packed).numel() * 4
 
-    def refusal(self, module: nn.Module, packed: Tensor) -> str | None:
-        return None if packed.dtype == torch.int8 else _NOT_YET
+    def is_ready(self, module: nn.Module, packed: Tensor) -> bool:
+        return packed.dtype == torch.int8
 
     def swap(self, module: nn.Module, other: nn.Parameter) -> nn.Parameter:
         # A forward pass moves codes and scales from the weight to the layer, and the next would find them there still.

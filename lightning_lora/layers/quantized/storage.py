@@ -48,6 +48,14 @@ class QuantizedStorage(ABC):
     def size(self, module: nn.Module, packed: Tensor) -> int:
         """The bytes of the packed weight, with its scales."""
 
+    def is_ready(self, module: nn.Module, packed: Tensor) -> bool:
+        """Whether the weight is quantized by now, where a library does so late."""
+        return True
+
+    def cast_with(self, module: nn.Module, packed: Tensor) -> torch.dtype | None:
+        """The floating-point type that the bits are kept in, in which a cast of the model would destroy them."""
+        return None
+
     def refusal(self, module: nn.Module, packed: Tensor) -> str | None:
         """Why the weight of this very layer cannot be read exactly, ``None`` if it can."""
         return None
