@@ -153,7 +153,7 @@ class LoRA(Callback):
         unmerge(root)
         adopt(root)
         quantized_base.quantize_now(pl_module.trainer, pl_module)
-        quantized_base.require_uncast(pl_module.trainer, root)
+        quantized_base.require_compatible(pl_module.trainer, root)
         before = len(injections_of(root))
         inject(root, self.config, self.adapter_name)
         if len(injections_of(root)) > before:
@@ -165,6 +165,7 @@ class LoRA(Callback):
                 load_adapter(pl_module, self.adapter)
         for injection in injections_of(root):
             fingerprint(injection)
+        quantized_base.leave_out_of_ddp(pl_module.trainer, pl_module)
 
     @override
     def on_load_checkpoint(
@@ -330,7 +331,7 @@ class LoRA(Callback):
 
     def _release(self, pl_module: "pl.LightningModule") -> None:
         _as_before_configure_model(pl_module)
-        quantized_base.as_before(pl_module.trainer)
+        quantized_base.as_before(pl_module.trainer, pl_module)
         if self._gradients is not None:
             self._gradients.stop()
         self._gradients = self._base = None

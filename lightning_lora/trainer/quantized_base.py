@@ -10,6 +10,8 @@ from torch import nn
 from lightning_lora.model.quantization import quantized_layers
 from lightning_lora.model.record import injections
 
+_SHARDING = ("FSDPStrategy", "ModelParallelStrategy")
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
 _TRUE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 
 
@@ -23,8 +25,9 @@ def leave_to_building(trainer: "pl.Trainer") -> None:
         vars(trainer.precision_plugin)["module_init_context"] = nullcontext
 
 
-def as_before(trainer: "pl.Trainer") -> None:
-    """Undo :func:`leave_to_building`."""
+def as_before(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    """Undo :func:`leave_to_building` and :func:`leave_out_of_ddp`."""
+    vars(pl_module).pop(_IGNORED, None)
     if _quantizes(trainer.precision_plugin):
         vars(trainer.precision_plugin).pop("module_init_context", None)
 
@@ -61,23 +64,39 @@ def quantize_now(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None
             module.to(trainer.strategy.root_device)
 
 
-def require_uncast(trainer: "pl.Trainer", root: nn.Module) -> None:
-    """Require that the precision plugin casts no packed bits that are kept in a floating-point type.
+def require_compatible(trainer: "pl.Trainer", root: nn.Module) -> None:
+    """Require that the strategy can share packed weights, if it does, and that the precision plugin casts none.
 
     Raises:
-        ValueError: If it does.
+        ValueError: If one would destroy them.
     """
+    names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
     dtype = _cast_to(trainer.precision_plugin)
-    if dtype is None:
-        return
     for name, module, storage, packed in quantized_layers(root):
+        reason = storage.unshardable_reason(packed, "FSDPStrategy" in names) if names.intersection(_SHARDING) else None
+        if reason is not None:
+            raise ValueError(
+                f"{type(trainer.strategy).__name__} shards the model, and the weight of {name!r} is quantized: "
+                f"{reason}. Nothing was changed."
+            )
         kept = storage.cast_with(module, packed)
-        if kept not in (None, dtype):
+        if dtype is not None and kept not in (None, dtype):
             raise ValueError(
                 f"The bits of the quantized {name!r} are kept in {kept}, and precision="
                 f"{str(trainer.precision_plugin.precision)!r} would cast them to {dtype}, which destroys them: use "
                 f"bnb_4bit_quant_storage={dtype}, torch.uint8 without FSDP, or a mixed precision. Nothing was changed."
             )
+
+
+def leave_out_of_ddp(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    """Have DDP not send packed weights that it cannot send from the first process to the others.
+
+    Every process has read the same ones.
+    """
+    names = [f"{name}.weight" for name, _, storage, _ in quantized_layers(pl_module) if not storage.broadcasts]
+    if names and any(cls.__name__ == "DDPStrategy" for cls in type(trainer.strategy).__mro__):
+        # The only way to say so, also to torch's own _set_params_and_buffers_to_ignore_for_model.
+        vars(pl_module)[_IGNORED] = names
 
 
 def _quantizes(plugin: Any) -> bool:

@@ -55,6 +55,9 @@ QUANTIZERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "nf4 in bfloat16": partial(
         bitsandbytes_4bit, quant_type="nf4", compress_statistics=False, quant_storage=torch.bfloat16
     ),
+    "nf4 in float32": partial(
+        bitsandbytes_4bit, quant_type="nf4", compress_statistics=False, quant_storage=torch.float32
+    ),
     "int8": bitsandbytes_8bit,
     "torchao int8": partial(torchao, config="Int8WeightOnlyConfig"),
     "torchao int4": lambda layer: torchao(layer, "IntxWeightOnlyConfig", torch.int4),

@@ -102,6 +102,14 @@ class Bitsandbytes4bit(_Bitsandbytes):
     def cast_with(self, module: nn.Module, packed: Tensor) -> torch.dtype | None:
         return packed.dtype if packed.is_floating_point() else None
 
+    def unshardable_reason(self, packed: Tensor, flat: bool) -> str | None:
+        if packed.is_floating_point() or not flat:
+            return None
+        return (
+            f"its bits are kept in {packed.dtype}, of which FSDP makes no flat parameters: quantize it with "
+            "bnb_4bit_quant_storage in the type of the model's other weights, or use ModelParallelStrategy"
+        )
+
     def refusal(self, module: nn.Module, packed: Tensor) -> str | None:
         if getattr(_state(module, packed), "packing_format_for_cpu", False):
             return (

@@ -15,6 +15,7 @@ class QuantizedStorage(ABC):
     """
 
     supported: ClassVar[str]  # what errors call it
+    broadcasts: ClassVar[bool] = True  # whether DDP can send the packed weight from the first process to the others
 
     @abstractmethod
     def holds(self, module: nn.Module) -> bool:
@@ -55,6 +56,15 @@ class QuantizedStorage(ABC):
     def cast_with(self, module: nn.Module, packed: Tensor) -> torch.dtype | None:
         """The floating-point type that the bits are kept in, in which a cast of the model would destroy them."""
         return None
+
+    def unshardable_reason(self, packed: Tensor, flat: bool) -> str | None:
+        """Why processes cannot share the packed weight, ``None`` if they can.
+
+        Args:
+            packed: The packed weight.
+            flat: Whether it becomes a slice of a flat parameter (FSDP), and no ``DTensor`` (FSDP2).
+        """
+        return f"{self.supported} cannot be cut up"
 
     def refusal(self, module: nn.Module, packed: Tensor) -> str | None:
         """Why the weight of this very layer cannot be read exactly, ``None`` if it can."""

@@ -12,6 +12,7 @@ class Torchao(QuantizedStorage):
     """What ``torchao.quantization.quantize_`` makes of a weight: whole numbers or float8, with scales."""
 
     supported = "weights of torchao"
+    broadcasts = False
 
     def holds(self, module: nn.Module) -> bool:
         weight = module._parameters.get("weight")
