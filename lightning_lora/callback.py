@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
@@ -15,6 +16,7 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.formats.merged import ADAPTER_DIR, MERGED_DIR, save_merged
 from lightning_lora.formats.model_card import facts_of
 from lightning_lora.formats.peft import load_adapter, read_adapter, write_adapter
+from lightning_lora.model.base_dtype import cast_base
 from lightning_lora.model.eject import eject
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.freeze import freeze_norms
@@ -51,6 +53,7 @@ class _Arguments(LoraConfig):
     module: str | None = None
     adapter_name: str = "default"
     summary: bool = True
+    base_dtype: str | None = None
 
 
 class LoRA(Callback):
@@ -90,6 +93,9 @@ class LoRA(Callback):
             is in the checkpoints. ``None`` is the whole module.
         adapter_name: Name of the adapter.
         summary: Whether to print a table of what is trained when ``fit`` starts.
+        base_dtype: Type that the frozen base's weights are cast to, once and for good, such as ``"bfloat16"``: half the
+            memory of float32. What is trained stays as it is, and so does what is outside of ``module``. Inputs in
+            floating-point numbers must have this type too, unless the precision is mixed. ``None`` leaves the base.
 
     Raises:
         ValueError: If a setting is out of range or of no known kind.
@@ -110,6 +116,7 @@ class LoRA(Callback):
         self.module = given.module
         self.adapter_name = given.adapter_name
         self.summary = given.summary
+        self.base_dtype = _floating_dtype(given.base_dtype)
         self._injected_now = False
         self._came: str | None = None
         self._running = False
@@ -159,6 +166,9 @@ class LoRA(Callback):
         if len(injections_of(root)) > before:
             self._injected_now = True
             self._injection(root).beneath = beneath
+        if self.base_dtype is not None:
+            cast_base(root, self.base_dtype, "mixed" in str(pl_module.trainer.precision))
+        if self._injected_now:
             if self.adapter is not None and self.adapter.is_dir():
                 read_adapter(self._injection(root), self.adapter)
             elif self.adapter is not None:
@@ -371,6 +381,13 @@ class LoRA(Callback):
 
     def __reduce__(self) -> Any:
         return rebuild, (original_class(self),), {**self.__dict__, "_gradients": None, "_base": None}
+
+
+def _floating_dtype(name: str | None) -> torch.dtype | None:
+    found = None if name is None else getattr(torch, name, None)
+    if name is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"base_dtype is {name!r}, but it must be a type such as 'bfloat16', or None.")
+    return found
 
 
 def _lora_callbacks(trainer: "pl.Trainer") -> list[LoRA]:

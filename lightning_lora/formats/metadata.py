@@ -114,7 +114,8 @@ def require_same_base(saved: Base, here: Base, source: str, more: str = "", othe
         return
     there, here_too = described(saved.quantization), described(here.quantization)
     layers = sum(entry.get("layers", 0) for entry in (*saved.quantization, *here.quantization))
-    apart = saved.fingerprint.apart(here.fingerprint) if there != here_too else None
+    differs = _settings(saved.quantization) != _settings(here.quantization)
+    apart = saved.fingerprint.apart(here.fingerprint) if differs else None
     may_differ = other_format or not saved.quantization
     if may_differ and apart is not None and apart.tensors <= layers and apart.distance <= _QUANTIZED_APART:
         rank_zero_warn(
@@ -125,11 +126,15 @@ def require_same_base(saved: Base, here: Base, source: str, more: str = "", othe
     raise CheckpointError(
         f"{source} was trained on another base model: its fingerprint is {saved.fingerprint}, this model's is "
         f"{here.fingerprint}. "
-        + (f"That base was {there}, and this one is {here_too}. " if there != here_too else "")
+        + (f"That base was {there}, and this one is {here_too}. " if differs else "")
         + "Build the model from the pretrained weights that the adapter was trained on"
-        + (", quantized as they were" if there != here_too else "")
+        + (", quantized as they were" if differs else "")
         + f"; if this very model was merged before, unmerge it first. {more}Nothing was loaded."
     )
+
+
+def _settings(quantization: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: entry[name] for name in entry if name != "bytes"} for entry in quantization]
 
 
 def require_known_format(meta: Mapping[str, Any], source: str) -> None:

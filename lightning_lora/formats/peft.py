@@ -167,7 +167,7 @@ def _load_tensors(injection: Injection, directory: Path, saved: LoraConfig, othe
     _require_same_kind(injection, directory, saved)
     prefix = _peft_root(injection)
     if _FINGERPRINT in meta:
-        theirs = Base(Fingerprint(meta[_FINGERPRINT], meta.get(_SAMPLES)), json.loads(meta.get(_QUANTIZATION, "[]")))
+        theirs = Base(Fingerprint(meta[_FINGERPRINT], meta.get(_SAMPLES)), quantization_in(meta))
         here = Base(_fingerprint(injection, prefix), injection.quantization)
         require_same_base(theirs, here, str(directory), other_format=other_format)
     _put_tensors(injection, tensors, str(directory))
@@ -293,6 +293,12 @@ def require_files(directory: Path) -> None:
 def fingerprint_in(meta: dict[str, str]) -> str | None:
     """The base's fingerprint in the metadata of a file, if this package wrote it."""
     return meta.get(_FINGERPRINT)
+
+
+def quantization_in(meta: dict[str, str]) -> list[dict[str, Any]]:
+    """How the base was quantized, in the metadata of a file of this package."""
+    found: list[dict[str, Any]] = json.loads(meta.get(_QUANTIZATION, "[]"))
+    return found
 
 
 def _read_config(directory: Path) -> LoraConfig:

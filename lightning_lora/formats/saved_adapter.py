@@ -8,8 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.formats.checkpoint import KEY, read_checkpoint
-from lightning_lora.formats.peft import PREFIX, WEIGHTS_FILE, fingerprint_in, read_tensors, require_files
+from lightning_lora.formats.peft import (
+    PREFIX,
+    WEIGHTS_FILE,
+    fingerprint_in,
+    quantization_in,
+    read_tensors,
+    require_files,
+)
 from lightning_lora.formats.peft_config import CONFIG_FILE
+from lightning_lora.model.quantization import described
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +69,11 @@ def _directory(path: Path) -> SavedAdapter:
     require_files(path)
     settings = json.loads((path / CONFIG_FILE).read_text())
     tensors, meta = read_tensors(path)
+    quantization = quantization_in(meta)
     facts = {
         "base model": str(settings.get("base_model_name_or_path") or "not named"),
         "base fingerprint": fingerprint_in(meta) or "not there (not written by lightning-lora)",
+        **({"base": described(quantization)} if quantization else {}),
         "file": f"{(path / WEIGHTS_FILE).stat().st_size / 1e6:.2f} MB",
     }
     return SavedAdapter(path, f"{settings.get('peft_type', 'PEFT')} adapter in PEFT's format", settings, tensors, facts)
@@ -72,9 +82,11 @@ def _directory(path: Path) -> SavedAdapter:
 def _checkpoint(path: Path) -> SavedAdapter:
     checkpoint = read_checkpoint(path)
     entries = checkpoint[KEY]["adapters"]
+    quantization = entries[0].get("quantization", [])
     facts = {
         "adapters": ", ".join(f"{e['adapter_name']} on {e['module'] or 'the whole module'}" for e in entries),
         "base fingerprint": ", ".join(sorted({entry["base_fingerprint"] for entry in entries})),
+        **({"base": described(quantization)} if quantization else {}),
         "progress": f"epoch {checkpoint.get('epoch')}, step {checkpoint.get('global_step')}",
         "Lightning": str(checkpoint.get("pytorch-lightning_version", "unknown")),
         "optimizer state": "yes" if checkpoint.get("optimizer_states") else "no",

@@ -1,6 +1,5 @@
 """Which weights of a model are quantized, and how."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -27,26 +26,26 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def quantization(model: nn.Module) -> list[dict[str, Any]]:
-    """How the weights of a model are quantized: each format in plain types, and in how many ``layers``."""
-    formats: Counter[tuple[tuple[str, str], ...]] = Counter()
-    records = {}
+    """How the weights of a model are quantized: each format in plain types, with its number of ``layers`` and bytes."""
+    formats: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
     for _, module, storage, packed in quantized_layers(model):
         record = storage.record(module, packed)
         key = tuple((name, str(value)) for name, value in record.items())
-        formats[key] += 1
-        records[key] = record
-    return [{**records[key], "layers": count} for key, count in formats.items()]
+        entry = formats.setdefault(key, {**record, "layers": 0, "bytes": 0})
+        entry["layers"] += 1
+        entry["bytes"] += storage.size(module, packed)
+    return list(formats.values())
 
 
 def described(formats: Iterable[Mapping[str, Any]]) -> str:
     """What :func:`quantization` gave, in words."""
     words = [
         f"{entry.get('layers', '?')} layers by {entry.get('library', 'an unknown library')} ("
-        + ", ".join(f"{name}={value}" for name, value in entry.items() if name not in ("library", "layers"))
-        + ")"
+        + ", ".join(f"{name}={value}" for name, value in entry.items() if name not in ("library", "layers", "bytes"))
+        + f"), {entry.get('bytes', 0) / 1e6:.1f} MB"
         for entry in formats
     ]
-    return "quantized: " + ", ".join(words) if words else "not quantized"
+    return "quantized: " + "; ".join(words) if words else "not quantized"
 
 
 def require_unquantized(model: nn.Module, saved: Mapping[str, nn.Module]) -> None:

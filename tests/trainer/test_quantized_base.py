@@ -241,3 +241,73 @@ def test_a_format_without_a_backward_pass_ends_the_run_before_the_first_step(tmp
     with pytest.raises(TargetError, match="quantize activations too"):
         fit(tmp_path, module)
     assert module.losses == []
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_base_in_half_precision_under_adapters_in_full(precision: Any, tmp_path: Path) -> None:
+    module, saved = Quantized(None), ["norm"] if precision == "bf16-mixed" else None
+    lora = {"base_dtype": "bfloat16", "merge": None, "modules_to_save": saved, "lora_dropout": 0.0}
+    trainer = fit(tmp_path, module, ModelCheckpoint(tmp_path, save_last=True), precision=precision, lora=lora)
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 * 7 * 3 + (saved is not None)
+    for name, parameter in module.named_parameters():
+        assert parameter.dtype == (torch.float32 if name in trained else torch.bfloat16)
+    state = trainer.optimizers[0].state
+    assert all(moments["exp_avg"].dtype == torch.float32 for moments in state.values()) and len(state) == len(trained)
+    assert module.model.model.rotary_emb.inv_freq.dtype == torch.float32
+    again = Quantized(None)
+    fit(tmp_path, again, precision=precision, max_epochs=3, lora=lora, ckpt_path=tmp_path / "last.ckpt")
+    assert torch.equal(again.model.model.embed_tokens.weight, module.model.model.embed_tokens.weight)
+    assert load_adapter(Quantized(None), tmp_path / "last.ckpt")  # in float32 it is the same base
+
+
+def test_two_types_without_a_mixed_precision_are_refused(tmp_path: Path) -> None:
+    module = Quantized(None)
+    with pytest.raises(ValueError, match='norm.weight.* trained in full.*use precision="bf16-mixed"'):
+        fit(tmp_path, module, lora={"base_dtype": "bfloat16", "modules_to_save": ["norm"]})
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    assert type(module.model.model.layers[0].mlp.up_proj) is nn.Linear
+
+
+def test_a_base_in_half_precision_leaves_what_is_outside_of_the_module_and_ties(tmp_path: Path) -> None:
+    module = Quantized(None)
+    module.head = nn.Linear(4, 4)
+    module.model.tie_weights()
+    fit(tmp_path, module, lora={"base_dtype": "bfloat16", "module": "model", "merge": None}, max_epochs=1)
+    assert module.head.weight.dtype == torch.float32 and module.head.weight.requires_grad
+    assert module.model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="base_dtype is 'int8'"):
+        LoRA(base_dtype="int8")
+
+
+class Adam8bit(Quantized):
+    """One whose optimizer keeps its moments in 8 bits."""
+
+    library = "bitsandbytes"
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        if self.library == "torchao":
+            from torchao.optim import AdamW8bit
+
+            return AdamW8bit(trained, lr=1e-2, block_size=32)
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(trained, lr=1e-2, min_8bit_size=32)
+
+
+@needs("bitsandbytes")
+@pytest.mark.parametrize("library", ["bitsandbytes", pytest.param("torchao", marks=pytest.mark.slow)])
+def test_optimizers_in_eight_bits_resume_with_the_same_bits(library: str, tmp_path: Path) -> None:
+    pytest.importorskip(library)
+    whole, resumed = Adam8bit("nf4"), Adam8bit("nf4")
+    whole.library = resumed.library = library
+    # torchao keeps tensors of fewer than 4096 numbers as they are.
+    lora = {"merge": None, "r": 128 if library == "torchao" else 2}
+    fit(tmp_path, whole, ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), lora=lora)
+    fit(tmp_path, resumed, ckpt_path=tmp_path / "epoch=0.ckpt", lora=lora)
+    assert resumed.losses == whole.losses[4:]
+    assert_same_tensors(adapter_state_dict(resumed), adapter_state_dict(whole))
+    (states,) = torch.load(tmp_path / "epoch=1.ckpt", weights_only=False)["optimizer_states"]
+    kept = [tensor for _, tensor in toys.tensors_in(states)]
+    assert any(tensor.dtype == torch.uint8 or type(tensor) is not Tensor for tensor in kept)
