@@ -92,10 +92,9 @@ def load_causal_lm(
 
     options: dict[str, Any] = {}
     if quantize is not None:
-        require_bitsandbytes()
+        config = quantization_config(quantize, dtype)
         if gguf_file is None:
-            config: Any = transformers.BitsAndBytesConfig
-            options["quantization_config"] = config(**_quantization(quantize, dtype))
+            options["quantization_config"] = config
     if gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # Without this, the weights stay packed in layers that cannot be trained where `kernels` is installed.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -106,30 +105,33 @@ def load_causal_lm(
     return model
 
 
-def require_bitsandbytes() -> None:
-    """Require what quantizes.
+def quantization_config(quantize: str, dtype: torch.dtype) -> Any:
+    """What ``from_pretrained`` of transformers takes to quantize a model.
+
+    Args:
+        quantize: One of :data:`QUANTIZE`.
+        dtype: What it computes in, and in which the packed bits are kept, so that FSDP can share them with the rest.
 
     Raises:
-        ModuleNotFoundError: If it is not installed, with the command that does.
+        ModuleNotFoundError: If bitsandbytes is not installed, with the command that does.
     """
+    import transformers
+
     if find_spec("bitsandbytes") is None:
         raise ModuleNotFoundError(
             "A quantized model needs bitsandbytes, which is not installed. Run: "
             'pip install "lightning-lora[bitsandbytes]"'
         )
-
-
-def _quantization(quantize: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What transformers calls the settings of a kind of quantization."""
+    config: Any = transformers.BitsAndBytesConfig
     if quantize == "int8":
-        return {"load_in_8bit": True}
-    return {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": quantize[:3],
-        "bnb_4bit_use_double_quant": quantize.endswith("-dq"),
-        "bnb_4bit_compute_dtype": dtype,
-        "bnb_4bit_quant_storage": dtype,  # in which FSDP can share them with the rest
-    }
+        return config(load_in_8bit=True)
+    return config(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantize[:3],
+        bnb_4bit_use_double_quant=quantize.endswith("-dq"),
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
 
 
 def _quantize_layers(model: PreTrainedModel, quantize: str, dtype: torch.dtype) -> None:

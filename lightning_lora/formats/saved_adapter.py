@@ -30,6 +30,7 @@ class SavedAdapter:
         settings: The LoRA settings; of several adapters, those of the first.
         tensors: The tensors, by their names in the file.
         facts: What else it says of itself, in words.
+        quantization: How its base was quantized: each format in plain types; empty if it was not.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class SavedAdapter:
     settings: dict[str, Any]
     tensors: dict[str, Tensor]
     facts: dict[str, str]
+    quantization: list[dict[str, Any]]
 
     @property
     def size(self) -> int:
@@ -76,7 +78,9 @@ def _directory(path: Path) -> SavedAdapter:
         **({"base": described(quantization)} if quantization else {}),
         "file": f"{(path / WEIGHTS_FILE).stat().st_size / 1e6:.2f} MB",
     }
-    return SavedAdapter(path, f"{settings.get('peft_type', 'PEFT')} adapter in PEFT's format", settings, tensors, facts)
+    return SavedAdapter(
+        path, f"{settings.get('peft_type', 'PEFT')} adapter in PEFT's format", settings, tensors, facts, quantization
+    )
 
 
 def _checkpoint(path: Path) -> SavedAdapter:
@@ -93,4 +97,4 @@ def _checkpoint(path: Path) -> SavedAdapter:
         "file": f"{path.stat().st_size / 1e6:.2f} MB",
     }
     tensors = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
-    return SavedAdapter(path, "Lightning checkpoint of adapters", entries[0]["config"], tensors, facts)
+    return SavedAdapter(path, "Lightning checkpoint of adapters", entries[0]["config"], tensors, facts, quantization)
