@@ -15,6 +15,7 @@ from lightning_lora.layers.base import (
     change_class,
     class_problem,
     rows_of,
+    unreadable_reason,
 )
 from lightning_lora.layers.conv import LoraConv
 from lightning_lora.layers.dora import DORA
@@ -130,9 +131,12 @@ def unsupported_reason(target: Target, config: LoraConfig) -> str | None:
             f"init_lora_weights={config.init_lora_weights!r} changes its weight, which accelerate keeps elsewhere: "
             "inject before accelerate's dispatch"
         )
+    layer_class = target.layer_class
     with onloaded(offloaded):
-        reason = target.layer_class.unsupported_reason(target, config) or class_problem(
-            target.layer_class, target.module
+        reason = (
+            (None if layer_class.reads_packed else unreadable_reason(target))
+            or layer_class.unsupported_reason(target, config)
+            or class_problem(layer_class, target.module)
         )
     if reason is None and adapter_class_for(target.layer_class, config) is None:
         if config.kind not in _adapter_kinds:

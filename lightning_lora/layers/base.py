@@ -16,6 +16,7 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.functional import add_low_rank_by_sample
 from lightning_lora.layers.offloading import Shown, onloaded, swap_offloaded
+from lightning_lora.layers.quantized import storage_of
 from lightning_lora.layers.seal import Seal
 from lightning_lora.sharding import local_tensor, shard_of, swap_parameters, unsharded, unwrap_fsdp
 
@@ -145,9 +146,6 @@ class LoraLayer(nn.Module):
         """Why this very module cannot be adapted as the config asks, ``None`` if it can."""
         if "weight" not in target.module._parameters:
             return "its weight is computed of others (a parametrization), so nothing can be folded into it"
-        unreadable = None if cls.reads_packed else _unreadable_reason(target)
-        if unreadable:
-            return unreadable
         if config.needs_matrix and not getattr(cls.adapter_class, "is_matrix", False):
             return f"init_lora_weights={config.init_lora_weights!r} is not for this kind of layer"
         if not cls.is_linear and has_own_forward(target.module):
@@ -371,11 +369,17 @@ class LoraLayer(nn.Module):
         return (_new_adapted, _adapted(self).__bases__, *state)
 
 
-def _unreadable_reason(target: Target) -> str | None:
+def unreadable_reason(target: Target) -> str | None:
     """Why the values of the parameters to adapt cannot be read, ``None`` if they can."""
+    if storage_of(target.module) is not None:
+        return (
+            f"its weight is quantized ({type(target.module.weight).__name__}), and of a quantized layer only the whole "
+            "can be adapted, with target_modules and without fused_qkv"
+        )
     for name in target.parameters:
-        parameter = target.module.get_parameter(name)
-        if not _is_readable(parameter):
+        owner_name, _, attribute = name.rpartition(".")
+        parameter = target.module.get_submodule(owner_name)._parameters.get(attribute)
+        if parameter is not None and not _is_readable(parameter):
             return (
                 f"its {name} holds {parameter.dtype} in a {type(parameter).__module__}.{type(parameter).__name__}, a "
                 "quantized format of which the values cannot be read here; register_quantized_storage adds one"

@@ -346,3 +346,13 @@ def test_compiles(kind: str) -> None:
     train(model)
     x = torch.randn(2, 64)
     torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), model(x))
+
+
+@kinds("nf4 in float32", "torchao int8")
+@pytest.mark.parametrize(
+    "part", [{"fused_qkv": ["q", "v"], "target_modules": ["qkv_proj"]}, {"target_parameters": ["qkv_proj.weight"]}]
+)
+def test_parts_of_quantized_layers_are_refused(kind: str, part: dict[str, Any]) -> None:
+    model = nn.ModuleDict({"qkv_proj": QUANTIZERS[kind](nn.Linear(64, 192))})
+    with pytest.raises(TargetError, match="of a quantized layer only the whole can be adapted"):
+        inject(model, LoraConfig(**{"r": 2, "target_modules": [], **part}))
