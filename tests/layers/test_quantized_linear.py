@@ -356,3 +356,25 @@ def test_parts_of_quantized_layers_are_refused(kind: str, part: dict[str, Any]) 
     model = nn.ModuleDict({"qkv_proj": QUANTIZERS[kind](nn.Linear(64, 192))})
     with pytest.raises(TargetError, match="of a quantized layer only the whole can be adapted"):
         inject(model, LoraConfig(**{"r": 2, "target_modules": [], **part}))
+
+
+@kinds("nf4", "int8", "torchao int8")
+def test_a_batch_of_several_adapters_samples(kind: str) -> None:
+    from lightning_lora import adapters_for, add_adapter, disabled, set_adapter
+
+    model = llama(kind)
+    base = logits(model)
+    inject(model, LoraConfig(r=4))
+    add_adapter(model, LoraConfig(r=2), "other")
+    train(model)
+    set_adapter(model, ["default", "other"])
+    train(model, seed=2)
+    alone = {}
+    for name in ("default", "other"):
+        set_adapter(model, name)
+        alone[name] = logits(model)
+    with adapters_for(model, ["other", "default"]):
+        mixed = logits(model)
+    torch.testing.assert_close(mixed, torch.stack([alone["other"][0], alone["default"][1]]), rtol=0, atol=2e-6)
+    with disabled(model):
+        assert torch.equal(logits(model), base)

@@ -311,3 +311,24 @@ def test_optimizers_in_eight_bits_resume_with_the_same_bits(library: str, tmp_pa
     (states,) = torch.load(tmp_path / "epoch=1.ckpt", weights_only=False)["optimizer_states"]
     kept = [tensor for _, tensor in toys.tensors_in(states)]
     assert any(tensor.dtype == torch.uint8 or type(tensor) is not Tensor for tensor in kept)
+
+
+@kinds("nf4", "torchao int8")
+def test_the_best_checkpoint_is_at_work_when_fit_ends(kind: str, tmp_path: Path) -> None:
+    class Validated(Quantized):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.log("val_loss", float(self.current_epoch))  # the first epoch is the best
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(IDS, batch_size=2)
+
+    module = Validated(kind)
+    best = ModelCheckpoint(tmp_path, monitor="val_loss")
+    trainer = fit(tmp_path, module, best, lora={"merge": "best"}, num_sanity_val_steps=0)
+    assert Path(best.best_model_path).name.startswith("epoch=0")
+    state = read_checkpoint(best.best_model_path)["state_dict"]
+    assert_same_tensors(adapter_state_dict(module), state)
+    before = len(module.losses)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, DataLoader(IDS, batch_size=2))
+    assert len(module.losses) > before and not module.model.model.layers[0].mlp.up_proj.merged
