@@ -16,6 +16,7 @@ from lightning_lora.layers.offloading import offloading_hook
 from lightning_lora.model.checks import require_initialized, require_name, require_room, require_unwrapped, warn_of_ties
 from lightning_lora.model.copies import start_copies_alike
 from lightning_lora.model.freeze import freeze
+from lightning_lora.model.quantization import quantization, require_unquantized
 from lightning_lora.model.read_watch import watch_reads
 from lightning_lora.model.record import (
     Injection,
@@ -78,12 +79,15 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     residuals = {}
     if config.takes_from_base:
         residuals = {
-            f"{name}.weight".lstrip("."): adapters[name].init_from_weight(module.weight)  # type: ignore[operator]
-            for name, module in modules.items()
+            f"{name}.{inner}".lstrip("."): residual
+            for name, target in targets.items()
+            for inner, residual in target.layer_class.start_at_weight(target.module, adapters[name]).items()
         }
     injection = Injection(model, config, adapter_name, saved)
+    injection.quantization = quantization(model)
     trained = _names_to_train(model, modules, saved, config.bias)
     _require_loaded(model, trained)
+    require_unquantized(model, saved)
 
     for name, target in every.items():
         layer = _adapted(target)
@@ -108,9 +112,7 @@ def _adapted(target: Target) -> LoraLayer:
     layer: Any = target.module
     if not isinstance(layer, LoraLayer):
         change_class(layer, adapted_class(target.layer_class, type(layer)))  # type: ignore[arg-type]
-        # Not in the module's own state dict.
-        layer.__dict__.update(_active=(), _merged=False, _aside={}, _seals={}, _rows=None)
-        layer.lora = nn.ModuleDict()
+        layer.begin()
     return layer  # type: ignore[no-any-return]
 
 

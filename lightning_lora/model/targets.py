@@ -17,6 +17,7 @@ from lightning_lora.layers import (
     LoraParameters,
     Target,
     layer_class_for,
+    storage_of,
     supported_modules,
     unsupported_reason,
     weightless_reason,
@@ -110,7 +111,9 @@ def _find_layers(
         return {
             name: module
             for name, module in linear.items()
-            if not (name in left_out or _is_read(name, config, reads) or _bypassed_by_parent(name, names, reads))
+            if not (
+                name in left_out or _is_read(name, module, config, reads) or _bypassed_by_parent(name, names, reads)
+            )
         }
     found = {name: module for name, module in names.items() if matches(name, config.target_modules)}
     return {name: module for name, module in found.items() if _is_wanted(name, saved, config)}
@@ -121,11 +124,12 @@ def _weightless_reason(module: nn.Module) -> str | None:
     return None if layer_class is None else weightless_reason(module, layer_class.parameters_of(module))
 
 
-def _is_read(name: str, config: LoraConfig, reads: Reads) -> bool:
+def _is_read(name: str, module: nn.Module, config: LoraConfig, reads: Reads) -> bool:
     """Whether the weight of a linear layer is to be adapted where it is read, if all linear layers are meant."""
     read = reads.get(f"{name}.weight".lstrip("."), ())
     called = any(each.is_called for each in read)
-    return bool(read) and not (called and (len(read) > 1 or LoraParameters.refused_setting(config)))
+    by_call_alone = len(read) > 1 or LoraParameters.refused_setting(config) or storage_of(module) is not None
+    return bool(read) and not (called and by_call_alone)
 
 
 def _find_parameters(
@@ -144,7 +148,7 @@ def _find_parameters(
             meant = matches(full_name, config.target_parameters) or (
                 config.target_modules == ALL_LINEAR
                 and parameter == "weight"
-                and _is_read(name, config, reads)
+                and _is_read(name, module, config, reads)
                 and _is_linear(module)
                 and module not in heads
             )
