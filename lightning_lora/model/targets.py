@@ -108,13 +108,9 @@ def _find_layers(
         if left_out:
             shown = "; ".join(f"{name!r}: {reason}" for name, reason in left_out.items())
             rank_zero_warn(f"{ALL_LINEAR} leaves out {shown}.")
-        return {
-            name: module
-            for name, module in linear.items()
-            if not (
-                name in left_out or _is_read(name, module, config, reads) or _bypassed_by_parent(name, names, reads)
-            )
-        }
+        linear = {name: module for name, module in linear.items() if name not in left_out}
+        linear = {name: module for name, module in linear.items() if not _is_read(name, module, config, reads)}
+        return {name: module for name, module in linear.items() if not _bypassed_by_parent(name, names, reads)}
     found = {name: module for name, module in names.items() if matches(name, config.target_modules)}
     return {name: module for name, module in found.items() if _is_wanted(name, saved, config)}
 
