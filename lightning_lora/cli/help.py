@@ -12,6 +12,7 @@ ADAPTER_FILES = {
     "export": "turn a checkpoint into PEFT's format",
     "merge": "write base and adapter as one model directory",
     "diff": "compare two adapters",
+    "check": "say what a server would make of an adapter",
 }
 
 HELP = f"""usage: lightning-lora <command> [options]
