@@ -176,7 +176,7 @@ def test_modules_that_are_not_there_are_not_copied(directory: Path, tmp_path: Pa
 
 
 # What re needs hours for, and what the package for regular expressions needs them for too.
-@pytest.mark.parametrize("pattern", ["(([a-z._0-9]+)+)+!", r"(?:(\w|\.)+\1?)+?(?:.*.*)+!$"])
+@pytest.mark.parametrize("pattern", ["(([a-z._0-9]+)+)+!", "(?:[a-z._0-9]|[a-z._0-9]{2})+[!?]"])
 @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"])
 def test_no_expression_hangs(directory: Path, tmp_path: Path, setting: str, pattern: str) -> None:
     value = {pattern: 2} if setting.endswith("_pattern") else pattern
