@@ -99,15 +99,20 @@ def still_adamw(model: nn.Module) -> torch.optim.Optimizer | None:
     return torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0) if trained else None
 
 
+def batch(model: nn.Module, shape: Shape, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random inputs and labels, in two rows where there are more tokens than one."""
+    weight = next(model.parameters())
+    rows = 2 if tokens > 1 else 1
+    embeddings = torch.randn(rows, tokens // rows, shape.hidden).to(weight.device, weight.dtype)
+    return embeddings, torch.randint(0, shape.vocabulary, embeddings.shape[:2], device=weight.device)
+
+
 def stepper(
     model: nn.Module, shape: Shape, tokens: int, optimizer: torch.optim.Optimizer | None = None
 ) -> Callable[[], None]:
     """One forward and backward pass, to the trained parameters and to the inputs, and the optimizer's step if given."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weight = next(model.parameters())
-    rows = 2 if tokens > 1 else 1
-    embeddings = torch.randn(rows, tokens // rows, shape.hidden).to(weight.device, weight.dtype)
-    labels = torch.randint(0, shape.vocabulary, embeddings.shape[:2], device=weight.device)
+    embeddings, labels = batch(model, shape, tokens)
 
     def step() -> None:
         inputs = embeddings.clone().requires_grad_()

@@ -37,6 +37,7 @@ __all__ = [
     "merge",
     "param_groups",
     "save_adapter",
+    "save_merged",
     "set_adapter",
     "unmerge",
 ]
@@ -48,6 +49,7 @@ _PUBLIC = {
     "config": ("LoraConfig",),
     "formats.checkpoint": ("load_from_checkpoint",),
     "formats.foreign": ("load_foreign_adapter",),
+    "formats.merged": ("save_merged",),
     "formats.peft": ("load_adapter", "save_adapter"),
     "model.combine": ("combine_adapters",),
     "model.eject": ("eject",),
@@ -87,6 +89,7 @@ if TYPE_CHECKING:
     from lightning_lora.config import LoraConfig
     from lightning_lora.formats.checkpoint import load_from_checkpoint
     from lightning_lora.formats.foreign import load_foreign_adapter
+    from lightning_lora.formats.merged import save_merged
     from lightning_lora.formats.peft import load_adapter, save_adapter
     from lightning_lora.model.combine import combine_adapters
     from lightning_lora.model.eject import eject

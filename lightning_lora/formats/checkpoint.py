@@ -172,8 +172,9 @@ def _metadata_of(checkpoint: Mapping[str, Any], source: str) -> Mapping[str, Any
         tensors = len(state_dict) if isinstance(state_dict, dict) else 0
         raise CheckpointError(
             f"{source} is no adapter checkpoint: it holds {tensors} tensors and no {KEY!r} entry, so it was saved "
-            "without the LoRA callback. Load such full weights into the LightningModule before the Trainer gets it, "
-            "and resume adapters from a checkpoint that a Trainer with the LoRA callback saved. Nothing was loaded."
+            "without the LoRA callback, or by a finished run, whose model is merged. Load such full weights into the "
+            "LightningModule before the Trainer gets it, and resume adapters from a checkpoint that a Trainer with the "
+            "LoRA callback saved. Nothing was loaded."
         )
     meta: Mapping[str, Any] = checkpoint[KEY]
     return meta

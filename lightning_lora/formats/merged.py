@@ -1,17 +1,22 @@
 """The merged model as files: as ``from_pretrained`` opens it, or ``model.safetensors``."""
 
+import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from lightning_lora.formats.publish import whole_directory
+from lightning_lora.layers import LoraLayer, MergedForm, dequantized
+from lightning_lora.model.merge import surrounding_dtype
+from lightning_lora.model.quantization import is_quantized, quantized_layers
 from lightning_lora.model.targets import pretrained_models
 from lightning_lora.sharding import full_shape, full_tensor, is_sharded, is_writer, named_tensors
 
@@ -21,10 +26,27 @@ _WEIGHT_FILES = ("model*.safetensors*", "model.pt", "pytorch_model*.bin*")  # of
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
+class _Part(NamedTuple):
+    """A tensor to be written, which is computed or gathered when its turn comes."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    values: Callable[[], Tensor]
+
+
 def save_merged(
-    model: nn.Module, directory: str | Path, tokenizer: Any | None = None, max_shard_size: str = "5GB"
+    model: nn.Module,
+    directory: str | Path,
+    tokenizer: Any | None = None,
+    max_shard_size: str = "5GB",
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write a merged model: a transformers model as ``from_pretrained`` opens it, any other as ``model.safetensors``.
+
+    Of a model on a quantized base, adapters that are at work are merged on the way, one layer after the other, so that
+    no more than one file is in memory. What is written is an ordinary model, which nothing quantizes when it is opened.
+    The model itself stays as it is.
 
     That format has no sparse, quantized or nested tensors, and nothing else that a state dict may hold. With such, the
     file is ``model.pt``, which ``torch.load`` opens.
@@ -33,26 +55,33 @@ def save_merged(
     process writes each file as soon as it has it.
 
     Args:
-        model: A model without adapters, after ``eject(model, merge=True)``.
+        model: A model without adapters, after ``eject(model, merge=True)``, or any on a quantized base.
         directory: Made if it is not there.
         tokenizer: Saved beside a transformers model, if given.
         max_shard_size: Size above which a transformers model, or one that processes share, is split into several files.
+        dtype: Of the weights that were quantized. ``None`` is what they were before.
 
     Returns:
         The directory.
+
+    Raises:
+        ValueError: If a merged weight holds a NaN or an infinity.
     """
     directory = Path(directory)
     if not is_writer(model):
-        return _write(model, directory, tokenizer, max_shard_size)
+        return _write(model, directory, tokenizer, max_shard_size, dtype)
     with whole_directory(directory, _WEIGHT_FILES) as new:
-        _write(model, new, tokenizer, max_shard_size)
+        _write(model, new, tokenizer, max_shard_size, dtype)
     return directory
 
 
-def _write(model: nn.Module, directory: Path, tokenizer: Any | None, max_shard_size: str) -> Path:
+def _write(
+    model: nn.Module, directory: Path, tokenizer: Any | None, max_shard_size: str, dtype: torch.dtype | None
+) -> Path:
     hf_models = list(pretrained_models(model).values())
-    if is_sharded(model):
-        _save_gathered(hf_models[0] if len(hf_models) == 1 else model, directory, max_shard_size)
+    one_by_one = is_sharded(model) or is_quantized(model)
+    if one_by_one:
+        _save_one_by_one(hf_models[0] if len(hf_models) == 1 else model, directory, max_shard_size, dtype)
     elif not all(map(_is_storable, model.state_dict().values())):
         torch.save(model.state_dict(), directory / "model.pt")
     elif len(hf_models) == 1:
@@ -61,9 +90,8 @@ def _write(model: nn.Module, directory: Path, tokenizer: Any | None, max_shard_s
     else:
         save_model(model, str(directory / "model.safetensors"))
     if len(hf_models) == 1 and is_writer(model):
-        if is_sharded(model):
-            with _true_to_ties(hf_models[0]):
-                hf_models[0].config.save_pretrained(directory)  # type: ignore[union-attr,operator]
+        if one_by_one:
+            _save_configs(hf_models[0], directory, dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
     return directory
@@ -74,22 +102,19 @@ def _is_storable(value: Any) -> bool:
     return dense and not (value.is_quantized or value.is_nested)
 
 
-def _save_gathered(model: nn.Module, directory: Path, max_shard_size: str) -> None:
-    """Write a model that processes share, in files of a given size, as transformers lays them out."""
-    parts: dict[int, tuple[str, nn.Module, str]] = {}
-    for name, module, inner in named_tensors(model):
-        parts.setdefault(id(getattr(module, inner)), (name, module, inner))  # what is tied once
-    files = list(_files(list(parts.values()), _bytes(max_shard_size)))
+def _save_one_by_one(model: nn.Module, directory: Path, max_shard_size: str, dtype: torch.dtype | None) -> None:
+    """Write a model that processes share, or that is quantized, in files of a given size, as transformers does."""
+    files = list(_files(_parts(model, dtype), _bytes(max_shard_size)))
     weight_map, total = {}, 0
     for number, content in enumerate(files, 1):
         several = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
         file_name = f"model{several}.safetensors"
         tensors: dict[str, Tensor] = {}
-        for name, module, inner in content:
-            tensor = full_tensor(module, inner)
-            weight_map[name], total = file_name, total + tensor.numel() * tensor.element_size()
+        for part in content:
+            tensor = part.values()
+            weight_map[part.name], total = file_name, total + tensor.numel() * tensor.element_size()
             if is_writer(model):
-                tensors[name] = tensor.cpu().contiguous()
+                tensors[part.name] = tensor.detach().cpu().contiguous()
         if is_writer(model):
             save_file(tensors, directory / file_name, {"format": "pt"})
     if len(files) > 1 and is_writer(model):
@@ -97,18 +122,68 @@ def _save_gathered(model: nn.Module, directory: Path, max_shard_size: str) -> No
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _files(parts: list[tuple[str, nn.Module, str]], limit: int) -> Iterator[list[tuple[str, nn.Module, str]]]:
+def _parts(model: nn.Module, dtype: torch.dtype | None) -> list[_Part]:
+    """What is to be written of a model: no adapters, quantized weights as ordinary ones, and what is tied once."""
+    form = MergedForm(dtype, otherwise=surrounding_dtype(model))
+    quantized = {id(module): (storage, packed) for _, module, storage, packed in quantized_layers(model)}
+    adapters = {id(inner) for m in model.modules() if isinstance(m, LoraLayer) for inner in m.lora.modules()}
+    parts: dict[tuple[int, int], _Part] = {}
+    for name, module, inner in named_tensors(model):
+        tensor, shape = getattr(module, inner), full_shape(module, inner)
+        key = _identity(module, tensor)
+        if id(module) in adapters or key in parts:
+            continue
+        if inner == "weight" and id(module) in quantized:
+            storage, packed = quantized[id(module)]
+            plain = dtype or storage.dtype(module, packed) or form.otherwise
+            parts[key] = _Part(name, storage.shape(module, packed), plain, partial(_plain, module, form, plain))
+        elif isinstance(module, LoraLayer) and inner in module.adapted_parameters() and not module.merged:
+            parts[key] = _Part(name, shape, tensor.dtype, partial(_merged, module, inner, form))
+        else:
+            parts[key] = _Part(name, shape, tensor.dtype, partial(full_tensor, module, inner))
+    return list(parts.values())
+
+
+def _plain(module: nn.Module, form: MergedForm, dtype: torch.dtype) -> Tensor:
+    """A quantized layer's weight as an ordinary one, with the adapters that are at work merged in."""
+    if isinstance(module, LoraLayer):
+        return module.merged_weights(form)["weight"]
+    return dequantized(module).to(dtype)
+
+
+def _merged(layer: LoraLayer, name: str, form: MergedForm) -> Tensor:
+    return full_tensor(layer, name, layer.merged_weights(form)[name])
+
+
+def _files(parts: list[_Part], limit: int) -> Iterator[list[_Part]]:
     """What goes into each file: as much as the limit allows, and one tensor at least."""
-    content: list[tuple[str, nn.Module, str]] = []
+    content: list[_Part] = []
     size = 0
-    for name, module, inner in parts:
-        own = full_shape(module, inner).numel() * getattr(module, inner).element_size()
+    for part in parts:
+        own = part.shape.numel() * part.dtype.itemsize
         if content and size + own > limit:
             yield content
             content, size = [], 0
-        content.append((name, module, inner))
+        content.append(part)
         size += own
     yield content
+
+
+def _identity(module: nn.Module, tensor: Tensor | None) -> tuple[int, int]:
+    """What two modules share that have the same values once adapters are merged."""
+    return id(tensor), id(module.lora) if isinstance(module, LoraLayer) and module.active else 0
+
+
+def _save_configs(hf_model: Any, directory: Path, dtype: torch.dtype | None) -> None:
+    """Write the configs of a model as it lies in the files: in its type, and quantized no more."""
+    with _true_to_ties(hf_model):
+        config = copy.deepcopy(hf_model.config)
+    if is_quantized(hf_model):
+        vars(config).pop("quantization_config", None)
+        config.dtype = dtype or surrounding_dtype(hf_model)
+    config.save_pretrained(directory)
+    if getattr(hf_model, "generation_config", None) is not None:
+        hf_model.generation_config.save_pretrained(directory)
 
 
 def _bytes(size: str) -> int:
@@ -125,7 +200,7 @@ def _true_to_ties(hf_model: Any) -> Iterator[None]:
     untied = (
         getattr(hf_model.config, "tie_word_embeddings", False)
         and head is not None
-        and getattr(head, "weight", None) is not getattr(embedding, "weight", None)
+        and _identity(head, getattr(head, "weight", None)) != _identity(embedding, getattr(embedding, "weight", None))
     )
     if untied:
         hf_model.config.tie_word_embeddings = False

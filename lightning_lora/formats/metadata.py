@@ -1,18 +1,21 @@
 """What a checkpoint says of its adapters: settings, names and the base that they belong to, in plain types."""
 
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from typing_extensions import NotRequired, TypedDict
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.formats.schema import require_type
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint
+from lightning_lora.model.quantization import described
 from lightning_lora.model.record import Injection, named_injections
 from lightning_lora.model.state_dict import CheckpointError
 
 FORMAT_VERSION = 1
+_QUANTIZED_APART = 0.35  # at most, of one base in two formats; two bases are more than 1 apart
 
 
 class Entry(TypedDict):
@@ -52,12 +55,13 @@ def _entry(name: str, injection: Injection) -> dict[str, Any]:
         "config": injection.config.to_dict(),
         "base_fingerprint": base.short,
         **({"base_samples": base.samples} if base.samples is not None else {}),
+        **({"quantization": injection.quantization} if injection.quantization else {}),
         **({"beneath": injection.beneath} if injection.beneath else {}),
     }
 
 
-def check_metadata(model: nn.Module, meta: Mapping[str, Any], source: str) -> None:
-    """Require that saved adapters belong to this model's adapters and to this base.
+def check_metadata(model: nn.Module, meta: Mapping[str, Any], source: str, other_format: bool = False) -> None:
+    """Require that saved adapters belong to this model's adapters and to this base; see :func:`require_same_base`.
 
     Raises:
         CheckpointError: If the format is newer, the settings differ in what the adapter computes, or the base differs.
@@ -89,15 +93,72 @@ def check_metadata(model: nn.Module, meta: Mapping[str, Any], source: str) -> No
                 f"{source} was saved with other LoRA settings: {', '.join(different)}. The adapter would compute "
                 "something else, so use the settings with which it was saved. Nothing was loaded."
             )
-        if not _fits(entry, injection, source):
-            beneath = ", ".join(f"{each['adapter_name']!r}" for each in entry.get("beneath", []))
-            raise CheckpointError(
-                f"{source} was trained on another base model: its fingerprint is {entry['base_fingerprint']}, this "
-                f"model's is {fingerprint(injection)}. Build the model from the pretrained weights that the "
-                "adapter was trained on; if this very model was merged before, unmerge it first. "
-                + (f"Into that base, the adapter {beneath} had been merged for good. " if beneath else "")
-                + "Nothing was loaded."
-            )
+        beneath = ", ".join(f"{each['adapter_name']!r}" for each in entry.get("beneath", []))
+        require_same_base(
+            Base(Fingerprint(entry["base_fingerprint"], entry.get("base_samples")), entry.get("quantization", [])),
+            Base(fingerprint(injection), injection.quantization),
+            source,
+            f"Into that base, the adapter {beneath} had been merged for good. " if beneath else "",
+            other_format,
+        )
+
+
+class Base(NamedTuple):
+    """What is known of a base.
+
+    Attributes:
+        fingerprint: Of its values.
+        quantization: How they are quantized; see :func:`~lightning_lora.model.quantization.quantization`.
+    """
+
+    fingerprint: Fingerprint
+    quantization: list[dict[str, Any]]
+
+
+def require_same_base(saved: Base, here: Base, source: str, more: str = "", other_format: bool = False) -> None:
+    """Require that an adapter was trained on the base that it is put on.
+
+    One that was trained on a base in full precision may be put on the same one quantized, with a warning that says how
+    far they are apart.
+
+    Args:
+        saved: What it was trained on.
+        here: What it is put on.
+        source: What holds the adapter.
+        more: What else is known of its base, for errors.
+        other_format: Whether it may go, with this warning, on the same base in any format.
+
+    Raises:
+        CheckpointError: If it is another base.
+    """
+    try:
+        if saved.fingerprint.fits(here.fingerprint):
+            return
+    except ValueError as error:
+        raise CheckpointError(f"{source} is damaged: {error} Take another copy of it. Nothing was loaded.") from error
+    there, here_too = described(saved.quantization), described(here.quantization)
+    layers = sum(entry.get("layers", 0) for entry in (*saved.quantization, *here.quantization))
+    differs = _settings(saved.quantization) != _settings(here.quantization)
+    apart = saved.fingerprint.apart(here.fingerprint) if differs else None
+    may_differ = other_format or not saved.quantization
+    if may_differ and apart is not None and apart.tensors <= layers and apart.distance <= _QUANTIZED_APART:
+        rank_zero_warn(
+            f"{source} was trained on a base that was {there}, and this one is {here_too}: {apart.tensors} of its "
+            f"tensors are {apart.distance:.1%} apart, so the adapter does not compute quite what it learned."
+        )
+        return
+    raise CheckpointError(
+        f"{source} was trained on another base model: its fingerprint is {saved.fingerprint}, this model's is "
+        f"{here.fingerprint}. "
+        + (f"That base was {there}, and this one is {here_too}. " if differs else "")
+        + "Build the model from the pretrained weights that the adapter was trained on"
+        + (", quantized as they were" if differs else "")
+        + f"; if this very model was merged before, unmerge it first. {more}Nothing was loaded."
+    )
+
+
+def _settings(quantization: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: entry[name] for name in entry if name != "bytes"} for entry in quantization]
 
 
 def require_known_format(meta: Any, source: str) -> None:
@@ -132,13 +193,6 @@ def config_of(entry: Mapping[str, Any], source: str) -> LoraConfig:
         return LoraConfig.from_dict(entry["config"])
     except ValueError as error:
         raise CheckpointError(f"{source} cannot be read: {error} Nothing was loaded.") from error
-
-
-def _fits(entry: Mapping[str, Any], injection: Injection, source: str) -> bool:
-    try:
-        return Fingerprint(entry["base_fingerprint"], entry.get("base_samples")).fits(fingerprint(injection))
-    except ValueError as error:
-        raise CheckpointError(f"{source} is damaged: {error} Take another copy of it. Nothing was loaded.") from error
 
 
 def _binding(config: LoraConfig) -> dict[str, Any]:

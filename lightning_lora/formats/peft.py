@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.formats.checkpoint import KEY, inject_from_checkpoint, read_checkpoint
 from lightning_lora.formats.dcp import is_directory
-from lightning_lora.formats.metadata import check_metadata
+from lightning_lora.formats.metadata import Base, check_metadata, require_same_base
 from lightning_lora.formats.model_card import has_own_card, write_card
 from lightning_lora.formats.open_file import Objects
 from lightning_lora.formats.peft_config import peft_adapters, peft_config
@@ -24,6 +25,7 @@ from lightning_lora.formats.peft_variants import as_plain_lora, same_but_for_rou
 from lightning_lora.formats.portable import as_portable, not_portable
 from lightning_lora.formats.publish import whole_directory
 from lightning_lora.formats.sizes import require_finite, require_sizes, rows_in_peft
+from lightning_lora.fqn import listed
 from lightning_lora.layers import Adapter, kind_of
 from lightning_lora.layers.offloading import onloaded
 from lightning_lora.model.fingerprint import Fingerprint, base_tensors, fingerprint_of
@@ -37,7 +39,7 @@ from lightning_lora.model.state_dict import (
     check_tensors,
     load_adapter_state_dict,
 )
-from lightning_lora.model.targets import pretrained_models
+from lightning_lora.model.targets import modules_by_name, pretrained_models
 from lightning_lora.sharding import full_tensor, is_writer, load_full, named_tensors, unsharded
 
 Layout = Literal["peft", "portable"]
@@ -100,6 +102,7 @@ def write_adapter(
         layout: How ranks and scalings are written.
     """
     prefix = _peft_root(injection)
+    _warn_of_what_peft_leaves_out(injection, directory)
     tensors = _tensors_of(injection, prefix)
     base = _fingerprint(injection, prefix)
     if not is_writer(injection.root):
@@ -109,7 +112,7 @@ def write_adapter(
     if layout == "portable":
         settings, tensors = as_portable(settings, tensors)
     with whole_directory(directory) as new:
-        write_weights(new / WEIGHTS_FILE, tensors, base, start)
+        write_weights(new / WEIGHTS_FILE, tensors, base, start, injection.quantization)
         (new / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if not has_own_card(directory):
             write_card(new, settings, run)
@@ -127,7 +130,12 @@ def _tensors_of(injection: Injection, prefix: str) -> dict[str, Tensor]:
 
 
 def load_adapter(
-    model: nn.Module, path: str | Path, adapter_name: str | None = None, *, weights_only: bool | None = None
+    model: nn.Module,
+    path: str | Path,
+    adapter_name: str | None = None,
+    *,
+    weights_only: bool | None = None,
+    other_format: bool = False,
 ) -> nn.Module:
     """Load an adapter: a directory in PEFT's format, or an adapter checkpoint that a Trainer wrote.
 
@@ -141,6 +149,8 @@ def load_adapter(
         adapter_name: Of a directory. By default, that of the only adapter, or ``"default"``.
         weights_only: Of a checkpoint, the adapter alone is read, and objects beside it, such as hyperparameters may be,
             are left out unopened. ``False`` opens them too, which can run code; it helps where they cannot be left out.
+        other_format: Whether the base may also be the same one in full precision or quantized otherwise, where the
+            adapter was trained on a quantized one. A warning says how far they are apart.
 
     Returns:
         The same model.
@@ -152,12 +162,13 @@ def load_adapter(
     before = list(adapters(model))
     with _refused_as_a_whole(model, path):
         if not path.is_dir() or is_directory(path):
-            _load_checkpoint(model, path, fresh=not before, objects="open" if weights_only is False else "skip")
+            objects: Objects = "open" if weights_only is False else "skip"
+            _load_checkpoint(model, path, not before, objects, other_format)
             return model
         files = read_files(path)
         name = adapter_name or (before[0] if len(before) == 1 else "default")
         if name in before:
-            _load_into(_find_injection(model, name), files)
+            _load_into(_find_injection(model, name), files, other_format)
             return model
         hf_models = list(pretrained_models(model).values())
         base = hf_models[0] if len(hf_models) == 1 else model
@@ -168,7 +179,7 @@ def load_adapter(
             inject(base, config, name)
         else:
             add_adapter(_find_injection(model, before[0]).root, config, name)
-        _put(_find_injection(model, name), files, config, tensors)
+        _put(_find_injection(model, name), files, config, tensors, other_format)
     return model
 
 
@@ -192,23 +203,23 @@ def read_adapter(injection: Injection, directory: Path) -> None:
         _load_into(injection, read_files(directory))
 
 
-def _load_into(injection: Injection, files: PeftFiles) -> None:
+def _load_into(injection: Injection, files: PeftFiles, other_format: bool = False) -> None:
     prefix = _peft_root(injection)
     config, tensors = as_plain_lora(files, injection.root.get_submodule(prefix.rstrip(".")))
     require_finite(tensors, str(files.directory))
-    _put(injection, files, config, tensors)
+    _put(injection, files, config, tensors, other_format)
 
 
-def _put(injection: Injection, files: PeftFiles, saved: LoraConfig, tensors: dict[str, Tensor]) -> None:
+def _put(
+    injection: Injection, files: PeftFiles, saved: LoraConfig, tensors: dict[str, Tensor], other_format: bool
+) -> None:
     """Require that an adapter is of this kind and base, then take over its tensors."""
     _require_same_quantization(injection.config, saved, files.directory)
     _require_same_kind(injection, files.directory, saved)
-    base = _fingerprint(injection, _peft_root(injection))
-    if files.fingerprint is not None and not files.fingerprint.fits(base):
-        raise CheckpointError(
-            f"{files.directory} was trained on another base model: its fingerprint is {files.fingerprint}, this "
-            f"model's is {base}. Load it onto the pretrained weights that it was trained on. Nothing was loaded."
-        )
+    if files.fingerprint is not None:
+        theirs = Base(files.fingerprint, files.quantization)
+        here = Base(_fingerprint(injection, _peft_root(injection)), injection.quantization)
+        require_same_base(theirs, here, str(files.directory), other_format=other_format)
     _put_tensors(injection, tensors, str(files.directory))
 
 
@@ -225,6 +236,18 @@ def load_tensors(
         named = {PREFIX + name: tensor for name, tensor in tensors.items()}
         _put_tensors(_find_injection(root, adapter_name), named, source)
     return root
+
+
+def _warn_of_what_peft_leaves_out(injection: Injection, directory: Path) -> None:
+    read = [f"{name}.{inner}".lstrip(".") for name, layer in injection.layers() for inner in layer.beyond_peft()]
+    modules = modules_by_name(injection.root)
+    single = [name for name in injection.saved if name not in modules]
+    if read or single:
+        rank_zero_warn(
+            f"PEFT adapts layers where they are called and trains whole modules, so it would leave out "
+            f"{listed(list(map(repr, read + single)))}. lightning_lora loads {directory} right; for others, export the "
+            "merged model."
+        )
 
 
 def _put_tensors(injection: Injection, tensors: dict[str, Tensor], source: str) -> None:
@@ -297,11 +320,11 @@ def _require_same_kind(injection: Injection, directory: Path, saved: LoraConfig)
         raise CheckpointError(f"{directory} does not fit: {'; '.join(problems.values())}. Nothing was loaded.")
 
 
-def _load_checkpoint(model: nn.Module, path: Path, fresh: bool, objects: Objects) -> None:
+def _load_checkpoint(model: nn.Module, path: Path, fresh: bool, objects: Objects, other_format: bool) -> None:
     checkpoint = read_checkpoint(path, objects, "load_adapter(..., weights_only=False)")
     if fresh:
         inject_from_checkpoint(model, checkpoint, str(path))
-    check_metadata(model, checkpoint[KEY], str(path))
+    check_metadata(model, checkpoint[KEY], str(path), other_format)
     require_finite(checkpoint["state_dict"], str(path))
     expected = adapter_tensors(model)
     load_adapter_state_dict(model, {k: v for k, v in checkpoint["state_dict"].items() if k in expected})

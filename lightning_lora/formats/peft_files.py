@@ -28,6 +28,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _PICKLED_FILE = "adapter_model.bin"
 _FINGERPRINT, _SAMPLES = "lightning_lora_base_fingerprint", "lightning_lora_base_samples"
+_QUANTIZATION = "lightning_lora_base_quantization"
 _BASE = "lightning_lora_base"
 _CHECKSUMS = "lightning_lora_checksums"
 _WRAPPED = re.compile(r"\.(original_module|modules_to_save)\.")
@@ -64,6 +65,12 @@ class PeftFiles:
         return Fingerprint(self.meta[_FINGERPRINT], self.meta.get(_SAMPLES)) if _FINGERPRINT in self.meta else None
 
     @property
+    def quantization(self) -> list[dict[str, Any]]:
+        """How the base was quantized, as :func:`~lightning_lora.model.quantization.quantization` says it."""
+        found: list[dict[str, Any]] = json.loads(self.meta.get(_QUANTIZATION, "[]"))
+        return found
+
+    @property
     def start(self) -> str | None:
         """The start that quantized the base, if this package wrote the files and there was one."""
         return self.meta.get(_BASE)
@@ -84,6 +91,7 @@ def read_files(directory: Path) -> PeftFiles:
         tensors = {name: file.get_tensor(name) for name in names}
         meta = dict(file.metadata() or {})
     _require_undamaged(tensors, meta, path)
+    _require_quantization(meta, path)
     start = meta.get(_BASE)
     if start is not None and (quantization(start) or (0, LOFTQ_ITERATIONS + 1))[1] > LOFTQ_ITERATIONS:
         raise CheckpointError(
@@ -99,7 +107,11 @@ def layers_in(tensors: Mapping[str, Any]) -> list[str]:
 
 
 def write_weights(
-    path: Path, tensors: Mapping[str, Tensor], fingerprint: Fingerprint, start: str | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    fingerprint: Fingerprint,
+    start: str | None = None,
+    quantized: list[dict[str, Any]] | None = None,
 ) -> None:
     """Write the tensors of an adapter, with a checksum of each, and what they say of their base.
 
@@ -108,12 +120,15 @@ def write_weights(
         tensors: By their names in PEFT, on the CPU; no two share memory.
         fingerprint: Of the base.
         start: The start that quantized the base, if one did.
+        quantized: How the base came quantized, if it did.
     """
     meta = {"format": "pt", _FINGERPRINT: fingerprint.short}
     if fingerprint.samples is not None:
         meta[_SAMPLES] = fingerprint.samples
     if start is not None:
         meta[_BASE] = start
+    if quantized:
+        meta[_QUANTIZATION] = json.dumps(quantized)
     meta[_CHECKSUMS] = json.dumps({name: _checksum(tensor) for name, tensor in sorted(tensors.items())})
     save_file(dict(tensors), path, meta)
 
@@ -179,6 +194,14 @@ def _require_undamaged(tensors: Mapping[str, Tensor], meta: Mapping[str, str], p
             f"{path} is damaged: {changed[0]!r} is not what was written ({len(changed)} of {len(tensors)} tensors). "
             "Take another copy of it. Nothing was loaded."
         )
+
+
+def _require_quantization(meta: Mapping[str, str], path: Path) -> None:
+    try:
+        found: Any = json.loads(meta.get(_QUANTIZATION, "[]"))
+    except (ValueError, RecursionError):
+        found = None
+    require_type(found, list[dict[str, Any]], str(path), _QUANTIZATION)
 
 
 def _checksum(tensor: Tensor) -> int:

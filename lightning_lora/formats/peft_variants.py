@@ -189,7 +189,7 @@ def _without_absent_modules(config: LoraConfig, tensors: Tensors, base: nn.Modul
         pattern
         for pattern in config.modules_to_save
         if any(matches(name, [pattern]) for name in names)
-        or any(f".{pattern}." in f".{name.removeprefix(PREFIX)}" for name in tensors)
+        or any(f".{pattern}." in f".{name.removeprefix(PREFIX)}." for name in tensors)
     ]
     return dataclasses.replace(config, modules_to_save=kept or None)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_lora.formats.checkpoint import KEY, read_checkpoint
 from lightning_lora.formats.dcp import is_directory
 from lightning_lora.formats.peft_files import PREFIX, WEIGHTS_FILE, read_files
+from lightning_lora.model.quantization import described
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class SavedAdapter:
         settings: The LoRA settings; of several adapters, those of the first.
         tensors: The tensors, by their names in the file.
         facts: What else it says of itself, in words.
+        quantization: How its base was quantized: each format in plain types; empty if it was not.
     """
 
     path: Path
@@ -28,6 +30,7 @@ class SavedAdapter:
     settings: dict[str, Any]
     tensors: dict[str, Tensor]
     facts: dict[str, str]
+    quantization: list[dict[str, Any]]
 
     @property
     def size(self) -> int:
@@ -62,17 +65,21 @@ def _directory(path: Path) -> SavedAdapter:
     facts = {
         "base model": str(settings.get("base_model_name_or_path") or "not named"),
         "base fingerprint": str(files.fingerprint or "not there (not written by lightning-lora)"),
+        **({"base": described(files.quantization)} if files.quantization else {}),
         "file": f"{(path / WEIGHTS_FILE).stat().st_size / 1e6:.2f} MB",
     }
-    return SavedAdapter(path, f"{settings['peft_type']} adapter in PEFT's format", settings, files.tensors, facts)
+    kind = f"{settings['peft_type']} adapter in PEFT's format"
+    return SavedAdapter(path, kind, settings, files.tensors, facts, files.quantization)
 
 
 def _checkpoint(path: Path) -> SavedAdapter:
     checkpoint = read_checkpoint(path)
     entries = checkpoint[KEY]["adapters"]
+    quantization = entries[0].get("quantization", []) if entries else []
     facts = {
         "adapters": ", ".join(f"{e['adapter_name']} on {e['module'] or 'the whole module'}" for e in entries),
         "base fingerprint": ", ".join(sorted({entry["base_fingerprint"] for entry in entries})) or "none",
+        **({"base": described(quantization)} if quantization else {}),
         "progress": f"epoch {checkpoint.get('epoch')}, step {checkpoint.get('global_step')}",
         "Lightning": str(checkpoint.get("pytorch-lightning_version", "unknown")),
         "optimizer state": "no" if _is_empty(checkpoint.get("optimizer_states")) else "yes",
@@ -80,7 +87,7 @@ def _checkpoint(path: Path) -> SavedAdapter:
     }
     tensors = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     settings = entries[0]["config"] if entries else {}
-    return SavedAdapter(path, "Lightning checkpoint of adapters", settings, tensors, facts)
+    return SavedAdapter(path, "Lightning checkpoint of adapters", settings, tensors, facts, quantization)
 
 
 def _is_empty(states: Any) -> bool:

@@ -13,7 +13,7 @@ from lightning_lora.fqn import clean_fqn, listed
 from lightning_lora.layers import LoraParameters
 from lightning_lora.layers.base import is_finite
 from lightning_lora.model.state_dict import CheckpointError
-from lightning_lora.model.targets import find_modules_to_save, find_targets
+from lightning_lora.model.targets import find_modules_to_save, find_targets, parameters_in
 
 # What has a row for each component of the rank, by the end of its name here and in PEFT.
 _COUNTS_RANK = ("lora_A", "lora_A.weight", "lora_embedding_A", "vera_lambda_d")
@@ -84,11 +84,7 @@ def require_sizes(
                 f"another shape: {name} ({there} rows found, {rank} expected). Nothing was loaded."
             )
     there_in_full = {clean_fqn(name) for name in tensors}
-    wanted = [
-        f"{prefix}{clean_fqn(saved)}.{name}"
-        for saved, module in find_modules_to_save(root, config).items()
-        for name, _ in module.named_parameters()
-    ]
+    wanted = [f"{prefix}{name}" for name in parameters_in(find_modules_to_save(root, config))]
     missing = [name for name in map(clean_fqn, wanted) if name not in there_in_full]
     if missing:
         raise CheckpointError(

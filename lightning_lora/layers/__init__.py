@@ -7,13 +7,25 @@ from torch import nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers.adapter import Adapter, LoraAdapter
 from lightning_lora.layers.attention import LoraMultiheadAttention
-from lightning_lora.layers.base import LoraLayer, Target, adapted_class, change_class, class_without_adapter, rows_of
+from lightning_lora.layers.base import (
+    LoraLayer,
+    MergedForm,
+    Target,
+    adapted_class,
+    change_class,
+    class_problem,
+    rows_of,
+    unreadable_reason,
+    weightless_reason,
+)
 from lightning_lora.layers.conv import LoraConv
 from lightning_lora.layers.dora import DORA
 from lightning_lora.layers.embedding import LoraEmbedding
 from lightning_lora.layers.linear import LoraConv1D, LoraLinear
 from lightning_lora.layers.offloading import offloading_hook, onloaded
 from lightning_lora.layers.parameters import LoraParameters
+from lightning_lora.layers.quantized import QuantizedStorage, register_quantized_storage, storage_of
+from lightning_lora.layers.quantized_linear import LoraQuantizedLinear, dequantized
 from lightning_lora.layers.tokens import LoraTokens
 from lightning_lora.layers.vera import VERA
 
@@ -22,24 +34,37 @@ __all__ = [
     "LoraAdapter",
     "LoraLayer",
     "LoraParameters",
+    "LoraQuantizedLinear",
     "LoraTokens",
+    "MergedForm",
+    "QuantizedStorage",
     "Target",
     "adapted_class",
     "adapter_class_for",
     "change_class",
-    "class_without_adapter",
+    "dequantized",
     "kind_of",
     "kind_of_peft_type",
     "layer_class_for",
     "new_adapter",
     "register_adapter_kind",
     "register_layer_kind",
+    "register_quantized_storage",
     "rows_of",
+    "storage_of",
     "supported_modules",
     "unsupported_reason",
+    "weightless_reason",
 ]
 
-_layer_kinds: list[type[LoraLayer]] = [LoraLinear, LoraEmbedding, LoraConv, LoraMultiheadAttention, LoraConv1D]
+_layer_kinds: list[type[LoraLayer]] = [
+    LoraQuantizedLinear,
+    LoraLinear,
+    LoraEmbedding,
+    LoraConv,
+    LoraMultiheadAttention,
+    LoraConv1D,
+]
 # Of a name in _PLAIN, each layer class has its own adapter class.
 _PLAIN = "lora"
 _adapter_kinds: dict[str, Mapping[type[LoraLayer], type[Adapter]]] = {_PLAIN: {}, "dora": DORA, "vera": VERA}
@@ -84,7 +109,9 @@ def adapter_class_for(layer_class: type[LoraLayer], config: LoraConfig) -> type[
     """The class of adapter that a config asks for in layers of a kind, ``None`` if they cannot have it."""
     if layer_class.has_one_kind or config.kind == _PLAIN:
         return layer_class.adapter_class
-    return _adapter_kinds.get(config.kind, {}).get(layer_class)
+    classes = _adapter_kinds.get(config.kind, {})
+    like = layer_class.kinds_like
+    return classes.get(layer_class) or (classes.get(like) if like is not None else None)
 
 
 def kind_of_peft_type(peft_type: str) -> type[Adapter] | None:
@@ -106,8 +133,13 @@ def unsupported_reason(target: Target, config: LoraConfig) -> str | None:
             f"init_lora_weights={config.init_lora_weights!r} changes its weight, which accelerate keeps elsewhere: "
             "inject before accelerate's dispatch"
         )
+    layer_class = target.layer_class
     with onloaded(offloaded):
-        reason = target.layer_class.unsupported_reason(target, config)
+        reason = (
+            (None if layer_class.reads_packed else unreadable_reason(target))
+            or layer_class.unsupported_reason(target, config)
+            or class_problem(layer_class, target.module)
+        )
     if reason is None and adapter_class_for(target.layer_class, config) is None:
         if config.kind not in _adapter_kinds:
             return (

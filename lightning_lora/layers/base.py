@@ -10,11 +10,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # of which torch 2.13 has no public name
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.functional import add_low_rank_by_sample
 from lightning_lora.layers.offloading import Shown, onloaded, swap_offloaded
+from lightning_lora.layers.quantized import storage_of
 from lightning_lora.layers.seal import Seal
 from lightning_lora.sharding import local_tensor, shard_of, swap_parameters, unsharded, unwrap_fsdp
 
@@ -42,6 +44,21 @@ class Target:
     tied_to: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class MergedForm:
+    """What a quantized weight becomes when adapters are merged into it; other weights keep their dtype.
+
+    Attributes:
+        dtype: Of an ordinary weight. ``None`` is what it was before it was quantized.
+        requantize: Whether it is quantized again instead.
+        otherwise: The dtype of an ordinary weight of which it is not known what it was.
+    """
+
+    dtype: torch.dtype | None = None
+    requantize: bool = False
+    otherwise: torch.dtype = torch.float32
+
+
 class Rows(NamedTuple):
     """Which adapter each sample of a batch has.
 
@@ -62,6 +79,7 @@ class _Calls(threading.local):
 
 
 _calls = _Calls()
+_STATE = ("_active", "_merged", "_aside", "_seals", "_rows")
 
 
 class LoraLayer(nn.Module):
@@ -75,6 +93,8 @@ class LoraLayer(nn.Module):
     has_one_kind: ClassVar[bool] = False  # whatever kind the settings ask for
     supported: ClassVar[str] = ""  # the modules that it adapts, for errors
     is_linear: ClassVar[bool] = True  # one that "all-linear" means
+    reads_packed: ClassVar[bool] = False  # whether it can read weights that are quantized
+    kinds_like: "ClassVar[type[LoraLayer] | None]" = None  # the kind of layer whose kinds of adapters it can have too
 
     lora: nn.ModuleDict
     weight: nn.Parameter
@@ -102,23 +122,63 @@ class LoraLayer(nn.Module):
     ) -> nn.Module:
         """An adapter for one module, ready to be put in."""
         make: Any = adapter_class
-        adapter: nn.Module = make(target.module.weight, config, target.name, adapter_name)
+        weight = cls.weight_for(target.module, adapter_class)
+        adapter: nn.Module = make(weight, config, target.name, adapter_name)
         return adapter
+
+    @classmethod
+    def weight_for(cls, module: nn.Module, adapter_class: type[Adapter]) -> Tensor:
+        """The weight that a new adapter of a module sees; without values, if it reads none."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight
+
+    @classmethod
+    def start_at_weight(cls, module: nn.Module, adapter: Any) -> dict[str, Tensor]:
+        """Start an adapter at a part of a module's weight.
+
+        Returns:
+            By name, the parameters for the module to have beside it.
+        """
+        return {"weight": adapter.init_from_weight(module.weight)}
 
     @classmethod
     def unsupported_reason(cls, target: Target, config: LoraConfig) -> str | None:
         """Why this very module cannot be adapted as the config asks, ``None`` if it can."""
-        if "weight" not in target.module._parameters:
-            return "its weight is computed of others (a parametrization), so nothing can be folded into it"
+        if (reason := weightless_reason(target.module)) is not None:
+            return reason
         if config.needs_matrix and not getattr(cls.adapter_class, "is_matrix", False):
             return f"init_lora_weights={config.init_lora_weights!r} is not for this kind of layer"
         if not cls.is_linear and has_own_forward(target.module):
             return "the object has a forward of its own, which may compute something else with its weight"
         return None
 
+    def begin(self) -> None:
+        """Be a layer of this class that no adapter is in yet."""
+        # Not in the module's own state dict.
+        self.__dict__.update(_active=(), _merged=False, _aside={}, _seals={}, _rows=None)
+        self.lora = nn.ModuleDict()
+
+    def end(self) -> tuple[type[nn.Module], dict[str, Any]]:
+        """Give up what :meth:`begin` brought.
+
+        Returns:
+            The class for the layer to have from now on, and the attributes that were taken from it.
+        """
+        taken = {name: self.__dict__.pop(name) for name in _STATE if name in self.__dict__}
+        del self.lora
+        return class_without_adapter(self), taken
+
+    def base_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass of the class that the layer had before."""
+        return super().forward(*args, **kwargs)
+
+    def base_weight(self) -> Tensor:
+        """The values of the base's weight that a forward pass computes with."""
+        return self.weight
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._own_forward is None:
-            out: Tensor = super().forward(x, *args, **kwargs)
+            out: Tensor = self.base_forward(x, *args, **kwargs)
         else:
             out, is_adapted = self.call_own_forward(x, *args, **kwargs)
             if is_adapted:
@@ -143,7 +203,7 @@ class LoraLayer(nn.Module):
         """
         if self.is_in_own_forward():
             _calls.led_back[id(self)] = True
-            return super().forward(*args, **kwargs), False
+            return self.base_forward(*args, **kwargs), False
         _calls.led_back[id(self)] = False
         try:
             return self._own_forward(*args, **kwargs), _calls.led_back[id(self)]
@@ -201,6 +261,10 @@ class LoraLayer(nn.Module):
         """What PEFT adds to the names of the modules that it wraps here, beside what they are called by now."""
         return {"": ".base_layer"}
 
+    def beyond_peft(self) -> list[str]:
+        """The adapted parameters that PEFT would leave as they are where they are read."""
+        return []
+
     @property
     def active(self) -> tuple[str, ...]:
         """Names of the active adapters."""
@@ -216,10 +280,13 @@ class LoraLayer(nn.Module):
         return self._merged
 
     @torch.no_grad()
-    def merged_weights(self) -> dict[str, Tensor]:
+    def merged_weights(self, form: MergedForm = MergedForm()) -> dict[str, Tensor]:
         """By name, the parameters with all active adapters merged in, each rounded once to the parameter's dtype.
 
         Of a parameter that processes share, each gets its shard.
+
+        Args:
+            form: What quantized ones become.
 
         Raises:
             ValueError: If one holds a NaN or an infinity.
@@ -227,19 +294,37 @@ class LoraLayer(nn.Module):
         merged = {}
         with unsharded(self.modules()), onloaded(self.modules()):
             for name, parameter in self.adapted_parameters().items():
-                total = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
-                for adapter in self.adapters_on(name):
-                    total = adapter.fold(total)
-                merged[name] = total.to(parameter.dtype)
+                if not _is_readable(parameter):
+                    raise ValueError(
+                        f"The {name} of a {type(self).__name__} was quantized after the adapter was put in, so nothing "
+                        "can be folded into it: quantize the model first, then inject. Nothing was changed."
+                    )
+                total = self.folded(name, parameter.to(torch.promote_types(parameter.dtype, torch.float32)))
+                merged[name] = self.rounded(total, parameter.dtype)
                 if merged[name] is parameter:  # no adapter is active
                     merged[name] = parameter.detach().clone()
-                if not is_finite(merged[name]):
-                    raise ValueError(
-                        f"Folding the adapter into a {type(self).__name__} of {parameter.dtype} gives a NaN or an "
-                        "infinity: the adapter has diverged, or the weight's dtype is too narrow. Nothing was "
-                        "changed. Take an earlier checkpoint, or merge in float32."
-                    )
         return {name: shard_of(self, name, tensor) for name, tensor in merged.items()}
+
+    def folded(self, name: str, weight: Tensor) -> Tensor:
+        """A parameter's values, in float32 or better, with all active adapters merged in."""
+        for adapter in self.adapters_on(name):
+            weight = adapter.fold(weight)
+        return weight
+
+    def rounded(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """A merged weight in a dtype.
+
+        Raises:
+            ValueError: If it holds a NaN or an infinity then.
+        """
+        weight = weight.to(dtype)
+        if not is_finite(weight):
+            raise ValueError(
+                f"Folding the adapter into a {type(self).__name__} of {dtype} gives a NaN or an infinity: the adapter "
+                "has diverged, or the weight's dtype is too narrow. Nothing was changed. Take an earlier checkpoint, "
+                "or merge in float32."
+            )
+        return weight
 
     def merge(self, merged_weights: Mapping[str, Tensor]) -> None:
         """Put merged parameters, or values of them, in the place of the base's, which :meth:`unmerge` puts back."""
@@ -286,6 +371,51 @@ class LoraLayer(nn.Module):
         # The class is made at run time, so pickle and deepcopy must find it by the base class.
         _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]
         return (_new_adapted, _adapted(self).__bases__, *state)
+
+
+def weightless_reason(module: nn.Module, parameters: Iterable[str] = ("weight",)) -> str | None:
+    """Why a module has not the weights to adapt, whatever the settings; ``None`` if it has."""
+    owners = ((module.get_submodule(owner), name) for owner, _, name in (path.rpartition(".") for path in parameters))
+    if not all(name in owner._parameters for owner, name in owners):
+        return "its weight is computed of others (a parametrization), so nothing can be folded into it"
+    return None
+
+
+def unreadable_reason(target: Target) -> str | None:
+    """Why the values of the parameters to adapt cannot be read, ``None`` if they can."""
+    if storage_of(target.module) is not None:
+        return (
+            f"its weight is quantized ({type(target.module.weight).__name__}), and of a quantized layer only the whole "
+            "can be adapted, with target_modules and without fused_qkv"
+        )
+    for name in target.parameters:
+        owner_name, _, attribute = name.rpartition(".")
+        parameter = target.module.get_submodule(owner_name)._parameters.get(attribute)
+        if parameter is not None and not _is_readable(parameter):
+            return (
+                f"its {name} holds {parameter.dtype} in a {type(parameter).__module__}.{type(parameter).__name__}, a "
+                "quantized format of which the values cannot be read here; register_quantized_storage adds one"
+            )
+    return None
+
+
+def _is_readable(parameter: Tensor) -> bool:
+    """Whether the values of a parameter are in it as they are, which they are not in packed and quantized ones."""
+    is_foreign = is_traceable_wrapper_subclass(parameter) and not type(parameter).__module__.startswith("torch.")
+    return not is_foreign and (parameter.is_floating_point() or parameter.is_complex())
+
+
+def class_problem(layer_class: type[LoraLayer], module: nn.Module) -> str | None:
+    """Why a module cannot take on the class of an adapted layer, ``None`` if it can."""
+    base = type(module)
+    try:
+        base.__new__(base).__class__ = adapted_class(layer_class, base)  # type: ignore[arg-type]
+    except TypeError as error:
+        return (
+            f"Python cannot give it another class ({error}): its class puts another kind of class, such as ABC, before "
+            "the layer's among its bases; put it after"
+        )
+    return None
 
 
 def rows_of(adapter_names: Sequence[str | None], names: Sequence[str]) -> Rows:

@@ -45,7 +45,8 @@ class DoraAdapter(LoraAdapter):
         else:
             base = out if bias is None else out - self._along_channels(bias)
         # Detached, it is constant in forward mode too, which no_grad leaves on.
-        scale = self.lora_magnitude_vector.flatten() / self._norm(layer.weight).detach()  # type: ignore[arg-type]
+        weight: Tensor = layer.base_weight()  # type: ignore[operator]
+        scale = self.lora_magnitude_vector.flatten() / self._norm(weight).detach()
         base, factor = base.to(out.dtype), self._along_channels(scale - 1).to(out.dtype)
         # Nested tensors have no addcmul.
         out = out + base * factor if out.is_nested else torch.addcmul(out, base, factor)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Linear
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers.adapter import Adapter
@@ -115,7 +116,7 @@ def fused_class_for(module: nn.Module, parent: nn.Module | None, name: str) -> t
     """The class that adapts parts of this projection, ``None`` if it does not compute query, key and value in one."""
     if name.rpartition(".")[2] not in NAMES or qkv_rows(module, parent) is None:
         return None
-    return LoraFusedLinear if isinstance(module, nn.Linear) else LoraFusedConv1D
+    return LoraFusedLinear if isinstance(module, Linear) else LoraFusedConv1D
 
 
 def qkv_rows(module: nn.Module, parent: nn.Module | None) -> dict[str, Tensor] | None:

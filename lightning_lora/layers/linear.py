@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Linear  # by its own name, for Lightning's BitsandbytesPrecision has nn.Linear be another class
 
 from lightning_lora.config import LOFTQ
 from lightning_lora.layers.adapter import LoraAdapter
@@ -35,7 +36,8 @@ class LinearAdapter(LoraAdapter):
         )
 
     def base_product(self, x: Tensor, layer: nn.Module) -> Tensor:
-        return nn.functional.linear(x, self.rows(layer.weight))  # type: ignore[arg-type]
+        weight: Tensor = layer.base_weight()  # type: ignore[operator]
+        return nn.functional.linear(x, self.rows(weight).to(x.dtype))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The A and B that the update of the whole weight is the product of."""
@@ -110,14 +112,14 @@ class Conv1DAdapter(LinearAdapter):
 
 
 class LoraLinear(LoraLayer):
-    """``nn.Linear`` and its subclasses."""
+    """``nn.Linear`` and its subclasses, and other classes that compute the same."""
 
     adapter_class = LinearAdapter
     supported = "torch.nn.Linear"
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear)
+        return isinstance(module, Linear) or _computes_linear(module)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not self._is_plain(x):
@@ -126,6 +128,16 @@ class LoraLinear(LoraLayer):
         bias: Tensor | None = self.bias  # type: ignore[assignment]
         lora_B = adapter.drop_ranks(adapter.lora_B, adapter.rank_dim)  # type: ignore
         return low_rank_linear(x, self.weight, bias, adapter.lora_A, lora_B, adapter.scaling)  # type: ignore
+
+    def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out: Tensor = super().base_forward(x, *args, **kwargs)
+        if type(self.weight) not in _PLAIN and x.requires_grad and torch.is_grad_enabled() and not out.requires_grad:
+            raise RuntimeError(
+                f"A backward pass ends in a weight of type {type(self.weight).__name__}, as such of torchao do that "
+                "quantize activations too, so layers before it would get wrong gradients. Quantize the weights only "
+                "(Int8WeightOnlyConfig and the like)."
+            )
+        return out
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether base and adapter can run as one: a single LoRA on the forward of ``nn.Linear``."""
@@ -141,6 +153,25 @@ class LoraLinear(LoraLayer):
             and not is_hooked(adapter)
             and (x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type))
         )
+
+
+def _computes_linear(module: nn.Module) -> bool:
+    """Whether a layer of another class, as torch_geometric's, is a linear one: by its attributes, and by trying it."""
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    sizes = [(getattr(module, f"out_{of}", None), getattr(module, f"in_{of}", None)) for of in ("features", "channels")]
+    # A shape is a tuple; and none of a lazy parameter.
+    if type(weight) is not nn.Parameter or weight.dim() != 2 or weight.is_meta or tuple(weight.shape) not in sizes:
+        return False
+    if module._modules or module._buffers or not weight.is_floating_point():
+        return False
+    x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
+    try:
+        with torch.no_grad():
+            out = type(module).forward(module, x)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        return False  # it takes other inputs
+    expected = nn.functional.linear(x, weight, bias)
+    return isinstance(out, Tensor) and out.shape == expected.shape and torch.allclose(out, expected, equal_nan=True)
 
 
 class LoraConv1D(LoraLayer):

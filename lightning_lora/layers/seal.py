@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # of which torch 2.13 has no public name
 
 _CHUNK = 1 << 20
 _HALF = 29
@@ -47,6 +48,10 @@ def words(tensor: Tensor) -> tuple[Tensor, Tensor]:
         RuntimeError: If the bytes of such a tensor cannot be seen.
     """
     tensor = tensor.detach()
+    if is_traceable_wrapper_subclass(tensor):  # made of others, as quantized ones are
+        names, _ = tensor.__tensor_flatten__()
+        inner = [words(getattr(tensor, name)) for name in names]
+        return torch.cat([eights for eights, _ in inner]), torch.cat([rest for _, rest in inner])
     tensor = tensor.int_repr() if tensor.is_quantized else tensor  # whose bytes torch 2.13 crashes to view
     read = tensor.contiguous().view(-1).view(torch.uint8)
     whole = len(read) // 8 * 8

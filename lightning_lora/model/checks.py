@@ -4,12 +4,13 @@ from collections.abc import Iterable, Iterator
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from lightning_lora.config import LoraConfig
-from lightning_lora.fqn import clean_fqn
+from lightning_lora.config import ALL_LINEAR, LoraConfig
+from lightning_lora.fqn import clean_fqn, is_submodule, listed
 from lightning_lora.layers import Adapter, LoraLayer, Target, adapter_class_for
-from lightning_lora.model.record import Injection
-from lightning_lora.model.targets import TargetError
+from lightning_lora.model.record import Injection, base_parameters, injections, injections_of, parameters_by_name
+from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets, modules_by_name
 
 
 def require_name(adapter_name: str) -> None:
@@ -86,6 +87,62 @@ def require_room(targets: dict[str, Target], config: LoraConfig, adapter_name: s
 def _parts(layer: LoraLayer, names: Iterable[str] | None = None) -> Iterator[Adapter]:
     for name in layer.lora if names is None else names:
         yield from layer.parts(name)
+
+
+def require_initialized(model: nn.Module) -> None:
+    """Require that all parameters and buffers are there."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            raise TargetError(
+                f"{clean_fqn(name)!r} belongs to a lazy layer and has no values yet: run a batch through the model "
+                "first, in configure_model at the latest. Nothing was changed."
+            )
+
+
+def require_clear_freeze(model: nn.Module, config: LoraConfig) -> None:
+    """Require that training would not train what was frozen beside what was to train, such as a teacher.
+
+    Raises:
+        TargetError: If it would.
+    """
+    known = {id(each): each for each in (*injections_of(model), *injections(model))}.values()
+    if any(isinstance(module, LoraLayer) for module in model.modules()) and not known:
+        return  # adapters of a larger module, which has frozen this one
+    targets, saved = find_targets(model, config), find_modules_to_save(model, config)
+    frozen_here = {id(p) for each in known for p in _parameters_of(each.root, each.frozen)}
+    trains = {clean_fqn(name): p.requires_grad or id(p) in frozen_here for name, p in base_parameters(model)}
+    of = {name: [full for full in trains if is_submodule(full, name)] for name in targets}
+    frozen = [name for name, inside in of.items() if inside and not any(map(trains.get, inside))]
+    beside = [name for name in targets if name not in frozen]
+    if isinstance(config.target_modules, list):
+        frozen = [name for name in frozen if name not in config.target_modules]  # which are meant
+    if config.target_modules == ALL_LINEAR:
+        beside += [name for name, train in trains.items() if train and not any(is_submodule(name, s) for s in saved)]
+    if frozen and beside:
+        whole = _outermost_frozen(model, trains, frozen)
+        raise TargetError(
+            f"The targets match {listed(list(map(repr, frozen)))}, which were frozen (requires_grad_(False)), beside "
+            f"{beside[0]!r}, which trains. If they are to stay as they are, as a teacher is, leave them out: "
+            f"exclude_modules={[f'{name}.*' for name in whole] or frozen}. If they are a backbone to adapt, let their "
+            "parameters require gradients before, since LoRA freezes the weights itself; or name what trains beside "
+            "them in modules_to_save. Nothing was changed."
+        )
+
+
+def _parameters_of(root: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
+    parameters = parameters_by_name(root)
+    return [parameters[name] for name in names if name in parameters]
+
+
+def _outermost_frozen(model: nn.Module, trains: dict[str, bool], names: Iterable[str]) -> list[str]:
+    """The outermost modules around these of which nothing trains."""
+    found: list[str] = []
+    for name in modules_by_name(model):
+        inside = [train for full_name, train in trains.items() if is_submodule(full_name, name)]
+        around = any(is_submodule(each, name) and each != name for each in names)
+        if name and around and not any(inside) and not any(is_submodule(name, outer) for outer in found):
+            found.append(name)
+    return found
 
 
 def warn_of_ties(model: nn.Module, targets: dict[str, Target]) -> None:

@@ -2,16 +2,20 @@
 
 from typing import TypeVar
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_lora.layers import MergedForm
 from lightning_lora.model.merge import layers_of, merge_layers
 from lightning_lora.model.removed import keep_removed, remove_all, require_adapters
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def eject(model: ModuleT, merge: bool = False) -> ModuleT:
+def eject(
+    model: ModuleT, merge: bool = False, *, dtype: torch.dtype | None = None, requantize: bool = False
+) -> ModuleT:
     """Take the adapters out of a model, in place: class and attributes of every layer are again as they were.
 
     Args:
@@ -19,6 +23,9 @@ def eject(model: ModuleT, merge: bool = False) -> ModuleT:
         merge: Merge the adapters into the weights, and keep the weights trained in full. :func:`unmerge` then restores
             the adapted model, whose base weights are kept in memory until the model is gone. By default, the base
             weights are restored and the adapters dropped.
+        dtype: Of the ordinary weights that quantized ones become when an adapter is merged into them; see
+            :func:`~lightning_lora.merge`. Their layers are ``nn.Linear`` then.
+        requantize: Quantize merged weights again instead.
 
     Returns:
         The same model.
@@ -35,7 +42,7 @@ def eject(model: ModuleT, merge: bool = False) -> ModuleT:
             "It is left as it is, without an adapter."
         )
     if merge:
-        merge_layers(model, layers_of(found))
+        merge_layers(model, layers_of(found), MergedForm(dtype, requantize))
     else:
         for layer in layers_of(found):
             layer.unmerge()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_lora.layers import LoraLayer
+from lightning_lora.layers import LoraLayer, LoraQuantizedLinear, dequantized, storage_of
 from lightning_lora.layers.offloading import offloaded
 from lightning_lora.model.record import Injection, injections_of
 from lightning_lora.sharding import full_tensor, named_tensors
@@ -67,6 +67,35 @@ class Fingerprint:
             return self.short == other.short
         (names, values), (other_names, other_values) = _decode(self.samples), _decode(other.samples)
         return names == other_names and len(values) == len(other_values) and all(map(_agree, values, other_values))
+
+    def apart(self, other: "Fingerprint") -> "Apart | None":
+        """How far two bases are apart that have the same tensors, by name and shape; ``None`` if they have not."""
+        if self.samples is None or other.samples is None:
+            return None
+        (names, values), (other_names, other_values) = _decode(self.samples), _decode(other.samples)
+        if names != other_names or len(values) != len(other_values):
+            return None
+        different = [pair for pair in zip(values, other_values) if not _agree(*pair)]
+        if any(_CHECKSUM in (one.code, two.code) or len(one.content) == 0 for one, two in different):
+            return None
+        numbers = [(one.numbers(), two.numbers()) for one, two in different]
+        if any(len(one) != len(two) for one, two in numbers):
+            return None
+        squares = sum(float(np.sum((one - two) ** 2)) for one, two in numbers)
+        size = sum(float(np.sum(np.maximum(one**2, two**2))) for one, two in numbers)
+        return Apart(len(different), (squares / size) ** 0.5 if size else 0.0)
+
+
+class Apart(NamedTuple):
+    """How far two bases are apart.
+
+    Attributes:
+        tensors: How many of their tensors differ.
+        distance: Of these, relative to their size.
+    """
+
+    tensors: int
+    distance: float
 
 
 def fingerprint(injection: Injection) -> Fingerprint:
@@ -250,4 +279,8 @@ def base_tensors(injection: Injection) -> Iterator[BaseTensor]:
         key, is_buffer = id(getattr(module, inner)), inner in module._buffers
         if key not in trained and not (is_buffer and injection.saves(name)):
             of_base_or_disk = of_base.get(key, offloaded(module, inner))
-            yield BaseTensor(name, full_tensor(module, inner, of_base_or_disk), replaced.get(key, ()))
+            if inner == "weight" and (isinstance(module, LoraQuantizedLinear) or storage_of(module) is not None):
+                tensor = dequantized(module, of_base_or_disk)
+            else:
+                tensor = full_tensor(module, inner, of_base_or_disk)
+            yield BaseTensor(name, tensor, replaced.get(key, ()))

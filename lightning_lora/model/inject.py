@@ -13,8 +13,11 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import clean_fqn
 from lightning_lora.layers import Adapter, LoraLayer, Target, adapted_class, change_class, new_adapter
 from lightning_lora.layers.offloading import offloading_hook
-from lightning_lora.model.checks import require_name, require_room, require_unwrapped, warn_of_ties
+from lightning_lora.model.checks import require_initialized, require_name, require_room, require_unwrapped, warn_of_ties
+from lightning_lora.model.copies import start_copies_alike
 from lightning_lora.model.freeze import freeze
+from lightning_lora.model.quantization import quantization, require_unquantized
+from lightning_lora.model.read_watch import watch_reads
 from lightning_lora.model.record import (
     Injection,
     adopt,
@@ -24,7 +27,7 @@ from lightning_lora.model.record import (
     parameters_by_name,
 )
 from lightning_lora.model.shard_adapters import require_shardable, shard_adapters
-from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets
+from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets, parameters_in
 from lightning_lora.model.token_targets import find_token_targets
 from lightning_lora.sharding import named_tensors
 
@@ -56,6 +59,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     wanted = (config, adapter_name)
     if any((found.config, found.adapter_name) == wanted and not found.is_part for found in present):
         return model
+    require_initialized(model)
     targets = find_targets(model, config)
     saved = find_modules_to_save(model, config)
     modules = {name: target.module for name, target in targets.items()}
@@ -69,16 +73,21 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     adapters = {
         name: new_adapter(target, config, adapter_name) for name, target in every.items() if target.tied_to is None
     }
+    if not config.freeze_A:  # which is drawn again by a layer's name
+        start_copies_alike(targets, adapters)
     _connect(adapters.values(), config)
     residuals = {}
     if config.takes_from_base:
         residuals = {
-            f"{name}.weight".lstrip("."): adapters[name].init_from_weight(module.weight)  # type: ignore[operator]
-            for name, module in modules.items()
+            f"{name}.{inner}".lstrip("."): residual
+            for name, target in targets.items()
+            for inner, residual in target.layer_class.start_at_weight(target.module, adapters[name]).items()
         }
     injection = Injection(model, config, adapter_name, saved)
+    injection.quantization = quantization(model)
     trained = _names_to_train(model, modules, saved, config.bias)
     _require_loaded(model, trained)
+    require_unquantized(model, saved)
 
     for name, target in every.items():
         layer = _adapted(target)
@@ -94,6 +103,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     injection.put_aside(residuals)
     _train_in_full(injection, trained)
     keep_record(injection)
+    watch_reads(model, targets.values())
     return model
 
 
@@ -102,9 +112,7 @@ def _adapted(target: Target) -> LoraLayer:
     layer: Any = target.module
     if not isinstance(layer, LoraLayer):
         change_class(layer, adapted_class(target.layer_class, type(layer)))  # type: ignore[arg-type]
-        # Not in the module's own state dict.
-        layer.__dict__.update(_active=(), _merged=False, _aside={}, _seals={}, _rows=None)
-        layer.lora = nn.ModuleDict()
+        layer.begin()
     return layer  # type: ignore[no-any-return]
 
 
@@ -116,10 +124,10 @@ def _connect(adapters: Iterable[nn.Module], config: LoraConfig) -> None:
 
 
 def _names_to_train(
-    model: nn.Module, targets: dict[str, nn.Module], saved: dict[str, nn.Module], bias: str
+    model: nn.Module, targets: dict[str, nn.Module], saved: dict[str, nn.Module | Tensor], bias: str
 ) -> list[str]:
     """The parameters to train in full, as far as no other injection does."""
-    names = [clean_fqn(f"{saved_name}.{name}") for saved_name, m in saved.items() for name, _ in m.named_parameters()]
+    names = parameters_in(saved)
     if bias == "lora_only":
         names += [f"{name}.bias" for name, module in targets.items() if getattr(module, "bias", None) is not None]
     parameters = parameters_by_name(model)

@@ -1,24 +1,34 @@
 """Merge adapters into the weights, and bring the base weights back bit for bit."""
 
+import dataclasses
+import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 
 from lightning_lora.fqn import clean_fqn
-from lightning_lora.layers import LoraLayer
+from lightning_lora.layers import LoraLayer, LoraQuantizedLinear, MergedForm, storage_of
 from lightning_lora.model.multi_adapter import set_adapter
-from lightning_lora.model.record import Injection, injections
+from lightning_lora.model.record import Injection, injections, outside_adapters
 from lightning_lora.model.removed import is_removed, let_go_if_changed, require_adapters, require_whole, restore
 from lightning_lora.sharding import is_sharded
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+_KEPT = 0.9  # of an update, below which it has not survived quantization
 
 
-def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None) -> ModuleT:
+def merge(
+    model: ModuleT,
+    adapter_names: str | Sequence[str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    requantize: bool = False,
+) -> ModuleT:
     """Merge the adapters into the weights, in place: ``W = W0 + scaling * B A``, so that inference costs nothing extra.
 
     The adapters stay in their layers, inactive, and the base weights stay in memory for :func:`unmerge`. To get a model
@@ -27,6 +37,10 @@ def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None) -> M
     Args:
         model: A model with adapters.
         adapter_names: Which to merge, one or several; they are active from now on. ``None`` is those that are.
+        dtype: Of the ordinary weights that quantized ones become, rounded once: an adapter is merged into the
+            dequantized values. ``None`` is the type before they were quantized. Other weights keep theirs.
+        requantize: Quantize them again instead. How much of the update is left is measured in each layer, and a warning
+            says if it is less than nine tenths in one; in 4 bits, little is.
 
     Returns:
         The same model.
@@ -40,7 +54,7 @@ def merge(model: ModuleT, adapter_names: str | Sequence[str] | None = None) -> M
     found = require_adapters(model, "to merge")
     if adapter_names is not None:
         set_adapter(model, adapter_names)
-    merge_layers(model, layers_of(found))
+    merge_layers(model, layers_of(found), MergedForm(dtype, requantize))
     return model
 
 
@@ -75,9 +89,16 @@ def layers_of(found: Iterable[Injection]) -> list[LoraLayer]:
 
 @torch.inference_mode(False)  # in which weights would become ones that can never be trained again
 @torch.no_grad()
-def merge_layers(model: nn.Module, layers: list[LoraLayer]) -> None:
+def merge_layers(model: nn.Module, layers: list[LoraLayer], form: MergedForm) -> None:
     """Merge the layers that are not merged yet, all of them or, after an error, none."""
     layers = [layer for layer in layers if not layer.merged]
+    quantized = [layer for layer in layers if isinstance(layer, LoraQuantizedLinear)]
+    if quantized and is_sharded(model):
+        raise ValueError(
+            "Processes share the quantized weights, whose merged values have no place there: use save_merged, which "
+            "writes them layer by layer, or merge the adapter on one device. Nothing was changed."
+        )
+    form = dataclasses.replace(form, otherwise=surrounding_dtype(model))
     _require_own_weights(model, layers)
     leaders = {id(layer.lora): layer for layer in reversed(layers)}  # layers that share adapters share their weights
     elsewhere = _tied_elsewhere(model, layers)
@@ -87,7 +108,9 @@ def merge_layers(model: nn.Module, layers: list[LoraLayer]) -> None:
             "parameters, merging would change it too. Use merge=None, and merge the adapter on one device: "
             "load_adapter, then eject(model, merge=True). Nothing was changed."
         )
-    merged = {key: layer.merged_weights() for key, layer in leaders.items()}
+    merged = {key: layer.merged_weights(form) for key, layer in leaders.items()}
+    if quantized and form.requantize:
+        _tell_what_is_kept(model, {id(layer): merged[id(layer.lora)]["weight"] for layer in quantized})
     for key, layer in leaders.items():
         own = layer.adapted_parameters()
         # What is tied to a layer without this adapter gets a parameter of its own, for that layer stays as it is.
@@ -95,6 +118,34 @@ def merge_layers(model: nn.Module, layers: list[LoraLayer]) -> None:
     for layer in layers:
         if layer is not leaders[id(layer.lora)]:
             layer.merge_like(leaders[id(layer.lora)])
+
+
+def surrounding_dtype(model: nn.Module) -> torch.dtype:
+    """The type of most of a model's numbers outside of quantized weights and adapters."""
+    counts: Counter[torch.dtype] = Counter({torch.float32: 0})
+    for _, module in outside_adapters(model):
+        packed = "weight" if storage_of(module) is not None else None
+        for name, parameter in module._parameters.items():
+            if parameter is not None and name != packed and parameter.is_floating_point():
+                counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0]
+
+
+def _tell_what_is_kept(model: nn.Module, packed: dict[int, Tensor]) -> None:
+    """Say how much of the update is left in weights that were quantized again, given by the identity of layers."""
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraQuantizedLinear))
+    kept = {clean_fqn(name): layer.kept(packed[id(layer)]) for name, layer in layers if id(layer) in packed}
+    least = min(kept, key=lambda name: kept[name])
+    text = (
+        f"Quantized again, the {len(kept)} merged weights hold {statistics.median(kept.values()):.2f} of the adapter's "
+        f"update (the median), and {kept[least]:.2f} at least, in {least!r}."
+    )
+    if kept[least] < _KEPT:
+        rank_zero_warn(
+            f"{text} What is lost is that of the training: merge without requantize, or keep the adapter unmerged."
+        )
+    else:
+        rank_zero_info(text)
 
 
 def _require_own_weights(model: nn.Module, layers: list[LoraLayer]) -> None:

@@ -40,6 +40,7 @@ class Injection:
         frozen_norms: Names of the normalization layers whose statistics are frozen.
         fused: The switches of torch's fused encoder path that were on, as the module's name, theirs and the value.
         fingerprint: Of the base, once it is known.
+        quantization: How the base's weights are quantized: each format in plain types, with the number of its layers.
         from_data: Whether the adapter's initialization was computed from data.
         beneath: Name and settings of the adapters that were merged into this one's base before, in plain types.
         is_found: Whether the root is only where the layers were found, after the one that it was made on was gone.
@@ -57,6 +58,7 @@ class Injection:
         self.frozen_norms: list[str] = []
         self.fused: list[tuple[str, str, Any]] = []
         self.fingerprint: Any = None
+        self.quantization: list[dict[str, Any]] = []
         self.from_data = False
         self.beneath: list[dict[str, Any]] = []
         self.is_found = False

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_lora.layers import LoraLayer, change_class, class_without_adapter
+from lightning_lora.layers import LoraLayer, change_class
 from lightning_lora.model.freeze import freeze, hand_over, thaw
 from lightning_lora.model.record import (
     Injection,
@@ -25,7 +25,7 @@ from lightning_lora.model.record import (
 from lightning_lora.sharding import is_sharded
 
 MERGED, REMOVED = "merged", "removed"
-_ATTRIBUTES = ("_active", "_merged", "_aside", "_seals", "_rows", "_injections")
+_NOTE = "_injections"
 
 
 @dataclasses.dataclass
@@ -104,11 +104,11 @@ def _removed_at(root: nn.Module) -> list[_Removed]:
 
 def _remove_class(layer: LoraLayer) -> _RemovedLayer:
     """Give a layer its old class back, without the attributes that it had beside its adapters."""
-    attributes = {name: layer.__dict__.pop(name) for name in _ATTRIBUTES if name in layer.__dict__}
-    removed = _RemovedLayer(weakref.ref(layer), type(layer), layer.lora, attributes)
-    del layer.lora
-    change_class(layer, class_without_adapter(layer))
-    return removed
+    noted = {_NOTE: layer.__dict__.pop(_NOTE)} if _NOTE in layer.__dict__ else {}
+    layer_class, adapters = type(layer), layer.lora
+    own_class, attributes = layer.end()
+    change_class(layer, own_class)
+    return _RemovedLayer(weakref.ref(layer), layer_class, adapters, attributes | noted)
 
 
 def remove_adapter(injection: Injection) -> None:
@@ -131,6 +131,11 @@ def remove_adapter(injection: Injection) -> None:
 def is_removed(model: nn.Module) -> bool:
     """Whether adapters were merged into this model and taken out."""
     return bool(_removed_in(model))
+
+
+def is_finished(model: nn.Module) -> bool:
+    """Whether all adapters of a model are merged and taken out, so that it is a plain one."""
+    return is_removed(model) and not injections(model)
 
 
 def removed_injections(root: nn.Module) -> list[Injection]:

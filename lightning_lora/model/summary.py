@@ -6,6 +6,7 @@ from collections import Counter
 from torch import nn
 
 from lightning_lora.fqn import clean_fqn
+from lightning_lora.model.quantization import described, quantization, quantized_layers
 from lightning_lora.model.record import injections, named_injections
 from lightning_lora.model.state_dict import adapter_tensors
 from lightning_lora.sharding import full_shape, named_tensors
@@ -48,7 +49,10 @@ def print_summary(model: nn.Module) -> None:
 
 def _sizes(model: nn.Module) -> dict[int, int]:
     """How many numbers each parameter and buffer has, also where this process holds a part; by identity, so once."""
-    return {id(getattr(module, name)): full_shape(module, name).numel() for _, module, name in named_tensors(model)}
+    sizes = {id(getattr(module, name)): full_shape(module, name).numel() for _, module, name in named_tensors(model)}
+    for _, module, storage, packed in quantized_layers(model):
+        sizes[id(module.weight)] = storage.shape(module, packed).numel()
+    return sizes
 
 
 def _totals(model: nn.Module) -> list[str]:
@@ -66,6 +70,9 @@ def _totals(model: nn.Module) -> list[str]:
         f"trainable {trainable:,} | frozen {total - trainable:,} | total {total:,} | "
         f"{100 * trainable / max(total, 1):.3f}% trained | {size / 1e6:.2f} MB on disk",
     ]
+    formats = quantization(model)
+    if formats:
+        lines.append(f"the base is {described(formats)}")
     if saved:
         lines.append(f"trained in full and stored with the adapter: {', '.join(saved)}")
     if biases:

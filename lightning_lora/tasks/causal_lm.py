@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.data.conversation import encode_question
 from lightning_lora.eval_mode import evaluating
-from lightning_lora.pretrained import encode_prompt, load_causal_lm, load_tokenizer
+from lightning_lora.pretrained import QUANTIZE, load_causal_lm, load_tokenizer
 from lightning_lora.tasks.fine_tuning import FineTuning
 from lightning_lora.tasks.packed import require_separation
 
@@ -30,9 +31,11 @@ class CausalLM(FineTuning):
             Default 0.
         dtype: Type of the weights, such as ``bfloat16``. Default ``None``: that of the trainer's precision.
         max_new_tokens: Upper limit of an answer in ``predict``, in tokens. Default 128.
+        quantize: What bitsandbytes keeps the linear layers in: ``nf4``, ``nf4-dq``, ``fp4``, ``fp4-dq`` (4 bits, with
+            ``-dq`` for scales that are quantized too) or ``int8``. Only adapters can be trained then. Default ``None``.
 
     Raises:
-        ValueError: If ``dtype`` names no floating-point type of torch.
+        ValueError: If ``dtype`` names no floating-point type of torch, or ``quantize`` no kind of quantization.
     """
 
     def __init__(
@@ -44,12 +47,16 @@ class CausalLM(FineTuning):
         warmup_steps: int = 0,
         dtype: str | None = None,
         max_new_tokens: int = 128,
+        quantize: str | None = None,
     ) -> None:
         super().__init__(pretrained, lr, weight_decay, warmup_steps)
         self.save_hyperparameters()
         found = None if dtype is None else getattr(torch, dtype, None)
         if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
             raise ValueError(f"Found dtype={dtype!r}, expected a name such as 'float32' or 'bfloat16', or null.")
+        if quantize is not None and quantize not in QUANTIZE:
+            raise ValueError(f"Found quantize={quantize!r}, expected one of {', '.join(QUANTIZE)}, or null.")
+        self.quantize = quantize
         self.gguf_file = gguf_file
         self.weights_dtype: torch.dtype | None = found
         self.max_new_tokens = max_new_tokens
@@ -58,7 +65,7 @@ class CausalLM(FineTuning):
     def build(self, dtype: torch.dtype) -> Any:
         """Load the model and its tokenizer."""
         self.tokenizer = load_tokenizer(self.pretrained, self.gguf_file)
-        return load_causal_lm(self.pretrained, self.gguf_file, self.weights_dtype or dtype)
+        return load_causal_lm(self.pretrained, self.gguf_file, self.weights_dtype or dtype, self.quantize)
 
     def forward(self, **batch: Tensor) -> Any:
         """Output of the transformers model for a batch, with ``loss`` when the batch holds ``labels``."""
@@ -103,7 +110,8 @@ class CausalLM(FineTuning):
         """
         if self.model is None:
             self.configure_model()
-        ids = torch.tensor([encode_prompt(self.tokenizer, prompt)], device=next(self.model.parameters()).device)
+        question = encode_question(self.tokenizer, [{"role": "user", "content": prompt}], separator="")
+        ids = torch.tensor([question], device=next(self.model.parameters()).device)
         return self._continue(ids, torch.ones_like(ids), max_new_tokens)[0]
 
     def _continue(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> list[str]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import chart, checkpoint, harness, imports, inference, inject, memory, merge, scaling, step
+from benchmarks import chart, checkpoint, harness, imports, inference, inject, memory, merge, quantized, scaling, step
+from lightning_lora.model.quantization import quantized_layers
 
 
 def figures(main: Any, path: Path, *arguments: str) -> dict[str, dict[str, Any]]:
@@ -36,6 +37,34 @@ def test_memory(tmp_path: Path) -> None:
     assert peaks["floor"] < peaks["ours, all"] <= peaks["PEFT, all"] < peaks["full"]
     layers = {name.split(": ")[1]: row["layer peak"] for name, row in rows.items()}
     assert layers["ours, all"] < 1.5 < layers["PEFT, all"]
+
+
+def test_quantized(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    arguments = ["--shape", "tiny", "--tokens", "8", "--turns", "2", "--kinds", "float32", "nf4-dq"]
+    rows = figures(quantized.main, tmp_path / "quantized.json", *arguments)
+    assert list(rows) == [f"{kind}: {name}" for kind in ("float32", "nf4-dq") for name in ("floor", "ours", "PEFT")]
+    for name in ("ours", "PEFT"):
+        assert rows[f"nf4-dq: {name}"]["resting bytes"] < rows[f"float32: {name}"]["resting bytes"]
+    assert rows["nf4-dq: ours"]["resting bytes"] == rows["nf4-dq: PEFT"]["resting bytes"]
+    assert rows["nf4-dq: ours"]["loss"] < rows["nf4-dq: floor"]["loss"]
+
+
+def test_the_memory_of_a_step_on_a_base_in_four_bits() -> None:
+    """At rest half a byte for each weight and its scales; at the peak, one layer's weight in full beside them."""
+    pytest.importorskip("bitsandbytes")
+    shape = harness.Shape(512, 1408, 4, 8, 8)
+    models = quantized.contenders(shape, "nf4-dq", 8, "all", "cpu")
+    linear = 4 * (4 * 512 * 512 + 3 * 512 * 1408)
+    packed = sum(storage.size(m, found) for _, m, storage, found in quantized_layers(models["floor"]))
+    codes = 4 * 7 * 4 * (16 + 256)  # the code books of each layer
+    assert (packed - codes) / linear == pytest.approx(0.5 + 1 / 64 + 4 / 64 / 256, rel=1e-3)
+    optimizer = harness.still_adamw(models["ours"])
+    step = harness.stepper(models["ours"], shape, 32, optimizer)
+    step()
+    peak = harness.peak_bytes(step)
+    assert peak < 4 * linear / 4  # far less than one block of the model in float32
+    assert quantized.resting_bytes(models["ours"], optimizer) < 0.3 * 4 * linear
 
 
 def test_a_peak_is_what_lives_at_once() -> None:

@@ -1,9 +1,11 @@
 """The commands that work on files, as a user runs them."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import helpers.quantized
 import lightning as L
 import pytest
 import torch
@@ -11,10 +13,11 @@ from helpers import toys
 from helpers.models import EXPERTS, IDS, mixtral, tiny_llama
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lightning_lora import LoRA, LoraConfig, eject, inject, load_adapter, save_adapter
 from lightning_lora.cli.main import main
+from lightning_lora.pretrained import quantization_config
 
 
 class Task(L.LightningModule):
@@ -168,3 +171,48 @@ def test_adapters_of_experts_are_compared(tmp_path: Path, capsys: pytest.Capture
     assert call("diff", str(tmp_path / "0.1"), str(tmp_path / "0.1")) == 0
     assert call("diff", str(tmp_path / "0.1"), str(tmp_path / "0.2")) == 1
     assert "experts" in capsys.readouterr().out
+
+
+@pytest.fixture(params=["nf4-dq", "int8"])
+def quantized(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """A finished run on a quantized base: its adapter, its base on disk unquantized, and what it computes."""
+    pytest.importorskip("bitsandbytes")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    config = quantization_config(request.param, torch.float32)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config).train()
+    inject(model, LoraConfig(r=4))
+    toys.randomize(model)
+    save_adapter(model, tmp_path / "adapter")
+    names = {"adapter": str(tmp_path / "adapter"), "base": str(tmp_path / "base"), "out": str(tmp_path / "out")}
+    return {**names, "logits": model(IDS).logits, "model": model}
+
+
+def test_merge_quantizes_the_base_as_it_was(quantized: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("merge", quantized["adapter"], quantized["out"], "--base", quantized["base"]) == 0
+    opened = AutoModelForCausalLM.from_pretrained(quantized["out"])
+    assert {type(layer) for layer in opened.modules() if isinstance(layer, nn.Linear)} == {nn.Linear}
+    torch.testing.assert_close(opened(IDS).logits, quantized["logits"], rtol=0, atol=1e-5)
+    assert call("inspect", quantized["adapter"]) == 0
+    assert "base: quantized: 21 layers by bitsandbytes (bits=" in capsys.readouterr().out
+
+
+def test_merge_onto_the_original(quantized: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="21 of its tensors are"):
+        assert (
+            call("merge", quantized["adapter"], quantized["out"], "--base", quantized["base"], "--onto", "original")
+            == 0
+        )
+    plain, layer = tiny_llama(), quantized["model"].model.layers[0].mlp.up_proj
+    opened = AutoModelForCausalLM.from_pretrained(quantized["out"])
+    expected = plain.model.layers[0].mlp.up_proj.weight + layer.lora["default"].delta_weight()
+    torch.testing.assert_close(opened.model.layers[0].mlp.up_proj.weight, expected, rtol=0, atol=1e-6)
+
+
+def test_a_quantization_that_cannot_be_made_again_is_named(
+    quantized: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = helpers.quantized.quantize(tiny_llama(), "torchao int8") if find_spec("torchao") else pytest.skip("torchao")
+    inject(model, LoraConfig(r=4))
+    save_adapter(model, tmp_path / "other")
+    assert call("merge", str(tmp_path / "other"), quantized["out"], "--base", quantized["base"]) == 1
+    assert "by torchao" in (said := capsys.readouterr().err) and "--onto original" in said

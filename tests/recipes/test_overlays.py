@@ -27,3 +27,13 @@ def test_overlays_that_shard_are_read(
     assert config["model"]["class_path"].endswith("CausalLM")
     (tmp_path / "both.yaml").write_text(yaml.safe_dump(config))
     assert printed(capsys, "fit", "--config", str(tmp_path / "both.yaml")) == config
+
+
+def test_the_overlay_that_quantizes_changes_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = printed(capsys, "fit", "--config", "chat_sft")
+    both = printed(capsys, "fit", "--config", "chat_sft", "--config", "qlora")
+    assert both["model"]["init_args"]["quantize"] == "nf4-dq"
+    alone["model"]["init_args"]["quantize"] = "nf4-dq"
+    assert both == alone
+    other = printed(capsys, "fit", "--config", "chat_sft", "--model.quantize", "nf4")
+    assert other["model"]["init_args"]["quantize"] == "nf4"

@@ -3,7 +3,9 @@ from __future__ import annotations
 import math
 import re
 from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -12,7 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lightning_lora.pretrained import encode_prompt, load_tokenizer, resolve
+from lightning_lora import LoRA
+from lightning_lora.data.conversation import encode_question
+from lightning_lora.model.quantization import quantization
+from lightning_lora.pretrained import QUANTIZE, load_tokenizer, resolve
 from lightning_lora.tasks import CausalLM
 
 TEMPLATE = (
@@ -41,6 +46,10 @@ def checkpoint(tmp_path: Path) -> str:
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
+
+
+def asked(tokenizer: Any) -> list[int]:
+    return encode_question(tokenizer, [{"role": "user", "content": "define cat"}], separator="")
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
@@ -83,6 +92,7 @@ def test_hyperparameters_are_plain(checkpoint: str) -> None:
         "warmup_steps": 0,
         "dtype": None,
         "max_new_tokens": 128,
+        "quantize": None,
     }
 
 
@@ -132,7 +142,7 @@ def test_generate_returns_new_text_and_keeps_modes(checkpoint: str) -> None:
     module.configure_model()
     module.model.lm_head.eval()
     module.model.lm_head.weight.data[:3] = 0  # special tokens, which are not shown, stay out
-    ids = torch.tensor([encode_prompt(module.tokenizer, "define cat")])
+    ids = torch.tensor([asked(module.tokenizer)])
     expected = module.tokenizer.decode(module.model(ids).logits[0, -1].argmax())
     assert module.generate("define cat", max_new_tokens=1) == expected
     assert module.generate("define cat", max_new_tokens=4).startswith(expected)
@@ -141,9 +151,9 @@ def test_generate_returns_new_text_and_keeps_modes(checkpoint: str) -> None:
 
 def test_prompt_follows_the_chat_template(checkpoint: str) -> None:
     tokenizer = load_tokenizer(checkpoint)
-    assert tokenizer.decode(encode_prompt(tokenizer, "define cat")) == "<s> user define cat </s> <s> assistant"
+    assert tokenizer.decode(asked(tokenizer)) == "<s> user define cat </s> <s> assistant"
     tokenizer.chat_template = None
-    assert tokenizer.decode(encode_prompt(tokenizer, "define cat")) == "define cat"
+    assert tokenizer.decode(asked(tokenizer)) == "define cat"
 
 
 def test_resolve_finds_files_of_a_distribution() -> None:
@@ -178,3 +188,27 @@ def test_missing_weights_of_the_quickstart_name_the_command(monkeypatch: pytest.
 def test_missing_gguf_file(checkpoint: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"found no \.gguf file"):
         load_tokenizer(checkpoint, "absent.gguf")
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("quantize", QUANTIZE)
+def test_quantized(checkpoint: str, quantize: str, tmp_path: Path) -> None:
+    module = CausalLM(checkpoint, quantize=quantize)
+    module.configure_model()
+    (record,) = quantization(module)
+    expected = {"bits": 8} if quantize == "int8" else {"quant_type": quantize[:3], "double_quant": "dq" in quantize}
+    assert record.items() >= expected.items() and record["layers"] == 7
+    module = CausalLM(checkpoint, quantize=quantize)
+    run = trainer(tmp_path, max_epochs=2, callbacks=[LoRA(r=2, summary=False, export_dir=tmp_path / "out")])
+    run.fit(module, DataLoader(rows(), batch_size=None))
+    opened = LlamaForCausalLM.from_pretrained(tmp_path / "out" / "merged").train()
+    ids = rows()[0]["input_ids"]
+    torch.testing.assert_close(opened(ids).logits, module.model.train()(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_unknown_quantization_is_named(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="Found quantize='int4', expected one of nf4,"):
+        CausalLM(checkpoint, quantize="int4")
+    monkeypatch.setattr("lightning_lora.pretrained.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"Run: pip install \"lightning-lora\[bitsandbytes\]\""):
+        CausalLM(checkpoint, quantize="nf4").configure_model()

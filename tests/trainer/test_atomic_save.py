@@ -70,7 +70,7 @@ def test_other_writers_and_remote_files_are_left_as_they_are(tmp_path: Path) -> 
     own = Own()
     trainer = fit(tmp_path, plugins=[own])
     assert set(own.paths) == {str(tmp_path / "last.ckpt")}
-    trainer = fit(tmp_path)
+    trainer = fit(tmp_path, merge=None)
     trainer.save_checkpoint("memory://atomic_save/remote.ckpt")
     loaded = trainer.strategy.checkpoint_io.load_checkpoint("memory://atomic_save/remote.ckpt")
     assert_adapter_only(loaded, snapshot(Toy()))

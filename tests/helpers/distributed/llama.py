@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from benchmarks.saving import CpuFSDP
 from helpers import toys
+from helpers.quantized import quantize
 from lightning_lora import LoraConfig, inject, param_groups
 from lightning_lora.sharding import load_full
 
@@ -73,6 +74,7 @@ class Llama(L.LightningModule):
         early: Settings of LoRA to inject in ``configure_model``, before the model is sharded there.
         tied: Whether the output head is tied to the embedding.
         outermost: Whether what is outside of the blocks is sharded too.
+        quantized: The kind of its quantized linear layers, if they are to be.
     """
 
     def __init__(
@@ -82,14 +84,18 @@ class Llama(L.LightningModule):
         early: dict[str, Any] | None = None,
         tied: bool = False,
         outermost: bool = True,
+        quantized: str | None = None,
     ) -> None:
         super().__init__()
+        self.quantized = quantized
         self.early, self.meta, self.tied, self.outermost = early, meta, tied, outermost
         self.losses: list[float] = []
         self.model: Any = None if late else self._build()
 
     def _build(self) -> LlamaForCausalLM:
         model = build(self.tied)
+        if self.quantized is not None:
+            model = quantize(model, self.quantized)
         return on_meta(model) if self.meta else model
 
     def configure_model(self) -> None:

@@ -1,0 +1,30 @@
+"""Linear layers whose weight is kept in fewer bits, one file a library; here is their registry."""
+
+from torch import nn
+
+from lightning_lora.layers.quantized.bitsandbytes import Bitsandbytes4bit, Bitsandbytes8bit
+from lightning_lora.layers.quantized.storage import QuantizedStorage
+from lightning_lora.layers.quantized.torchao import Torchao, TorchaoNF4
+
+__all__ = ["QuantizedStorage", "register_quantized_storage", "storage_of", "supported_storages"]
+
+_storages: list[QuantizedStorage] = [Bitsandbytes4bit(), Bitsandbytes8bit(), Torchao(), TorchaoNF4()]
+
+
+def register_quantized_storage(storage: QuantizedStorage) -> None:
+    """Have a further kind of quantized linear layers adapted, merged and exported.
+
+    Args:
+        storage: What answers for them. It is asked before those that are there.
+    """
+    _storages.insert(0, storage)
+
+
+def storage_of(module: nn.Module) -> QuantizedStorage | None:
+    """How a layer's weight is kept in fewer bits, ``None`` if it is not."""
+    return next((storage for storage in _storages if storage.holds(module)), None)
+
+
+def supported_storages() -> str:
+    """The quantized layers that can be adapted, in words."""
+    return ", ".join(storage.supported for storage in _storages)

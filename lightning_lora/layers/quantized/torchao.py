@@ -1,0 +1,105 @@
+"""Weights in 8 and 4 bits of torchao: its classes of tensors, in an ordinary ``nn.Linear``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.layers.quantized.storage import QuantizedStorage
+
+
+class Torchao(QuantizedStorage):
+    """What ``torchao.quantization.quantize_`` makes of a weight: whole numbers or float8, with scales."""
+
+    supported = "weights of torchao"
+    broadcasts = False
+
+    def holds(self, module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")
+        return any(f"{c.__module__}.{c.__name__}" == "torchao.utils.TorchAOBaseTensor" for c in type(weight).__mro__)
+
+    def shape(self, module: nn.Module, packed: Tensor) -> torch.Size:
+        return packed.shape
+
+    def dtype(self, module: nn.Module, packed: Tensor) -> torch.dtype | None:
+        return packed.dtype
+
+    def dequantized(self, module: nn.Module, packed: Tensor) -> Tensor:
+        return packed.detach().dequantize().float()
+
+    def requantized(self, module: nn.Module, packed: Tensor, weight: Tensor) -> nn.Parameter:
+        from torchao.quantization import PerRow, PerTensor
+
+        like: Any = packed.detach()
+        make: Any = type(like).from_hp
+        weight = weight.to(like.dtype)
+        name, block = type(like).__name__, tuple(getattr(like, "block_size", ()))
+        granularity = {(1, like.shape[1]): PerRow(), tuple(like.shape): PerTensor()}.get(block)
+        if name == "IntxUnpackedToInt8Tensor":
+            packed = make(weight, block, like.target_dtype)
+        elif name == "Int8Tensor" and granularity is not None:
+            packed = make(weight, granularity)
+        elif name == "Float8Tensor" and granularity is not None:
+            packed = make(weight, float8_dtype=like.qdata.dtype, granularity=granularity)
+        else:
+            raise ValueError(f"torchao's {name} with blocks of {block} cannot be quantized again.")
+        return nn.Parameter(packed, requires_grad=False)
+
+    def record(self, module: nn.Module, packed: Tensor) -> dict[str, Any]:
+        like: Any = packed.detach()
+        _, settings = like.__tensor_flatten__()
+        return {
+            "library": "torchao",
+            "tensor": type(like).__name__,
+            "codes": str(like.qdata.dtype),
+            **{name: _plain(value) for name, value in settings.items() if value is not None and name != "dtype"},
+        }
+
+    def size(self, module: nn.Module, packed: Tensor) -> int:
+        return _bytes(packed.detach())
+
+    def strip(self, module: nn.Module) -> dict[str, Any]:
+        return {"extra_repr": vars(module).pop("extra_repr")} if "extra_repr" in vars(module) else {}
+
+
+class TorchaoNF4(Torchao):
+    """torchao's ``NF4Tensor``: blocks of 4-bit NormalFloat codes, with scales that are quantized too."""
+
+    supported = "torchao's NF4Tensor"
+
+    def holds(self, module: nn.Module) -> bool:
+        cls = type(module._parameters.get("weight"))
+        return cls.__name__ == "NF4Tensor" and cls.__module__.startswith("torchao.")
+
+    def dequantized(self, module: nn.Module, packed: Tensor) -> Tensor:
+        like: Any = packed.detach()
+        values: Tensor = like.get_original_weight()
+        return values.float()
+
+    def requantized(self, module: nn.Module, packed: Tensor, weight: Tensor) -> nn.Parameter:
+        like: Any = packed.detach()
+        made = type(like).from_tensor(weight.to(like.dtype), like.block_size, like.scaler_block_size)
+        return nn.Parameter(made, requires_grad=False)
+
+    def record(self, module: nn.Module, packed: Tensor) -> dict[str, Any]:
+        like: Any = packed.detach()
+        return {
+            "library": "torchao",
+            "tensor": "NF4Tensor",
+            "block_size": like.block_size,
+            "scaler_block_size": like.scaler_block_size,
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, (bool, int, float)) else str(value)
+
+
+def _bytes(tensor: Any) -> int:
+    """The bytes of a tensor, or of all that its class makes it of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return int(tensor.numel() * tensor.element_size())
+    names, _ = tensor.__tensor_flatten__()
+    return sum(_bytes(getattr(tensor, name)) for name in names)
