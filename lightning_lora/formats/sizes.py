@@ -93,6 +93,13 @@ def require_sizes(
         )
 
 
+def has_own_values(value: Any) -> bool:
+    """Whether a tensor has a value of its own for each of its elements, as one that was expanded has not."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+        return True  # what else is wrong with it is said elsewhere
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
 def require_finite(tensors: Mapping[str, Any], source: str) -> None:
     """Require tensors without a NaN and without an infinity.
 
@@ -101,7 +108,7 @@ def require_finite(tensors: Mapping[str, Any], source: str) -> None:
     """
     for name, tensor in tensors.items():
         has_values = isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
-        if has_values and tensor.is_floating_point() and not is_finite(tensor):
+        if has_values and has_own_values(tensor) and tensor.is_floating_point() and not is_finite(tensor):
             raise CheckpointError(
                 f"{source} holds a NaN or an infinity in {name!r}: the training diverged, or the file is damaged. Take "
                 "an earlier one. Nothing was loaded."

@@ -155,15 +155,22 @@ def changed(directory: Path, target: Path, **values: Any) -> Path:
     return target
 
 
-@pytest.mark.parametrize("r", [50_000_000, 2**62])
+@pytest.mark.parametrize("r", [50_000_000, 2**52])
 def test_a_rank_that_is_not_there_takes_no_memory(directory: Path, checkpoint: Path, tmp_path: Path, r: int) -> None:
     lying = changed(directory, tmp_path / "lying", r=r)
     content = torch.load(checkpoint, weights_only=True)
     content["lightning_lora"]["adapters"][0]["config"]["r"] = r
     torch.save(content, tmp_path / "lying.ckpt")
+    for key, tensor in content["state_dict"].items():  # and tensors that say so too, of a single value
+        shape = [r if size == 2 else size for size in tensor.shape]
+        content["state_dict"][key] = torch.zeros(1).expand(shape)
+    torch.save(content, tmp_path / "expanded.ckpt")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert_refused_whole(tiny_llama(), lambda model: load_adapter(model, lying), "has rank")
     assert_refused_whole(Wrapped(), lambda model: load_adapter(model, tmp_path / "lying.ckpt"), "has rank")
+    for reader in (read, lambda path: load_adapter(Wrapped(), path)):
+        with pytest.raises(CheckpointError, match="has fewer values in the file than its shape"):
+            reader(tmp_path / "expanded.ckpt")
     with pytest.raises(CheckpointError, match="has rank"):
         load_from_checkpoint(Wrapped, tmp_path / "lying.ckpt")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # kilobytes
@@ -176,7 +183,7 @@ def test_modules_that_are_not_there_are_not_copied(directory: Path, tmp_path: Pa
 
 
 # What re needs hours for, and what the package for regular expressions needs them for too.
-@pytest.mark.parametrize("pattern", ["(([a-z._0-9]+)+)+!", r"(?:(\w|\.)+\1?)+?(?:.*.*)+!$"])
+@pytest.mark.parametrize("pattern", ["(([a-z._0-9]+)+)+!", "(?:[a-z._0-9]|[a-z._0-9]{2})+[!?]"])
 @pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"])
 def test_no_expression_hangs(directory: Path, tmp_path: Path, setting: str, pattern: str) -> None:
     value = {pattern: 2} if setting.endswith("_pattern") else pattern

@@ -3,12 +3,13 @@
 import re
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from helpers import toys
 from helpers.peft_cases import CASES, Case, computed
 
-from lightning_lora import CheckpointError, adapters, load_adapter
+from lightning_lora import CheckpointError, adapters, load_adapter, save_adapter
 
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
 
@@ -45,3 +46,16 @@ def table() -> str:
 def test_the_page_says_so() -> None:
     found = re.search(r"\| setting of PEFT \| here \|\n(?:\|.*\n)+", PAGE.read_text())
     assert found is not None and found[0].strip() == table(), f"The table in {PAGE.name} must be:\n{table()}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["`save_embedding_layers` a resized vocabulary", "`lora_bias` layers with a bias", "`use_bdlora` B",
+     "`ensure_weight_tying` head", "`task_type` \"SEQ_CLS\", RoBERTa", "TRAINABLE_TOKENS tied"],
+)  # fmt: skip
+def test_what_was_read_goes_out_so_that_peft_reads_it(name: str, tmp_path: Path) -> None:
+    case = next(case for case in CASES if str(case) == name)
+    trained = case.write(tmp_path / "theirs")
+    save_adapter(load_adapter(case.make(), tmp_path / "theirs"), tmp_path / "ours")
+    opened = peft.PeftModel.from_pretrained(case.make(), tmp_path / "ours")
+    torch.testing.assert_close(computed(opened), trained, rtol=1e-4, atol=2e-5)
