@@ -17,6 +17,7 @@ from lightning_lora.formats.merged import ADAPTER_DIR, MERGED_DIR, save_merged
 from lightning_lora.formats.model_card import facts_of
 from lightning_lora.formats.peft import load_adapter, read_adapter, write_adapter
 from lightning_lora.model.base_dtype import cast_base
+from lightning_lora.model.checks import require_clear_freeze
 from lightning_lora.model.eject import eject
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.freeze import freeze_norms
@@ -162,6 +163,8 @@ class LoRA(Callback):
         quantized_base.quantize_now(pl_module.trainer, pl_module)
         quantized_base.require_compatible(pl_module.trainer, root)
         before = len(injections_of(root))
+        if not self._is_in(root):
+            require_clear_freeze(root, self.config)
         inject(root, self.config, self.adapter_name)
         if len(injections_of(root)) > before:
             self._injected_now = True
@@ -361,8 +364,8 @@ class LoRA(Callback):
     def _injection(self, root: nn.Module) -> Injection:
         return next(found for found in injections_of(root) if self._is_mine(found))
 
-    def _is_in(self, pl_module: "pl.LightningModule") -> bool:
-        return any(self._is_mine(found) for found in injections(pl_module))
+    def _is_in(self, module: nn.Module) -> bool:
+        return any(self._is_mine(found) for found in injections(module))
 
     def _is_mine(self, found: Injection) -> bool:
         return (found.config, found.adapter_name) == (self.config, self.adapter_name)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_lora.patterns import fullmatch, require_expression
 from lightning_lora.plain import plain
 
 ALL_LINEAR = "all-linear"
@@ -45,10 +46,12 @@ class LoraConfig:
         rank_pattern: Ranks that differ from ``r``, by module name or regular expression matched at the name's end.
         alpha_pattern: The same for ``lora_alpha``.
         layers_to_transform: Indices of the blocks to adapt (``model.layers.<index>.``); ``None`` is all of them.
-        layers_pattern: Name of the list that holds the blocks, where a model has several; ``None`` is any list.
-        modules_to_save: Modules trained in full and stored with the adapter. ``"auto"`` finds new heads: in a
-            transformers model everything beside the pretrained body and its output embedding, and in a module that
-            contains a transformers model everything outside of that.
+        layers_pattern: Name of the list that holds the blocks, where a model has several, or several such names;
+            ``None`` is any list.
+        modules_to_save: Modules trained in full and stored with the adapter, and single parameters and buffers by their
+            names, such as positional encodings and class tokens. ``"auto"`` finds new heads: in a transformers model
+            everything beside the pretrained body and its output embedding, and in a module that contains a transformers
+            model everything outside of that, unless it is a frozen reference beside a larger model.
         bias: ``"none"`` trains no bias, ``"all"`` every bias, ``"lora_only"`` those of adapted layers.
         use_rslora: Scale by ``lora_alpha / sqrt(r)``.
         use_dora: Train a magnitude for each output beside the direction (DoRA; Liu et al., arXiv 2402.09353).
@@ -92,7 +95,7 @@ class LoraConfig:
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     layers_to_transform: int | list[int] | None = None
-    layers_pattern: str | None = None
+    layers_pattern: str | list[str] | None = None
     modules_to_save: str | list[str] | None = AUTO
     bias: str = "none"
     use_rslora: bool = False
@@ -126,6 +129,9 @@ class LoraConfig:
             )
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             self._check_patterns(name)
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                require_expression(pattern, name)
         if not isinstance(self.target_parameters, (list, type(None))):
             raise ValueError(
                 f"target_parameters is {self.target_parameters!r}, but it must be a list of names or None."
@@ -202,13 +208,7 @@ class LoraConfig:
         if isinstance(value, str) and value not in (ALL_LINEAR, AUTO):
             if name == "modules_to_save":
                 raise ValueError(f"modules_to_save is {value!r}, but it must be a list of names, 'auto' or None.")
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(
-                    f"{name} is the string {value!r}, which is read as one regular expression and is not a valid one "
-                    f"({error}): correct it, or pass a list of names."
-                ) from error
+            require_expression(value, name)
         elif not isinstance(value, (str, list, type(None))):
             raise ValueError(f"{name} is of type {type(value).__name__}, but it must be a list of names or a string.")
 
@@ -247,15 +247,20 @@ class LoraConfig:
     @property
     def quantizes_base(self) -> bool:
         """Whether the base weight is quantized, and the adapter starts at a part of what that took from it."""
-        return LOFTQ.fullmatch(str(self.init_lora_weights)) is not None
+        return self.quantization is not None
+
+    @property
+    def quantization(self) -> tuple[int, int] | None:
+        """The bits to which LoftQ quantizes the base, and its iterations; ``None`` without LoftQ."""
+        return quantization(str(self.init_lora_weights))
 
     def rank(self, module_name: str) -> int:
         """The rank of the adapter of the module with this name."""
-        return int(_first_match(self.rank_pattern, module_name, self.r))
+        return int(_first_match(self.rank_pattern, module_name, self.r, "rank_pattern"))
 
     def alpha(self, module_name: str) -> float:
         """The ``lora_alpha`` of the module with this name."""
-        return float(_first_match(self.alpha_pattern, module_name, self.lora_alpha))
+        return float(_first_match(self.alpha_pattern, module_name, self.lora_alpha, "alpha_pattern"))
 
     def scaling(self, module_name: str) -> float:
         """The factor in front of ``B A`` for the module with this name."""
@@ -285,6 +290,12 @@ class LoraConfig:
         return cls(**values)
 
 
+def quantization(start: str) -> tuple[int, int] | None:
+    """The bits and the iterations that the name of a LoftQ start asks for; ``None`` if it is another start."""
+    match = LOFTQ.fullmatch(start)
+    return None if match is None else (int(match[1] or 4), int(match[2] or 1))
+
+
 def _require_rank(name: str, rank: Any) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"{name} is {rank!r}, but a rank must be an integer of at least 1: 8 is a common choice.")
@@ -294,8 +305,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _first_match(patterns: dict[str, Any], module_name: str, default: Any) -> Any:
+def _first_match(patterns: dict[str, Any], module_name: str, default: Any, setting: str) -> Any:
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module_name):
+        if fullmatch(rf"(.*\.)?({pattern})$", module_name, setting):
             return value
     return default

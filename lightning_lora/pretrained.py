@@ -163,23 +163,6 @@ def _kept(weight: Any) -> dict[str, Any]:
     return {name: vars(weight)[name] for name in names if name in vars(weight)}
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of ``prompt`` as the model is to see it: through the chat template where the tokenizer has one."""
-    if not tokenizer.chat_template:
-        return list(tokenizer(prompt)["input_ids"])
-    text = chat_text(tokenizer, prompt)
-    # The template has written the special tokens already.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str | None = None) -> str:
-    """The chat as text: the question up to where the answer begins, or with the answer when one is given."""
-    chat = [{"role": "user", "content": prompt}]
-    if completion is not None:
-        chat.append({"role": "assistant", "content": completion})
-    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=completion is None))
-
-
 def _source(pretrained: str, gguf_file: str | None) -> str:
     source = resolve(pretrained)
     folder = Path(source)

@@ -208,6 +208,7 @@ def reader(tmp_path: Path, word_model: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.filterwarnings("ignore")
 def test_everything_on_the_page_runs(page: Path, reader: Reader) -> None:
     warnings.filterwarnings("error", ".*no last checkpoint available")  # what says that nothing was resumed
+    reader.namespace["PAGE"] = page.read_text()
     for number, (kind, block) in enumerate(steps(page), 1):
         where = f"{page.relative_to(ROOT)}, block {number}"
         run = reader.python if kind == "setup" else getattr(reader, kind, None)

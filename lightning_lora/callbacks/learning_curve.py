@@ -14,7 +14,8 @@ Curves = dict[str, list[tuple[int, float]]]
 class LearningCurve(Callback):
     """Save ``learning_curve.csv`` and ``learning_curve.png`` beside the checkpoints when a fit ends, or is interrupted.
 
-    Both hold what the run logged, by step, as Lightning's ``CSVLogger`` recorded it. The picture needs matplotlib.
+    Both hold what the run logged, by step, as Lightning's ``CSVLogger`` recorded it, and where it was resumed, what it
+    had logged before. The picture needs matplotlib.
 
     Raises:
         ValueError: At the start of a fit, if the trainer has no ``CSVLogger`` or no ``ModelCheckpoint``.
@@ -22,14 +23,18 @@ class LearningCurve(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Look early for what the end needs."""
-        if stage == "fit" and trainer.logger is not None:
+        self._start = 0
+        if stage == "fit" and _is_recorded(trainer):
             _logger(trainer)
             _folder(trainer)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note where a run that is resumed goes on."""
+        self._start = trainer.global_step // max(1, len(trainer.optimizers))
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the files."""
-        # A fast_dev_run has no logger.
-        if stage == "fit" and trainer.logger is not None:
+        if stage == "fit" and _is_recorded(trainer):
             self._save(trainer)
 
     @rank_zero_only
@@ -42,7 +47,10 @@ class LearningCurve(Callback):
         curves = read_curves(table)
         folder = _folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "learning_curve.csv").open("w", newline="", encoding="utf-8") as file:
+        path = folder / "learning_curve.csv"
+        if self._start and path.exists():
+            curves = _joined(_read_saved(path), curves, self._start)
+        with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["metric", "step", "value"])
             writer.writerows((name, *point) for name, points in curves.items() for point in points)
@@ -58,6 +66,22 @@ def read_curves(table: Path) -> Curves:
                 if value and name not in ("epoch", "step"):
                     curves.setdefault(name, []).append((int(row["step"]), float(value)))
     return curves
+
+
+def _read_saved(path: Path) -> Curves:
+    curves: Curves = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            curves.setdefault(row["metric"], []).append((int(row["step"]), float(row["value"])))
+    return curves
+
+
+def _joined(earlier: Curves, later: Curves, start: int) -> Curves:
+    """The curves of a run up to a step, and from there on."""
+    names = dict.fromkeys([*earlier, *later])
+    return {
+        name: [*(point for point in earlier.get(name, []) if point[0] < start), *later.get(name, [])] for name in names
+    }
 
 
 def plot(curves: Curves, path: Path) -> None:
@@ -82,6 +106,11 @@ def plot(curves: Curves, path: Path) -> None:
         axes.legend()
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
+
+
+def _is_recorded(trainer: L.Trainer) -> bool:
+    # A fast_dev_run has neither loggers nor checkpoints.
+    return trainer.logger is not None and not trainer.fast_dev_run  # type: ignore[attr-defined]  # set in its setup
 
 
 def _logger(trainer: L.Trainer) -> CSVLogger:

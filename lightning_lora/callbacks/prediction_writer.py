@@ -12,8 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info
 class PredictionWriter(BasePredictionWriter):
     """Write what ``predict_step`` returns, a list with a dictionary for each row, as JSON Lines in the rows' order.
 
+    Until the last of them is there, they are in a file of the same name that ends in ``.partial``.
+
     Args:
-        path: The file to write. One that is there is replaced.
+        path: The file to write. One that is there is replaced when all predictions are made.
 
     Raises:
         ValueError: In ``predict`` with several processes, whose rows would be out of order.
@@ -22,6 +24,7 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, path: str) -> None:
         super().__init__("batch")
         self.path = Path(path)
+        self._partial = self.path.with_name(f"{self.path.name}.partial")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the file."""
@@ -31,16 +34,17 @@ class PredictionWriter(BasePredictionWriter):
                 "Set --trainer.devices 1."
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("", encoding="utf-8")
+        self._partial.write_text("", encoding="utf-8")
 
     def write_on_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Add the rows of one batch."""
-        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+        with self._partial.open("a", encoding="utf-8", newline="\n") as file:
             for row in prediction:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say where they are."""
+        """Put the file in its place, and say where that is."""
+        self._partial.replace(self.path)
         rank_zero_info(f"Wrote the predictions to {self.path}")

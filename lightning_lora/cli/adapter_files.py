@@ -1,6 +1,7 @@
-"""The commands that work on saved adapters: ``lightning-lora inspect``, ``export``, ``merge`` and ``diff``.
+"""The commands that work on saved adapters: ``lightning-lora inspect``, ``export``, ``merge``, ``diff`` and ``check``.
 
-Each ends with 0, with 1 after an error or, for ``diff``, a difference, and with 2 after a wrong call.
+Each ends with 0, with 1 after an error, after a difference (``diff``) or where an adapter would not be served as it was
+trained (``check``), and with 2 after a wrong call.
 """
 
 import argparse
@@ -10,10 +11,14 @@ from lightning_lora.cli.help import ADAPTER_FILES
 
 _DESCRIPTIONS = {
     "inspect": "Say what is in a saved adapter: its settings, its base, its layers with their ranks and sizes.",
-    "export": "Write a checkpoint's adapter as a directory that PEFT opens: adapter_config.json and its tensors.",
+    "export": "Write a checkpoint's adapter as a directory that PEFT opens, or as a GGUF file for llama.cpp.",
     "merge": "Write base and adapter as one model directory, for from_pretrained, with the tokenizer if there is one.",
+    "check": "Say what a server would refuse of an adapter, or compute otherwise. Ends with 0 if nothing, else with 1.",
     "diff": "Compare two saved adapters: settings, layers and weights. Ends with 0 if they are the same, else with 1.",
 }
+_SERVERS = ("vllm", "sglang", "llama.cpp", "transformers", "diffusers")
+_FORMATS = ("peft", "gguf")
+_LAYOUTS = ("portable", "peft")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -41,14 +46,29 @@ def _parser() -> argparse.ArgumentParser:
             "adapter", type=Path, metavar="ADAPTER", help="a checkpoint (.ckpt) or a directory in PEFT's format"
         )
     commands["diff"].add_argument("other", type=Path, metavar="ADAPTER", help="the one to compare it with")
+    commands["check"].add_argument(
+        "--for", dest="server", choices=_SERVERS, required=True, help="what is to serve the adapter"
+    )
     for name in ("export", "merge"):
         commands[name].add_argument(
-            "target", type=Path, metavar="DIRECTORY", help="where to write; made if it is not there"
+            "target", type=Path, metavar="TARGET", help="the directory or file to write; made if it is not there"
         )
         commands[name].add_argument(
             "--base", help="the base model: a hub id or a directory; default: what the adapter names"
         )
         commands[name].add_argument("--gguf-file", help="the file in --base, if the base is a GGUF file")
+    commands["export"].add_argument(
+        "--format",
+        choices=_FORMATS,
+        default="peft",
+        help="peft: a directory; gguf: a file for llama.cpp, Ollama and LM Studio; default: peft",
+    )
+    commands["export"].add_argument(
+        "--layout",
+        choices=_LAYOUTS,
+        help="portable: one rank and a scaling of one, which all servers read alike; peft: as it was trained; "
+        "default: portable, or peft where the adapter has more than that can hold",
+    )
     commands["merge"].add_argument(
         "--dtype", choices=_DTYPES, default="auto", help="type of the weights; default: that of the base"
     )

@@ -1,4 +1,4 @@
-"""What ``lightning-lora inspect``, ``export``, ``merge`` and ``diff`` do."""
+"""What ``lightning-lora inspect``, ``export``, ``merge``, ``diff`` and ``check`` do."""
 
 import argparse
 import sys
@@ -11,9 +11,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lightning_lora.cli.load_base import open_on_base, tokenizer_of
+from lightning_lora.formats.gguf_adapter import save_gguf_adapter
 from lightning_lora.formats.merged import save_merged
-from lightning_lora.formats.peft import save_adapter
+from lightning_lora.formats.peft import not_portable_of, save_adapter
+from lightning_lora.formats.peft_files import read_files
+from lightning_lora.formats.portable import not_portable
 from lightning_lora.formats.saved_adapter import SavedAdapter, read
+from lightning_lora.formats.serving import served_otherwise
 from lightning_lora.model.eject import eject
 from lightning_lora.model.quantization import is_quantized
 from lightning_lora.model.state_dict import CheckpointError
@@ -26,24 +30,23 @@ def run(given: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    commands = {"inspect": _inspect, "export": _export, "merge": _merge, "diff": _diff}
+    commands = {"inspect": _inspect, "export": _export, "merge": _merge, "diff": _diff, "check": _check}
     try:
         return commands[given.command](given)
     except (CheckpointError, TargetError, OSError, ValueError) as error:
-        print(f"lightning-lora {given.command}: {error}", file=sys.stderr)
+        print(f"lightning-lora {given.command}: {printable(str(error))}", file=sys.stderr)
         return 1
 
 
 def _inspect(given: argparse.Namespace) -> int:
     saved = read(given.adapter)
-    console = Console()
-    console.print(f"{saved.path}: {saved.kind}", highlight=False, soft_wrap=True)
+    console = _console()
+    console.print(printable(f"{saved.path}: {saved.kind}"), soft_wrap=True)
     for name, value in saved.facts.items():
-        console.print(f"  {name}: {value}", highlight=False, soft_wrap=True)
+        console.print(f"  {name}: {printable(value)}", soft_wrap=True)
     settings = {name: value for name, value in sorted(saved.settings.items()) if value not in (None, {}, [], False)}
     console.print(
-        "  settings: " + ", ".join(f"{name}={value!r}" for name, value in settings.items()),
-        highlight=False,
+        "  settings: " + printable(", ".join(f"{name}={value!r}" for name, value in settings.items())),
         soft_wrap=True,
     )
     table = Table("layers", "r", "parameters", title=f"{len(saved.tensors)} tensors, {saved.size / 1e6:.2f} MB")
@@ -52,7 +55,7 @@ def _inspect(given: argparse.Namespace) -> int:
         group = (".".join("*" if part.isdigit() else part for part in layer.split(".")), len(lora_A))
         groups.setdefault(group, []).append(lora_A.numel() + lora_B.numel())
     for (pattern, r), sizes in groups.items():
-        table.add_row(f"{pattern} ({len(sizes)})", str(r), f"{sum(sizes):,}")
+        table.add_row(printable(f"{pattern} ({len(sizes)})"), str(r), f"{sum(sizes):,}")
     console.print(table)
     return 0
 
@@ -63,7 +66,14 @@ def _export(given: argparse.Namespace) -> int:
         begin("loading the base")
         model = open_on_base(saved, given.base, given.gguf_file)
         begin("writing the adapter")
-        save_adapter(model, given.target)
+        if given.format == "gguf":
+            save_gguf_adapter(model, given.target)
+            print(f"Wrote {given.target}")
+            return 0
+        problems = not_portable_of(model)
+        if problems and given.layout is None:
+            print(f"PEFT's layout is kept, since the portable one cannot hold {', '.join(problems)}.", file=sys.stderr)
+        save_adapter(model, given.target, layout=given.layout or ("peft" if problems else "portable"))
     print(f"Wrote {given.target}")
     return 0
 
@@ -85,28 +95,54 @@ def _merge(given: argparse.Namespace) -> int:
 
 def _diff(given: argparse.Namespace) -> int:
     one, other = read(given.adapter), read(given.other)
-    console, different = Console(), False
+    console, different = _console(), False
     for name in sorted(one.settings.keys() & other.settings.keys()):
         if one.settings[name] != other.settings[name]:
             different = True
-            console.print(f"{name}: {one.settings[name]!r} | {other.settings[name]!r}", highlight=False, soft_wrap=True)
+            values = f"{name}: {one.settings[name]!r} | {other.settings[name]!r}"
+            console.print(printable(values), soft_wrap=True)
     factors, others = _by_common_names(one, other)
     for where, missing in ((one.path, others.keys() - factors.keys()), (other.path, factors.keys() - others.keys())):
         if missing:
             different = True
-            console.print(
-                f"not in {where}: {len(missing)} layers, among them {min(missing)}", highlight=False, soft_wrap=True
-            )
+            text = f"not in {where}: {len(missing)} layers, among them {min(missing)}"
+            console.print(printable(text), soft_wrap=True)
     table = Table("layers that differ", "relative distance of the updates")
     for layer in sorted(factors.keys() & others.keys()):
         distance = _distance(factors[layer], others[layer])
         if distance > 0:
             different = True
-            table.add_row(layer, f"{distance:.2e}")
+            table.add_row(printable(layer), f"{distance:.2e}")
     if table.row_count:
         console.print(table)
     console.print("different" if different else "the same")
     return int(different)
+
+
+def _check(given: argparse.Namespace) -> int:
+    files = read_files(given.adapter)
+    problems = served_otherwise(files, given.server)
+    for problem in problems:
+        print(printable(f"{given.server} {problem}"))
+    if problems and not not_portable(files.settings, files.tensors):
+        print(f"lightning-lora export ... --layout portable writes it so that {given.server} serves what was trained.")
+    elif problems:
+        print("lightning-lora merge ... writes the merged model, which serves what was trained anywhere.")
+    else:
+        print(f"{given.server} serves it as it was trained.")
+    return int(bool(problems))
+
+
+def _console() -> Console:
+    """A console that prints what files hold as it is, and takes nothing in it for markup."""
+    return Console(markup=False, highlight=False, emoji=False)
+
+
+def printable(text: str) -> str:
+    """A text with what a terminal would obey, and not show, written out."""
+    return "".join(
+        each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode() for each in text
+    )
 
 
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -126,11 +162,21 @@ def _by_common_names(one: SavedAdapter, other: SavedAdapter) -> tuple[dict[str, 
 
 
 def _distance(one: Factors, other: Factors) -> float:
-    products = [lora_B.flatten(1).double() @ lora_A.flatten(1).double() for lora_A, lora_B in (one, other)]
+    products = [_update(*pair) for pair in (one, other)]
     if products[0].shape != products[1].shape:
         return float("inf")
     size = max(float(torch.linalg.norm(product)) for product in products)
     return float(torch.linalg.norm(products[0] - products[1])) / size if size else 0.0
+
+
+def _update(lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
+    """The update, but for its scaling; of stacked experts, and of what is no pair, both factors."""
+    lora_A, lora_B = lora_A.double(), lora_B.double()
+    if lora_A.dim() == lora_B.dim() == 3 and lora_B.shape[::2] == lora_A.shape[:2]:
+        return lora_B @ lora_A
+    if lora_B.flatten(1).shape[1] == len(lora_A):
+        return lora_B.flatten(1) @ lora_A.flatten(1)
+    return torch.cat([lora_A.flatten(), lora_B.flatten()])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ ADAPTER_FILES = {
     "export": "turn a checkpoint into PEFT's format",
     "merge": "write base and adapter as one model directory",
     "diff": "compare two adapters",
+    "check": "say what a server would make of an adapter",
 }
 
 HELP = f"""usage: lightning-lora <command> [options]
@@ -27,6 +28,7 @@ a run:
   lightning-lora fit --config my.yaml --ckpt_path last
   lightning-lora fit --config my.yaml --print_config  every setting with its value
 
+  --debug shows where an error comes from.
   lightning-lora <command> --help says what a command takes, and lightning-lora --version which version this is.
 """
 
@@ -35,8 +37,9 @@ _RUN_HELP = """usage: lightning-lora {command} --config NAME [--config OVERLAY] 
 {purpose}
 
   --config NAME       a recipe by its name, or a YAML file; a second one changes the first
-  --ckpt_path PATH    the checkpoint to start from: last, or a file
+  --ckpt_path PATH    the checkpoint to start from: last, or a file; for predict also none, the base alone
   --output FILE       for predict: the JSONL file that predictions go to
+  --debug             show where an error comes from
   --print_config      print every setting with its value, and do nothing else
   --print_config=comments
                       the same, with what each setting means; a file to start from
@@ -46,7 +49,7 @@ any setting of the file can be changed, for example:
   --trainer.max_epochs N    --trainer.max_steps N    --trainer.accumulate_grad_batches N
   --trainer.devices N       --trainer.accelerator cpu    --trainer.precision bf16-mixed
   --model.pretrained ID     --model.lr X
-  --data.path FILE          --data.batch_size N      --data.pretrained ID
+  --data.path FILE          --data.batch_size N      --data.on_error skip
   --lora.r N                --lora.lora_alpha X      --lora.target_modules "[q_proj, v_proj]"
 
 more:

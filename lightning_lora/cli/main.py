@@ -11,7 +11,28 @@ if TYPE_CHECKING:
 
 
 def main(args: "ArgsType" = None) -> None:
-    """Run the command line, or ``args`` in its place."""
+    """Run the command line, or ``args`` in its place.
+
+    What goes wrong on the command line is printed as one paragraph, with ``--debug`` as a traceback; with ``args``, it
+    is raised.
+    """
+    if args is not None:
+        _answer(args)
+        return
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        _answer(None)
+    except Exception as error:
+        if debug:
+            raise
+        kind = "" if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
+        print(f"{' '.join(['lightning-lora', *sys.argv[1:2]])}: {kind}{error} (--debug shows where)", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _answer(args: "ArgsType") -> None:
     given = sys.argv[1:] if args is None else args
     match given:
         case [] | ["-h" | "--help" | "help"]:

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,28 @@ class LoraCLI(LightningCLI):
         if output is not None:
             trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]  # set by a connector
         return trainer
+
+    def predict(self, model: LightningModule, ckpt_path: str | None = None, **options: Any) -> Any:
+        """Predict with a checkpoint, or with the base alone where that is asked for.
+
+        Raises:
+            ValueError: If no checkpoint is named, or there is no last one.
+        """
+        if ckpt_path is None:
+            raise ValueError(f"Found no --ckpt_path, expected the checkpoint that answers. {_WAYS}")
+        with warnings.catch_warnings():
+            # Lightning goes on without one, as it is right for a first fit.
+            warnings.filterwarnings("error", ".*no last checkpoint available")
+            try:
+                return self.trainer.predict(model, ckpt_path=None if ckpt_path == "none" else ckpt_path, **options)
+            except UserWarning:
+                raise ValueError(f"Found --ckpt_path last and no checkpoint of an earlier fit. {_WAYS}") from None
+
+
+_WAYS = (
+    "Name a file, or --ckpt_path last in the folder of the run that trained it; --ckpt_path none asks the base alone, "
+    "without what was trained."
+)
 
 
 def run(args: ArgsType = None) -> None:

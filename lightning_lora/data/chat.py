@@ -1,53 +1,85 @@
 """Conversations for instruction tuning of a causal language model."""
 
+from collections.abc import Collection, Iterator
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_lora.data.conversation import Row, encode_conversation, read_conversation
-from lightning_lora.data.files import Record
-from lightning_lora.data.from_files import Encoded
+from lightning_lora.data.conversation import Row, TrainOn, encode_text, encode_turns
+from lightning_lora.data.from_files import Encoded, Paths
+from lightning_lora.data.keys import unused_keys
+from lightning_lora.data.messages import is_text, read_conversation
 from lightning_lora.data.packing import collate_packs, pack
-from lightning_lora.data.texts import LanguageModelData
+from lightning_lora.data.record import Record
+from lightning_lora.data.texts import LanguageModelData, in_row
 
 
-class ChatData(LanguageModelData):
-    """Conversations, question and answer pairs, or Alpaca's instructions, from JSONL, CSV or Parquet.
+class ConversationData(LanguageModelData):
+    """Conversations in any layout of :func:`~lightning_lora.data.messages.read_conversation`, or texts.
 
-    The fields of a row say which it is: ``messages``; ``prompt`` and ``completion``; ``instruction``, ``input`` and
-    ``output``. Each goes through the tokenizer's chat template, and only what the assistant says is learned, in every
-    one of its turns. See :func:`~lightning_lora.data.conversation.encode_conversation` for what truncation leaves out.
+    The arguments are those of :class:`~lightning_lora.data.texts.LanguageModelData`.
+    """
+
+    train_on: TrainOn = "all"
+    overlong: Literal["truncate", "reject"] = "truncate"
+
+    def encode(self, record: Record) -> Encoded:
+        """Token ids and labels of a conversation, in one row or in one for each answer, or of a text."""
+        if is_text(record):
+            unused: Collection[str] = unused_keys(record, {"text"})
+            found = encode_text(self.tokenizer, record.text("text"), self.max_length)
+        else:
+            conversation = read_conversation(record)
+            unused = conversation.unused
+            try:
+                found = encode_turns(
+                    self.tokenizer,
+                    conversation.messages,
+                    self.max_length,
+                    conversation.tools,
+                    self.train_on,
+                    self.separator,
+                )
+            except ValueError as error:
+                raise in_row(record, conversation, error) from None
+        if self.overlong == "reject":
+            found = [(row, cut) for row, cut in found if not cut]
+        rows = [row for row, _ in found if row is not None]
+        return Encoded(rows, any(cut for _, cut in found), unused)
+
+
+class ChatData(ConversationData):
+    """Conversations, question and answer pairs, instructions or texts, from files of all kinds.
+
+    The fields of a row say which layout it has; see :func:`~lightning_lora.data.messages.read_conversation`. All but
+    texts go through the tokenizer's chat template, and only what the assistant says is learned, in every one of its
+    turns. See :func:`~lightning_lora.data.conversation.encode_conversation` for what truncation leaves out, and
+    :func:`~lightning_lora.data.conversation.encode_turns` for templates that rewrite earlier turns.
 
     Args:
         path: See :class:`~lightning_lora.data.from_files.FileData`.
-        pretrained: See :class:`~lightning_lora.data.texts.LanguageModelData`.
+        pretrained: See :class:`~lightning_lora.data.texts.TextData`.
         overlong: What happens to a conversation longer than ``max_length``: ``"truncate"`` (default) or ``"reject"``.
         packing: Whether to put several conversations into one row of at most ``max_length`` tokens, kept apart by their
             positions. Default true. A batch then holds more, so use a smaller ``batch_size``.
+        train_on: Which answers of a conversation are learned: ``"all"`` (default) or the ``"last"`` alone.
         options: The other arguments of :class:`~lightning_lora.data.texts.LanguageModelData`.
     """
 
     def __init__(
         self,
-        path: str,
-        pretrained: str,
+        path: Paths,
+        pretrained: str | None = None,
         overlong: Literal["truncate", "reject"] = "truncate",
         packing: bool = True,
+        train_on: TrainOn = "all",
         **options: Any,
     ) -> None:
         super().__init__(path, pretrained, **options)
         self.overlong = overlong
         self.packing = packing
-
-    def encode(self, record: Record) -> Encoded:
-        """Token ids and labels of a conversation."""
-        messages = read_conversation(record)
-        try:
-            row, truncated = encode_conversation(self.tokenizer, messages, self.max_length)
-        except ValueError as error:
-            raise ValueError(f"{record.where}: {error}") from None
-        return Encoded(None) if truncated and self.overlong == "reject" else Encoded(row, truncated)
+        self.train_on = train_on
 
     def arrange(self, rows: list[Row]) -> list[Row]:
         """Pack the rows, if asked for."""
@@ -57,6 +89,13 @@ class ChatData(LanguageModelData):
         used = sum(len(row["input_ids"]) for row in rows) / (len(packs) * self.max_length)
         rank_zero_info(f"Packed {len(rows)} rows into {len(packs)} of {self.max_length} tokens, {used:.0%} full.")
         return packs
+
+    def sequences(self) -> Iterator[list[int]]:
+        """Token ids of all rows, each by itself."""
+        for row in [*(self.train_rows or []), *self.val_rows]:
+            positions = row.get("position_ids", [0])
+            starts = [index for index, position in enumerate(positions) if position == 0]
+            yield from (row["input_ids"][start:end] for start, end in zip(starts, [*starts[1:], None]))
 
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
         """Pad rows or packs on the right."""

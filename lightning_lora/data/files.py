@@ -1,134 +1,257 @@
-"""Rows of a data file, each with the place to name when something is wrong with it."""
+"""Rows of data files, each with the place to name when something is wrong with it."""
 
+import codecs
 import csv
+import gzip
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
+from glob import glob
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any
 
-from lightning_lora.shipped_recipes import locate
+from lightning_lora.data.hub import HUB, hub_records
+from lightning_lora.data.record import BadRows, Record
+from lightning_lora.shipped_recipes import SHIPPED, locate
 
+__all__ = ["Record", "read_records"]
 
-class Record(NamedTuple):
-    """One row of a file.
-
-    Args:
-        where: File and line (in Parquet: row), for messages.
-        fields: The row's values by field name.
-    """
-
-    where: str
-    fields: dict[str, Any]
-
-    def text(self, field: str) -> str:
-        """The value of a field that must be a string which is not blank.
-
-        Raises:
-            ValueError: If it is anything else.
-        """
-        value = self.fields.get(field)
-        if isinstance(value, str) and value.strip():
-            return value
-        raise self.error(field, "a string that is not blank")
-
-    def error(self, field: str, expected: str, found: str | None = None) -> ValueError:
-        """What to raise for a field: what it holds, what it should hold, what to do."""
-        if found is None and field not in self.fields:
-            found = f"none (the fields are {', '.join(map(repr, self.fields)) or 'none at all'})"
-        elif found is None:
-            found = f"{_short(self.fields[field])} ({type(self.fields[field]).__name__})"
-        return ValueError(
-            f"{self.where}, field {field!r}: found {found}, expected {expected}. Correct the row or remove it."
-        )
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
-def read_records(path: str) -> list[Record]:
-    """All rows of a JSONL, CSV or Parquet file; blank lines are skipped.
+def read_records(path: str | list[str], bad: BadRows | None = None) -> list[Record]:
+    """All rows of one file or of several; blank lines are skipped.
 
     Args:
-        path: A file whose name ends in ``.jsonl`` (one JSON object per line), ``.csv`` (with a header) or ``.parquet``
-            (read by pyarrow), or ``shipped:<name>``.
+        path: A file, a folder (all files in it that can be read, by name), a pattern such as ``data/*.jsonl``,
+            ``shipped:<name>``, ``hf:<id>`` (see :mod:`lightning_lora.data.hub`), or a list of these. A file is
+            ``.jsonl`` (one JSON object per line), ``.json`` (an array of objects, or as ``.jsonl``), ``.csv`` or
+            ``.tsv`` (with a header; commas, semicolons and tabs are told apart) or ``.parquet`` (read by pyarrow), all
+            but the last also as ``.gz``. Text is UTF-8, or UTF-16 with a byte order mark.
+        bad: Where rows that cannot be read are noted. Default ``None``: the first one raises.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ImportError: For Parquet without pyarrow.
-        ValueError: For another kind of file, one that is empty, or the first row that cannot be read.
+        ImportError: For Parquet without pyarrow, or a data set of the hub without datasets.
+        ValueError: For another kind of file, one that is empty, or a row that cannot be read.
     """
-    file = locate(path)
-    reader = _READERS.get(file.suffix.lower())
-    if reader is None:
-        raise ValueError(
-            f"Found the data file {path!r}, expected a name that ends in {', '.join(_READERS)}. Convert or rename it."
-        )
-    try:
-        records = list(reader(file))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file}: found bytes that are not UTF-8 ({error}), expected UTF-8. Save the file in that encoding."
-        ) from None
-    if not records:
-        raise ValueError(f"{file}: found no rows, expected at least one.")
+    collected = bad or BadRows()
+    records = []
+    for one in [path] if isinstance(path, str) else path:
+        if one.startswith(HUB):
+            records += list(hub_records(one))
+            continue
+        for file in _files(one):
+            found = len(collected.errors)
+            rows = list(_read(file, collected))
+            if not rows and len(collected.errors) == found:
+                raise ValueError(f"{file}: found no rows, expected at least one.")
+            records += rows
+    if bad is None:
+        collected.report()
     return records
 
 
-def _jsonl(file: Path) -> Iterator[Record]:
-    # utf-8-sig: editors on Windows put a byte order mark in front.
-    with file.open(encoding="utf-8-sig") as lines:
+def _files(path: str) -> list[Path]:
+    folder = Path(path)
+    if not path.startswith(SHIPPED) and not folder.is_file():
+        inside = sorted(folder.iterdir()) if folder.is_dir() else [Path(match) for match in sorted(glob(path))]
+        found = [file for file in inside if file.is_file() and _kind(file) in _READERS]
+        if found:
+            return found
+        if folder.is_dir():
+            raise FileNotFoundError(
+                f"Found no file in the folder {path!r} whose name ends in {', '.join(_READERS)}, expected at least one."
+            )
+    return [locate(path)]
+
+
+def _kind(file: Path) -> str:
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def _read(file: Path, bad: BadRows) -> Iterator[Record]:
+    reader = _READERS.get(_kind(file))
+    if reader is None:
+        raise ValueError(
+            f"Found the data file {str(file)!r}, expected a name that ends in {', '.join(_READERS)}, or in one of "
+            "these and .gz. Convert or rename it."
+        )
+    try:
+        yield from reader(file, bad)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file}: found bytes that are not UTF-8 ({error}), expected UTF-8, or UTF-16 with a byte order mark. Save "
+            "the file in that encoding."
+        ) from None
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file}: found no whole gzip file ({error}). Copy it again.") from None
+
+
+def _open(file: Path) -> IO[str]:
+    # Any: the two kinds of files have no common type.
+    data: Any = (gzip.open if file.name.lower().endswith(".gz") else open)(file, "rb")
+    start = data.read(4)
+    data.seek(0)
+    # Editors on Windows put a byte order mark in front.
+    encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
+    return io.TextIOWrapper(data, encoding, newline="")
+
+
+def _jsonl(file: Path, bad: BadRows) -> Iterator[Record]:
+    with _open(file) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{file}, line {number}"
             try:
-                fields = json.loads(line)
+                yield _record(where, json.loads(line, object_pairs_hook=_once))
             except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: found no valid JSON ({error}), expected one object per line. Correct the line or "
-                    "remove it."
-                ) from None
-            if not isinstance(fields, dict):
-                raise ValueError(
-                    f"{where}: found a JSON {type(fields).__name__}, expected an object. Correct the line or remove it."
+                bad.add(
+                    ValueError(
+                        f"{where}: found no valid JSON ({error}), expected one object per line. Correct the line or "
+                        "remove it."
+                    )
                 )
-            yield Record(where, fields)
+            except ValueError as error:
+                bad.add(error if str(error).startswith(where) else ValueError(f"{where}: {error}"))
 
 
-def _csv(file: Path) -> Iterator[Record]:
+def _json(file: Path, bad: BadRows) -> Iterator[Record]:
+    with _open(file) as lines:
+        text = lines.read()
+    if not text.lstrip().startswith("["):
+        # Many data sets have JSON Lines under this name; one object alone may go over several lines.
+        try:
+            yield _record(f"{file}, line 1", json.loads(text, object_pairs_hook=_once))
+        except json.JSONDecodeError:
+            yield from _jsonl(file, bad)
+        return
+    decoder, position = json.JSONDecoder(object_pairs_hook=_once), text.index("[") + 1
+    counted = line = 0
+    while True:
+        position = _after_blanks(text, position)
+        if text[position : position + 1] == "]":
+            return
+        line, counted = line + text.count("\n", counted, position), position
+        where = f"{file}, line {line + 1}"
+        try:
+            value, position = decoder.raw_decode(text, position)
+            position = _after_blanks(text, position)
+            if text[position : position + 1] not in (",", "]"):
+                raise json.JSONDecodeError("expected ',' or ']'", text, position)
+        except json.JSONDecodeError as error:
+            # Where the next row begins cannot be told any more.
+            raise ValueError(
+                f"{where}: found no valid JSON in the row that begins here ({error}), expected an array of objects. "
+                "Correct the file."
+            ) from None
+        try:
+            yield _record(where, value)
+        except ValueError as error:
+            bad.add(error)
+        position += text[position] == ","
+
+
+def _after_blanks(text: str, position: int) -> int:
+    while text[position : position + 1].isspace():
+        position += 1
+    return position
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"found the field {twice!r} twice, expected it once. Correct the row or remove it.")
+    return found
+
+
+def _record(where: str, fields: Any) -> Record:
+    if not isinstance(fields, dict):
+        raise ValueError(
+            f"{where}: found a JSON {type(fields).__name__}, expected an object. Correct the line or remove it."
+        )
+    record = Record(where, fields)
+    for field, value in fields.items():
+        if broken := _broken_text(value):
+            raise record.error(field, "whole characters", f"half of one (a lone surrogate) in {broken!r}")
+    return record
+
+
+def _broken_text(value: Any) -> str | None:
+    """The first text that is cut inside a character, as JSON's escapes can be, which no tokenizer takes."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return value[max(0, error.start - 20) : error.end + 20]
+        return None
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, map(_broken_text, parts)), None)
+
+
+def _csv(file: Path, bad: BadRows) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
+    with _open(file) as lines:
+        header = lines.readline()
+        lines.seek(0)
+        # What separates the names in the header separates the values too.
+        delimiter = max(",;\t", key=header.count)
+        reader = csv.DictReader(lines, strict=True, delimiter=delimiter)
+        names = list(reader.fieldnames or [])
+        if len(set(names)) < len(names) or not all(names):
+            raise ValueError(
+                f"{file}, line 1: found the header {', '.join(map(repr, names))}, expected each field's name once. "
+                "Name every column."
+            )
         try:
             for fields in reader:
                 where = f"{file}, line {reader.line_num}"
                 # DictReader puts surplus values under the key None, and None where values are missing.
                 if None in fields or None in fields.values():
                     found = "more" if None in fields else "fewer"
-                    raise ValueError(
-                        f"{where}: found {found} values than the header's {len(reader.fieldnames or [])} fields "
-                        f"({', '.join(map(repr, reader.fieldnames or []))}). Quote values that hold commas or line "
-                        "breaks, or remove the row."
+                    bad.add(
+                        ValueError(
+                            f"{where}: found {found} values than the header's {len(names)} fields "
+                            f"({', '.join(map(repr, names))}). Quote values that hold {_NAMES[delimiter]} or line "
+                            "breaks, or remove the row."
+                        )
                     )
-                yield Record(where, fields)
+                else:
+                    yield Record(where, fields)
         except csv.Error as error:
             raise ValueError(
                 f"{file}, line {reader.reader.line_num}: found no valid CSV ({error}). Correct the line or remove it."
             ) from None
 
 
-def _parquet(file: Path) -> Iterator[Record]:
+_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+
+def _parquet(file: Path, bad: BadRows) -> Iterator[Record]:
     try:
-        from pyarrow import parquet  # type: ignore[import-not-found, unused-ignore]
+        from pyarrow import ArrowInvalid, parquet  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise ImportError(
             f"{file}: reading Parquet needs pyarrow, which is not installed. Run: pip install pyarrow"
         ) from None
-    for number, fields in enumerate(parquet.read_table(file).to_pylist(), start=1):
-        yield Record(f"{file}, row {number}", fields)
+    try:
+        number = 0
+        for batch in parquet.ParquetFile(file).iter_batches():
+            for fields in batch.to_pylist():
+                number += 1
+                yield Record(f"{file}, row {number}", fields)
+    except ArrowInvalid as error:
+        raise ValueError(f"{file}: found no valid Parquet ({error}). Write the file again.") from None
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+_READERS: dict[str, Callable[[Path, BadRows], Iterator[Record]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+}

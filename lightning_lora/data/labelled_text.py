@@ -6,19 +6,21 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_lora.data.files import Record
-from lightning_lora.data.from_files import Encoded
-from lightning_lora.data.labels import label_index
+from lightning_lora.data.from_files import Encoded, Paths
+from lightning_lora.data.keys import unused_keys
+from lightning_lora.data.labels import agreed_labels, label_index
+from lightning_lora.data.record import Record
 from lightning_lora.data.texts import TextData
 
 
 class LabelledTextData(TextData):
-    """Rows with a text, or a pair of texts, and a label, from JSONL, CSV or Parquet.
+    """Rows with a text, or a pair of texts, and a label, from files of all kinds.
 
     Args:
         path: See :class:`~lightning_lora.data.from_files.FileData`.
-        pretrained: Checkpoint whose tokenizer is used, the same as the model's.
-        labels: Names of the classes, in the order of their indices. A row holds a name or an index.
+        pretrained: See :class:`~lightning_lora.data.texts.TextData`.
+        labels: Names of the classes, in the order of their indices. Default ``None``: the model's. A row holds a name
+            or an index; see :func:`~lightning_lora.data.labels.label_index`.
         text_field: Field of the text. Default ``text``.
         pair_field: Field of the second text, for tasks about two. Default ``None``.
         label_field: Field of the label. Default ``label``.
@@ -28,9 +30,9 @@ class LabelledTextData(TextData):
 
     def __init__(
         self,
-        path: str,
-        pretrained: str,
-        labels: list[str],
+        path: Paths,
+        pretrained: str | None = None,
+        labels: list[str] | None = None,
         text_field: str = "text",
         pair_field: str | None = None,
         label_field: str = "label",
@@ -38,7 +40,9 @@ class LabelledTextData(TextData):
         **options: Any,
     ) -> None:
         super().__init__(path, pretrained, **options)
-        self.labels = labels
+        # Those of the model where none are given, from `setup` on.
+        self.labels = labels or []
+        self._given = labels
         self.text_field = text_field
         self.pair_field = pair_field
         self.label_field = label_field
@@ -52,16 +56,23 @@ class LabelledTextData(TextData):
 
     def setup(self, stage: str) -> None:
         """Read, split and encode the files, once, and say how many rows each class has."""
+        self.labels = agreed_labels(self._given, self.of_model("labels"))
         new = self.train_rows is None
         super().setup(stage)
         if new and self.train_rows is not None:
             counts = ", ".join(f"{label} {count}" for label, count in zip(self.labels, self.class_counts))
-            rank_zero_info(f"{self.path}, training rows by label: {counts}.")
+            rank_zero_info(f"Training rows by label: {counts}.")
 
     def encode(self, record: Record) -> Encoded:
         """Token ids and label of a row."""
+        used = {self.text_field, self.label_field, self.pair_field or self.text_field}
+        unused = unused_keys(record, used)
         ids, truncated = self._tokenize(record)
-        return Encoded({**ids, "labels": label_index(record, self.label_field, self.labels)}, truncated)
+        return Encoded([{**ids, "labels": label_index(record, self.label_field, self.labels)}], truncated, unused)
+
+    def encode_predict(self, record: Record) -> dict[str, list[int]]:
+        """Token ids of a row without label."""
+        return self._tokenize(record)[0]
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Pad rows to the longest."""
@@ -69,9 +80,9 @@ class LabelledTextData(TextData):
         batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
         return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
 
-    def collate_predict(self, records: list[Record]) -> dict[str, Tensor]:
+    def collate_predict(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         """The same without labels."""
-        return dict(self.tokenizer.pad([self._tokenize(record)[0] for record in records], return_tensors="pt"))
+        return dict(self.tokenizer.pad(rows, return_tensors="pt"))
 
     def _tokenize(self, record: Record) -> tuple[dict[str, list[int]], bool]:
         texts = [record.text(field) for field in (self.text_field, self.pair_field) if field is not None]

@@ -1,13 +1,16 @@
 """What the data modules for texts share: a tokenizer, and batches for causal language models."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_lora.data.conversation import IGNORED, Message, Row, encode_question, read_question
-from lightning_lora.data.files import Record
-from lightning_lora.data.from_files import FileData
+from lightning_lora.data.chat_template import MessageError
+from lightning_lora.data.conversation import IGNORED, Row, encode_question
+from lightning_lora.data.from_files import FileData, Paths
+from lightning_lora.data.messages import Conversation, Message, read_question
+from lightning_lora.data.record import Record
 from lightning_lora.pretrained import load_tokenizer
 
 
@@ -16,19 +19,50 @@ class TextData(FileData):
 
     Args:
         path: See :class:`~lightning_lora.data.from_files.FileData`.
-        pretrained: Checkpoint whose tokenizer is used, the same as the model's.
+        pretrained: Checkpoint whose tokenizer is used. Default ``None``: the model's. Another one must give every token
+            of the model's the same id.
+        gguf_file: Name of the GGUF file inside ``pretrained``. Default ``None``: the model's, or an ordinary
+            checkpoint.
         options: The other arguments of :class:`~lightning_lora.data.from_files.FileData`.
     """
 
-    def __init__(self, path: str, pretrained: str, **options: Any) -> None:
+    def __init__(
+        self, path: Paths, pretrained: str | None = None, gguf_file: str | None = None, **options: Any
+    ) -> None:
         super().__init__(path, **options)
         self.pretrained = pretrained
+        self.gguf_file = gguf_file
         # Any: the classes of transformers are imported only when the tokenizer is loaded.
         self.tokenizer: Any = None
 
     def prepare(self) -> None:
         """Load the tokenizer."""
-        self.tokenizer = load_tokenizer(self.pretrained)
+        if self.tokenizer is not None:
+            return
+        model, model_file = self.of_model("pretrained"), self.of_model("gguf_file")
+        if self.pretrained in (None, model):
+            self.pretrained, self.gguf_file = model, self.gguf_file or model_file
+        if self.pretrained is None:
+            raise ValueError("Found no 'pretrained', expected the checkpoint whose tokenizer is used. Name it.")
+        tokenizer = load_tokenizer(self.pretrained, self.gguf_file)
+        if model is not None and (self.pretrained, self.gguf_file) != (model, model_file):
+            ids = tokenizer.get_vocab()
+            other = next(
+                (token for token, id in load_tokenizer(model, model_file).get_vocab().items() if ids.get(token) != id),
+                None,
+            )
+            if other is not None:
+                raise ValueError(
+                    f"Found data.pretrained={self.pretrained!r} whose tokenizer gives {other!r} another id than that "
+                    f"of model.pretrained={model!r}, expected one tokenizer for both. Leave out "
+                    "data.pretrained, which is then the model's."
+                )
+        self.tokenizer = tokenizer
+
+    def sequences(self) -> Iterator[list[int]]:
+        """Token ids of all rows, after ``setup``, by which a task makes sure that its model can take them."""
+        for row in [*(self.train_rows or []), *self.val_rows]:
+            yield row["input_ids"]
 
 
 class LanguageModelData(TextData):
@@ -38,8 +72,8 @@ class LanguageModelData(TextData):
 
     Args:
         path: See :class:`~lightning_lora.data.from_files.FileData`.
-        pretrained: Checkpoint whose tokenizer is used, the same as the model's.
-        gguf_file: Name of the GGUF file inside ``pretrained``. Default ``None``: an ordinary checkpoint.
+        pretrained: See :class:`TextData`.
+        gguf_file: See :class:`TextData`.
         max_length: Longest row, in tokens. Default 512.
         options: The other arguments of :class:`~lightning_lora.data.from_files.FileData`.
 
@@ -47,18 +81,20 @@ class LanguageModelData(TextData):
         ValueError: If ``max_length`` is below 2, and as in the base class.
     """
 
+    separator = "\n"  # what joins contents where there is no chat template
+
     def __init__(
-        self, path: str, pretrained: str, gguf_file: str | None = None, max_length: int = 512, **options: Any
+        self,
+        path: Paths,
+        pretrained: str | None = None,
+        gguf_file: str | None = None,
+        max_length: int = 512,
+        **options: Any,
     ) -> None:
-        super().__init__(path, pretrained, **options)
+        super().__init__(path, pretrained, gguf_file, **options)
         if max_length < 2:
             raise ValueError(f"Found max_length={max_length}, expected at least 2 tokens, such as 512.")
-        self.gguf_file = gguf_file
         self.max_length = max_length
-
-    def prepare(self) -> None:
-        """Load the tokenizer."""
-        self.tokenizer = load_tokenizer(self.pretrained, self.gguf_file)
 
     @property
     def pad_token_id(self) -> int:
@@ -79,17 +115,26 @@ class LanguageModelData(TextData):
             "labels": padded("labels", IGNORED),
         }
 
-    def encode_question(self, question: list[Message]) -> list[int]:
-        """Token ids of the messages before an answer, up to where it begins."""
-        return encode_question(self.tokenizer, question)
+    def encode_predict(self, record: Record) -> tuple[list[int], list[Message]]:
+        """The messages before the last answer, as token ids up to where it begins, and as they are."""
+        found = read_question(record)
+        try:
+            return encode_question(self.tokenizer, found.messages, found.tools, self.separator), found.messages
+        except ValueError as error:
+            raise in_row(record, found, error) from None
 
-    def collate_predict(self, records: list[Record]) -> dict[str, Any]:
-        """The messages before the last answer, padded on the left, and as they are under ``"question"``."""
-        questions = [read_question(record) for record in records]
-        ids = [self.encode_question(question) for question in questions]
-        longest = max(map(len, ids))
+    def collate_predict(self, rows: list[tuple[list[int], list[Message]]]) -> dict[str, Any]:
+        """The questions, padded on the left, and as they are under ``"question"``."""
+        longest = max(len(ids) for ids, _ in rows)
         return {
-            "input_ids": torch.tensor([[self.pad_token_id] * (longest - len(row)) + row for row in ids]),
-            "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids]),
-            "question": questions,
+            "input_ids": torch.tensor([[self.pad_token_id] * (longest - len(ids)) + ids for ids, _ in rows]),
+            "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in rows]),
+            "question": [question for _, question in rows],
         }
+
+
+def in_row(record: Record, conversation: Conversation, error: ValueError) -> ValueError:
+    """What is wrong with a conversation, with its file and line."""
+    if isinstance(error, MessageError):
+        return record.error(conversation.where(error.index, error.key), error.expected, error.found)
+    return ValueError(f"{record.where}: {error}")

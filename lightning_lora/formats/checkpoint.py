@@ -10,13 +10,17 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from lightning_lora.config import LoraConfig
 from lightning_lora.formats.dcp import is_directory, read_directory
-from lightning_lora.formats.metadata import check_metadata, require_known_format
+from lightning_lora.formats.metadata import check_metadata, config_of, require_known_format
 from lightning_lora.formats.open_file import Objects, is_skipped, open_file, readable
+from lightning_lora.formats.schema import require_type
+from lightning_lora.formats.sizes import require_sizes, rows_in_checkpoint
 from lightning_lora.fqn import clean_fqn
 from lightning_lora.model.inject import inject
+from lightning_lora.model.record import Injection, injections
+from lightning_lora.model.removed import remove_adapter
 from lightning_lora.model.state_dict import CheckpointError, base_absent, check_adapters, tensor_names
+from lightning_lora.model.targets import modules_by_name
 
 KEY = "lightning_lora"
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
@@ -35,8 +39,9 @@ def check_checkpoint(module: pl.LightningModule, checkpoint: Mapping[str, Any], 
     """
     meta = _metadata_of(checkpoint, source)
     check_metadata(module, meta, source)
+    saved = _state_dict_of(checkpoint, source)
     own_names = {clean_fqn(name): name for name in tensor_names(module)}
-    state_dict = {own_names.get(clean_fqn(name), name): value for name, value in checkpoint["state_dict"].items()}
+    state_dict = {own_names.get(clean_fqn(name), name): value for name, value in saved.items()}
     check_adapters(module, state_dict, source)
     return state_dict
 
@@ -55,6 +60,7 @@ def read_checkpoint(path: str | Path, objects: Objects = "skip", way_out: str | 
     """
     with readable(path, way_out):
         checkpoint: dict[str, Any] = read_directory(path, objects) if is_directory(path) else open_file(path, objects)
+    require_type(checkpoint, dict[str, Any], str(path))
     meta = _metadata_of(checkpoint, str(path))
     if is_skipped(meta):
         raise CheckpointError(
@@ -62,13 +68,56 @@ def read_checkpoint(path: str | Path, objects: Objects = "skip", way_out: str | 
             "and plain types, so it was damaged or made up. Take another checkpoint. Nothing was loaded."
         )
     require_known_format(meta, str(path))
+    _state_dict_of(checkpoint, str(path))
     return checkpoint
 
 
-def inject_from_checkpoint(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Put the adapters into a bare model that a checkpoint has; their tensors are still to be loaded."""
-    for entry in checkpoint[KEY]["adapters"]:
-        inject(model.get_submodule(entry["module"]), LoraConfig.from_dict(entry["config"]), entry["adapter_name"])
+def inject_from_checkpoint(model: nn.Module, checkpoint: Mapping[str, Any], source: str = "the checkpoint") -> None:
+    """Put the adapters into a bare model that a checkpoint has; their tensors are still to be loaded.
+
+    Args:
+        model: The model.
+        checkpoint: What :func:`read_checkpoint` gave.
+        source: Its file, for errors.
+
+    Raises:
+        CheckpointError: If they do not fit the model. Nothing is changed then.
+    """
+    done: list[Injection] = []
+    require_known_format(_metadata_of(checkpoint, source), source)
+    state_dict = _state_dict_of(checkpoint, source)
+    try:
+        for entry in checkpoint[KEY]["adapters"]:
+            name, config = entry["adapter_name"], config_of(entry, source)
+            root = _submodule(model, entry["module"], source)
+            require_sizes(
+                root,
+                config,
+                state_dict,
+                rows_in_checkpoint(state_dict, entry["module"], name),
+                f"{entry['module']}.".lstrip("."),
+                source,
+            )
+            before = injections(root)
+            inject(root, config, name)
+            done += [injection for injection in injections(root) if injection not in before]
+    except BaseException as error:
+        for injection in reversed(done):
+            remove_adapter(injection)
+        if isinstance(error, ValueError):
+            raise CheckpointError(f"{source} does not fit this model: {error} Nothing was loaded.") from error
+        raise
+
+
+def _submodule(model: nn.Module, name: str, source: str) -> nn.Module:
+    # Under the name that it has here, be it compiled or not.
+    found = modules_by_name(model).get(clean_fqn(name))
+    if found is None:
+        raise CheckpointError(
+            f"{source} has an adapter on {name!r}, and this {type(model).__name__} has no such module: build the "
+            "module as it was when the checkpoint was saved. Nothing was loaded."
+        )
+    return found
 
 
 def load_from_checkpoint(
@@ -110,7 +159,7 @@ def load_from_checkpoint(
         module = module_class.load_from_checkpoint(
             _as_file({**checkpoint, "state_dict": {}}), strict=False, weights_only=objects == "refuse", **init_kwargs
         )
-    inject_from_checkpoint(module, checkpoint)
+    inject_from_checkpoint(module, checkpoint, str(checkpoint_path))
     state_dict = check_checkpoint(module, checkpoint, str(checkpoint_path))
     with base_absent(module):
         module.load_state_dict(state_dict, strict=module.strict_loading if strict is None else strict)
@@ -119,14 +168,22 @@ def load_from_checkpoint(
 
 def _metadata_of(checkpoint: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     if KEY not in checkpoint:
-        tensors = len(checkpoint.get("state_dict", ()))
+        state_dict = checkpoint.get("state_dict")
+        tensors = len(state_dict) if isinstance(state_dict, dict) else 0
         raise CheckpointError(
             f"{source} is no adapter checkpoint: it holds {tensors} tensors and no {KEY!r} entry, so it was saved "
-            "without the LoRA callback. Load such full weights into the LightningModule before the Trainer gets it, "
-            "and resume adapters from a checkpoint that a Trainer with the LoRA callback saved. Nothing was loaded."
+            "without the LoRA callback, or by a finished run, whose model is merged. Load such full weights into the "
+            "LightningModule before the Trainer gets it, and resume adapters from a checkpoint that a Trainer with the "
+            "LoRA callback saved. Nothing was loaded."
         )
     meta: Mapping[str, Any] = checkpoint[KEY]
     return meta
+
+
+def _state_dict_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
+    require_type(checkpoint.get("state_dict"), dict[str, Any], source, "state_dict")
+    state_dict: dict[str, Any] = checkpoint["state_dict"]
+    return state_dict
 
 
 def _as_file(checkpoint: dict[str, Any]) -> io.BytesIO:

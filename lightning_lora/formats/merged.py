@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
+from lightning_lora.formats.publish import whole_directory
 from lightning_lora.layers import LoraLayer, MergedForm, dequantized
 from lightning_lora.model.merge import surrounding_dtype
 from lightning_lora.model.quantization import is_quantized, quantized_layers
@@ -21,6 +22,7 @@ from lightning_lora.sharding import full_shape, full_tensor, is_sharded, is_writ
 
 ADAPTER_DIR = "adapter"
 MERGED_DIR = "merged"
+_WEIGHT_FILES = ("model*.safetensors*", "model.pt", "pytorch_model*.bin*")  # of an earlier model, in other shards
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -66,8 +68,16 @@ def save_merged(
         ValueError: If a merged weight holds a NaN or an infinity.
     """
     directory = Path(directory)
-    if is_writer(model):
-        directory.mkdir(parents=True, exist_ok=True)
+    if not is_writer(model):
+        return _write(model, directory, tokenizer, max_shard_size, dtype)
+    with whole_directory(directory, _WEIGHT_FILES) as new:
+        _write(model, new, tokenizer, max_shard_size, dtype)
+    return directory
+
+
+def _write(
+    model: nn.Module, directory: Path, tokenizer: Any | None, max_shard_size: str, dtype: torch.dtype | None
+) -> Path:
     hf_models = list(pretrained_models(model).values())
     one_by_one = is_sharded(model) or is_quantized(model)
     if one_by_one:

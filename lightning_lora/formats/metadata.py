@@ -1,12 +1,14 @@
 """What a checkpoint says of its adapters: settings, names and the base that they belong to, in plain types."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from typing_extensions import NotRequired, TypedDict
 
 from lightning_lora.config import LoraConfig
+from lightning_lora.formats.schema import require_type
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint
 from lightning_lora.model.quantization import described
 from lightning_lora.model.record import Injection, named_injections
@@ -14,6 +16,25 @@ from lightning_lora.model.state_dict import CheckpointError
 
 FORMAT_VERSION = 1
 _QUANTIZED_APART = 0.35  # at most, of one base in two formats; two bases are more than 1 apart
+
+
+class Entry(TypedDict):
+    """What is said of one adapter; see :class:`~lightning_lora.model.record.Injection`."""
+
+    module: str
+    adapter_name: str
+    config: dict[str, Any]
+    base_fingerprint: str
+    base_samples: NotRequired[str | None]
+    beneath: NotRequired[list[dict[str, Any]]]
+
+
+class Metadata(TypedDict):
+    """What is said of all."""
+
+    format_version: NotRequired[int]
+    adapters: list[Entry]
+
 
 _BINDING = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fused_qkv",
@@ -61,7 +82,7 @@ def check_metadata(model: nn.Module, meta: Mapping[str, Any], source: str, other
             "the LoRA callback the same module and adapter_name. Nothing was loaded."
         )
     for entry, (_, injection) in zip(saved, here):
-        there, here_too = _binding(LoraConfig.from_dict(entry["config"])), _binding(injection.config)
+        there, here_too = _binding(config_of(entry, source)), _binding(injection.config)
         different = [
             f"{name} ({there[name]!r} saved, {here_too[name]!r} here)"
             for name in there
@@ -110,8 +131,11 @@ def require_same_base(saved: Base, here: Base, source: str, more: str = "", othe
     Raises:
         CheckpointError: If it is another base.
     """
-    if saved.fingerprint.fits(here.fingerprint):
-        return
+    try:
+        if saved.fingerprint.fits(here.fingerprint):
+            return
+    except ValueError as error:
+        raise CheckpointError(f"{source} is damaged: {error} Take another copy of it. Nothing was loaded.") from error
     there, here_too = described(saved.quantization), described(here.quantization)
     layers = sum(entry.get("layers", 0) for entry in (*saved.quantization, *here.quantization))
     differs = _settings(saved.quantization) != _settings(here.quantization)
@@ -137,17 +161,38 @@ def _settings(quantization: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: entry[name] for name in entry if name != "bytes"} for entry in quantization]
 
 
-def require_known_format(meta: Mapping[str, Any], source: str) -> None:
-    """Require metadata that this version can read.
+def require_known_format(meta: Any, source: str) -> None:
+    """Require metadata that this version can read, with all in it that it must hold.
 
     Raises:
-        CheckpointError: If a newer version wrote it.
+        CheckpointError: If a newer version wrote it, or if it is damaged.
     """
-    if meta.get("format_version", 0) > FORMAT_VERSION:
+    require_type(meta, dict[str, Any], source, "lightning_lora")
+    version = meta.get("format_version", 0)
+    require_type(version, int, source, "lightning_lora.format_version")
+    if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{source} has format version {meta['format_version']}, and this version of lightning-lora reads up to "
+            f"{source} has format version {version}, and this version of lightning-lora reads up to "
             f"{FORMAT_VERSION}: update lightning-lora. Nothing was loaded."
         )
+    require_type(meta, Metadata, source, "lightning_lora")
+    for number, entry in enumerate(meta["adapters"]):
+        config_of(entry, f"{source}, in lightning_lora.adapters[{number}].config,")
+
+
+def config_of(entry: Mapping[str, Any], source: str) -> LoraConfig:
+    """The settings of an adapter.
+
+    Raises:
+        CheckpointError: If one is of another type than it must be, or no value that it can have.
+    """
+    hints = get_type_hints(LoraConfig)
+    for name, value in entry["config"].items():
+        require_type(value, hints.get(name, Any), source, name)
+    try:
+        return LoraConfig.from_dict(entry["config"])
+    except ValueError as error:
+        raise CheckpointError(f"{source} cannot be read: {error} Nothing was loaded.") from error
 
 
 def _binding(config: LoraConfig) -> dict[str, Any]:
@@ -157,7 +202,7 @@ def _binding(config: LoraConfig) -> dict[str, Any]:
 
 
 def _identity(module: str, adapter_name: str, config: dict[str, Any]) -> tuple[str, str, str]:
-    return module, adapter_name, str(config["target_modules"])
+    return module, adapter_name, str(config.get("target_modules"))
 
 
 def _describe(names: list[tuple[str, str]]) -> str:

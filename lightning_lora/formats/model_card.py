@@ -15,16 +15,13 @@ _PACKAGES = ("torch", "lightning", "transformers")
 
 
 def write_card(directory: Path, settings: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> None:
-    """Write a card for an adapter; one that somebody else wrote stays as it is.
+    """Write a card for an adapter.
 
     Args:
         directory: Where the adapter lies.
         settings: What ``adapter_config.json`` holds.
         run: What there is to say of the training run: names and values, such as metrics.
     """
-    path = directory / CARD_FILE
-    if path.exists() and _MARK not in path.read_text(encoding="utf-8"):
-        return
     base = settings.get("base_model_name_or_path")
     header = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:", "- lora", "---"]
     shown = {name: value for name, value in sorted(settings.items()) if value not in (None, {}, [], False)}
@@ -41,7 +38,13 @@ def write_card(directory: Path, settings: Mapping[str, Any], run: Mapping[str, A
         *(["## Training\n\n" + _table(run)] if run else []),
         "## Versions\n\n" + _table({"lightning-lora": __version__, **{name: version(name) for name in _PACKAGES}}),
     ]
-    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    (directory / CARD_FILE).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def has_own_card(directory: Path) -> bool:
+    """Whether a directory has a card that somebody else wrote, which is to stay as it is."""
+    path = directory / CARD_FILE
+    return path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace")
 
 
 def facts_of(trainer: "pl.Trainer") -> dict[str, Any]:

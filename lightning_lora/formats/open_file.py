@@ -2,10 +2,12 @@
 
 import pickle
 import re
+import struct
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
@@ -44,6 +46,7 @@ def open_file(path: str | Path, objects: Objects) -> Any:
             for each name that it does not know one object that does nothing.
     """
     with get_filesystem(path).open(str(path), "rb") as file:
+        _require_intact(file)
         if objects != "skip":
             return torch.load(file, map_location="cpu", weights_only=objects == "refuse")
         names = get_unsafe_globals_in_checkpoint(file)
@@ -52,6 +55,30 @@ def open_file(path: str | Path, objects: Objects) -> Any:
         # The class too, for only what has an allowed class may be given a state.
         with safe_globals([*unknown, (_Skipped, f"{__name__}._Skipped")]):
             return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def require_intact(path: str | Path) -> None:
+    """Require what ``torch.save`` wrote to be what it wrote, by its checksums, which ``torch.load`` does not look at.
+
+    Raises:
+        RuntimeError: Naming the part that is not.
+    """
+    with get_filesystem(path).open(str(path), "rb") as file:
+        _require_intact(file)
+
+
+def _require_intact(file: IO[bytes]) -> None:
+    # Files of before PyTorch 1.6 have no checksums, and those written without them have false ones.
+    if zipfile.is_zipfile(file) and torch.serialization.get_crc32_options():
+        try:
+            with zipfile.ZipFile(file) as archive:
+                packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+                changed = packed[0] if packed else archive.testzip()
+        except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, struct.error) as error:
+            raise RuntimeError(f"its table of contents is damaged ({error}).") from error
+        if changed is not None:
+            raise RuntimeError(f"{changed!r} in it is not what was written: its checksum is another one.")
+    file.seek(0)
 
 
 def is_skipped(value: Any) -> bool:

@@ -4,25 +4,28 @@ A tensor is named ``base_model.model.<module>.lora_A.weight``, with the module's
 the transformers model where there is one. https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
 
-import dataclasses
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.formats.checkpoint import KEY, inject_from_checkpoint, read_checkpoint
+from lightning_lora.formats.dcp import is_directory
 from lightning_lora.formats.metadata import Base, check_metadata, require_same_base
-from lightning_lora.formats.model_card import write_card
+from lightning_lora.formats.model_card import has_own_card, write_card
 from lightning_lora.formats.open_file import Objects
-from lightning_lora.formats.peft_config import CONFIG_FILE, config_from_peft, peft_adapters, peft_config
+from lightning_lora.formats.peft_config import peft_adapters, peft_config
+from lightning_lora.formats.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftFiles, read_files, write_weights
+from lightning_lora.formats.peft_variants import as_plain_lora, same_but_for_rounding
+from lightning_lora.formats.portable import as_portable, not_portable
+from lightning_lora.formats.publish import whole_directory
+from lightning_lora.formats.sizes import require_finite, require_sizes, rows_in_peft
+from lightning_lora.fqn import listed
 from lightning_lora.layers import Adapter, kind_of
 from lightning_lora.layers.offloading import onloaded
 from lightning_lora.model.fingerprint import Fingerprint, base_tensors, fingerprint_of
@@ -36,65 +39,94 @@ from lightning_lora.model.state_dict import (
     check_tensors,
     load_adapter_state_dict,
 )
-from lightning_lora.model.targets import pretrained_models
+from lightning_lora.model.targets import modules_by_name, pretrained_models
 from lightning_lora.sharding import full_tensor, is_writer, load_full, named_tensors, unsharded
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-_FINGERPRINT, _SAMPLES = "lightning_lora_base_fingerprint", "lightning_lora_base_samples"
-_QUANTIZATION = "lightning_lora_base_quantization"
-_BASE = "lightning_lora_base"
-_WRAPPED = re.compile(r"\.(original_module|modules_to_save)\.")
+Layout = Literal["peft", "portable"]
 
 
-def save_adapter(model: nn.Module, directory: str | Path, adapter_name: str | None = None) -> Path:
-    """Write an adapter of a model as a directory that PEFT opens.
+def save_adapter(
+    model: nn.Module, directory: str | Path, adapter_name: str | None = None, *, layout: Layout = "peft"
+) -> Path:
+    """Write an adapter of a model as a directory that PEFT opens. It has all files, or is as it was before.
 
     Args:
         model: A model with adapters, of which ``modules_to_save`` are stored too.
         directory: Made if it is not there.
         adapter_name: Which adapter; may be left out if there is one.
+        layout: ``"peft"`` writes ranks and scalings as they were trained. ``"portable"`` gives all layers one rank, by
+            zeros, and a scaling of one, whose rest goes into B: the same update, for servers that read ``r`` and
+            ``lora_alpha`` alone, or neither.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: If the model has no such adapter, or several to choose from.
+        ValueError: If the model has no such adapter, or several to choose from, or if it has more than the portable
+            layout can hold: DoRA, VeRA, biases, ``modules_to_save``, token rows or stacked parameters.
     """
     with restored(model):
-        return write_adapter(_find_injection(model, adapter_name), Path(directory))
+        return write_adapter(_find_injection(model, adapter_name), Path(directory), layout=layout)
 
 
-def write_adapter(injection: Injection, directory: Path, run: Mapping[str, Any] | None = None) -> Path:
+def not_portable_of(model: nn.Module, adapter_name: str | None = None) -> list[str]:
+    """What the portable layout cannot hold of an adapter of a model, in words; see :func:`save_adapter`."""
+    settings, tensors, _ = adapter_contents(model, adapter_name)
+    return not_portable(settings, tensors)
+
+
+def adapter_contents(
+    model: nn.Module, adapter_name: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor], nn.Module]:
+    """What :func:`save_adapter` writes of an adapter, without writing it.
+
+    Returns:
+        The settings, the tensors under PEFT's names, and the model that these are the names in.
+    """
+    with restored(model):
+        injection = _find_injection(model, adapter_name)
+        prefix = _peft_root(injection)
+        base = injection.root.get_submodule(prefix.rstrip("."))
+        return peft_config(injection, prefix), _tensors_of(injection, prefix), base
+
+
+def write_adapter(
+    injection: Injection, directory: Path, run: Mapping[str, Any] | None = None, layout: Layout = "peft"
+) -> Path:
     """Write the adapter of one injection, and a card; see :func:`save_adapter`.
 
     Args:
         injection: The injection.
         directory: Made if it is not there.
         run: What the card says of the training run: names and values.
+        layout: How ranks and scalings are written.
     """
     prefix = _peft_root(injection)
+    _warn_of_what_peft_leaves_out(injection, directory)
+    tensors = _tensors_of(injection, prefix)
+    base = _fingerprint(injection, prefix)
+    if not is_writer(injection.root):
+        return directory
+    start = str(injection.config.init_lora_weights) if injection.config.quantizes_base else None
+    settings = peft_config(injection, prefix)
+    if layout == "portable":
+        settings, tensors = as_portable(settings, tensors)
+    with whole_directory(directory) as new:
+        write_weights(new / WEIGHTS_FILE, tensors, base, start, injection.quantization)
+        (new / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if not has_own_card(directory):
+            write_card(new, settings, run)
+    return directory
+
+
+def _tensors_of(injection: Injection, prefix: str) -> dict[str, Tensor]:
     with _full_adapters(injection):
         tensors = {
             # Cloned where they share memory, which safetensors refuses.
             PREFIX + peft_name[len(prefix) :]: tensor.detach().cpu().contiguous().clone()
             for peft_name, tensor in _peft_state_dict(injection, plain=True).items()
         }
-    tensors.update({name: tensor.clone() for name, tensor in _projections(injection).items()})
-    base = _fingerprint(injection, prefix)
-    meta = {"format": "pt", _FINGERPRINT: base.short, **({_SAMPLES: base.samples} if base.samples is not None else {})}
-    if injection.quantization:
-        meta[_QUANTIZATION] = json.dumps(injection.quantization)
-    if injection.config.quantizes_base:
-        meta[_BASE] = str(injection.config.init_lora_weights)
-    if not is_writer(injection.root):
-        return directory
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / WEIGHTS_FILE, meta)
-    settings = peft_config(injection, prefix)
-    (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    write_card(directory, settings, run)
-    return directory
+    return {**tensors, **{name: tensor.clone() for name, tensor in _projections(injection).items()}}
 
 
 def load_adapter(
@@ -128,49 +160,67 @@ def load_adapter(
     """
     path = Path(path)
     before = list(adapters(model))
-    if path.is_dir():
-        config = _read_config(path)
-        name = adapter_name or (before[0] if len(before) == 1 else "default")
-        if not before:
-            hf_models = list(pretrained_models(model).values())
-            inject(hf_models[0] if len(hf_models) == 1 else model, config, name)
-        elif name not in before:
-            add_adapter(_find_injection(model, before[0]).root, config, name)
-    with _removed_after_failure(model, before):
-        if path.is_dir():
-            _load_tensors(_find_injection(model, name), path, config, other_format)
-        else:
+    with _refused_as_a_whole(model, path):
+        if not path.is_dir() or is_directory(path):
             objects: Objects = "open" if weights_only is False else "skip"
             _load_checkpoint(model, path, not before, objects, other_format)
+            return model
+        files = read_files(path)
+        name = adapter_name or (before[0] if len(before) == 1 else "default")
+        if name in before:
+            _load_into(_find_injection(model, name), files, other_format)
+            return model
+        hf_models = list(pretrained_models(model).values())
+        base = hf_models[0] if len(hf_models) == 1 else model
+        config, tensors = as_plain_lora(files, base)
+        require_finite(tensors, str(path))
+        require_sizes(base, config, tensors, rows_in_peft(tensors), PREFIX, str(path))
+        if not before:
+            inject(base, config, name)
+        else:
+            add_adapter(_find_injection(model, before[0]).root, config, name)
+        _put(_find_injection(model, name), files, config, tensors, other_format)
     return model
 
 
 @contextmanager
-def _removed_after_failure(model: nn.Module, before: list[str]) -> Iterator[None]:
-    """If what was put in cannot be loaded, leave the model as it came."""
+def _refused_as_a_whole(model: nn.Module, path: Path) -> Iterator[None]:
+    """Leave a model as it came if what is loaded does not fit it, and say so in errors of one kind."""
+    before = list(adapters(model))
     try:
         yield
-    except CheckpointError:
+    except BaseException as error:
         for name in [name for name in adapters(model) if name not in before]:
             delete_adapter(model, name)
+        if isinstance(error, ValueError):
+            raise CheckpointError(f"{path} does not fit this model: {error} Nothing was loaded.") from error
         raise
 
 
 def read_adapter(injection: Injection, directory: Path) -> None:
     """Load a directory's tensors into the adapter of one injection; see :func:`load_adapter`."""
-    _load_tensors(injection, directory, _read_config(directory))
+    with _refused_as_a_whole(injection.root, directory):
+        _load_into(injection, read_files(directory))
 
 
-def _load_tensors(injection: Injection, directory: Path, saved: LoraConfig, other_format: bool = False) -> None:
-    tensors, meta = read_tensors(directory)
-    _require_same_quantization(injection.config, meta, directory)
-    _require_same_kind(injection, directory, saved)
+def _load_into(injection: Injection, files: PeftFiles, other_format: bool = False) -> None:
     prefix = _peft_root(injection)
-    if _FINGERPRINT in meta:
-        theirs = Base(Fingerprint(meta[_FINGERPRINT], meta.get(_SAMPLES)), quantization_in(meta))
-        here = Base(_fingerprint(injection, prefix), injection.quantization)
-        require_same_base(theirs, here, str(directory), other_format=other_format)
-    _put_tensors(injection, tensors, str(directory))
+    config, tensors = as_plain_lora(files, injection.root.get_submodule(prefix.rstrip(".")))
+    require_finite(tensors, str(files.directory))
+    _put(injection, files, config, tensors, other_format)
+
+
+def _put(
+    injection: Injection, files: PeftFiles, saved: LoraConfig, tensors: dict[str, Tensor], other_format: bool
+) -> None:
+    """Require that an adapter is of this kind and base, then take over its tensors."""
+    _require_same_quantization(injection.config, saved, files.directory)
+    _require_same_kind(injection, files.directory, saved)
+    if files.fingerprint is not None:
+        theirs = Base(files.fingerprint, files.quantization)
+        here = Base(_fingerprint(injection, _peft_root(injection)), injection.quantization)
+        require_same_base(theirs, here, str(files.directory), other_format=other_format)
+    _put_tensors(injection, tensors, str(files.directory))
 
 
 def load_tensors(
@@ -181,13 +231,23 @@ def load_tensors(
     Raises:
         CheckpointError: If the tensors do not fit. Nothing is changed then.
     """
-    before = list(adapters(root))
-    inject(root, config, adapter_name)
-    with _removed_after_failure(root, before):
-        _put_tensors(
-            _find_injection(root, adapter_name), {PREFIX + name: tensor for name, tensor in tensors.items()}, source
-        )
+    with _refused_as_a_whole(root, Path(source)):
+        inject(root, config, adapter_name)
+        named = {PREFIX + name: tensor for name, tensor in tensors.items()}
+        _put_tensors(_find_injection(root, adapter_name), named, source)
     return root
+
+
+def _warn_of_what_peft_leaves_out(injection: Injection, directory: Path) -> None:
+    read = [f"{name}.{inner}".lstrip(".") for name, layer in injection.layers() for inner in layer.beyond_peft()]
+    modules = modules_by_name(injection.root)
+    single = [name for name in injection.saved if name not in modules]
+    if read or single:
+        rank_zero_warn(
+            f"PEFT adapts layers where they are called and trains whole modules, so it would leave out "
+            f"{listed(list(map(repr, read + single)))}. lightning_lora loads {directory} right; for others, export the "
+            "merged model."
+        )
 
 
 def _put_tensors(injection: Injection, tensors: dict[str, Tensor], source: str) -> None:
@@ -196,15 +256,9 @@ def _put_tensors(injection: Injection, tensors: dict[str, Tensor], source: str) 
     with _full_adapters(injection):
         expected = _peft_state_dict(injection)
     expected = {PREFIX + name[len(prefix) :]: tensor for name, tensor in expected.items()}
-    # With an adapted input or output embedding, PEFT writes the base's weight of it too.
-    of_base = {
-        f"{PREFIX}{name[len(prefix) :]}{wrapper}.base_layer.weight"
-        for name in injection.targets
-        for wrapper in ("", ".token_adapter")
-    }
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in of_base}
+    tensors = dict(tensors)
     for name, projection in _projections(injection).items():
-        if not _same_but_for_rounding(tensors.pop(name, projection), projection):
+        if not same_but_for_rounding(tensors.pop(name, projection), projection):
             raise CheckpointError(
                 f"{source} has another {name} than seed={injection.config.seed} and r={injection.config.r} give here, "
                 "and only that can be drawn again when a checkpoint resumes: it was made from another seed, for "
@@ -232,11 +286,16 @@ def _full_adapters(injection: Injection) -> Iterator[None]:
         yield
 
 
-def _require_same_quantization(config: LoraConfig, meta: dict[str, str], directory: Path) -> None:
+def _require_same_quantization(here: LoraConfig, saved: LoraConfig, directory: Path) -> None:
     """Require that an adapter's base is quantized here as it was there."""
-    saved, here = meta.get(_BASE), str(config.init_lora_weights) if config.quantizes_base else None
-    if saved != here:
-        bases = [f"a base under init_lora_weights={start!r}" if start else "a base as it is" for start in (saved, here)]
+    there_as, here_as = (each.quantization for each in (saved, here))
+    if there_as != here_as:
+        bases = [
+            f"a base under init_lora_weights={config.init_lora_weights!r}"
+            if config.quantizes_base
+            else "a base as it is"
+            for config in (saved, here)
+        ]
         raise CheckpointError(
             f"{directory} was trained on {bases[0]}, and this model's adapter is on {bases[1]}: use the "
             "init_lora_weights with which it was saved. Nothing was loaded."
@@ -261,72 +320,14 @@ def _require_same_kind(injection: Injection, directory: Path, saved: LoraConfig)
         raise CheckpointError(f"{directory} does not fit: {'; '.join(problems.values())}. Nothing was loaded.")
 
 
-def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal up to the precision of the coarser dtype."""
-    eps = max(torch.finfo(tensor.dtype).eps for tensor in (one, other))
-    return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=eps, atol=1e-6)
-
-
 def _load_checkpoint(model: nn.Module, path: Path, fresh: bool, objects: Objects, other_format: bool) -> None:
     checkpoint = read_checkpoint(path, objects, "load_adapter(..., weights_only=False)")
     if fresh:
-        inject_from_checkpoint(model, checkpoint)
+        inject_from_checkpoint(model, checkpoint, str(path))
     check_metadata(model, checkpoint[KEY], str(path), other_format)
+    require_finite(checkpoint["state_dict"], str(path))
     expected = adapter_tensors(model)
     load_adapter_state_dict(model, {k: v for k, v in checkpoint["state_dict"].items() if k in expected})
-
-
-def require_files(directory: Path) -> None:
-    """Require both files of PEFT's format.
-
-    Raises:
-        CheckpointError: If one is not there.
-    """
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (directory / name).is_file():
-            raise CheckpointError(
-                f"{directory} has no {name}, so it is no adapter in PEFT's format: give the directory that holds "
-                f"{CONFIG_FILE} and {WEIGHTS_FILE}. Nothing was loaded."
-            )
-
-
-def fingerprint_in(meta: dict[str, str]) -> str | None:
-    """The base's fingerprint in the metadata of a file, if this package wrote it."""
-    return meta.get(_FINGERPRINT)
-
-
-def quantization_in(meta: dict[str, str]) -> list[dict[str, Any]]:
-    """How the base was quantized, in the metadata of a file of this package."""
-    found: list[dict[str, Any]] = json.loads(meta.get(_QUANTIZATION, "[]"))
-    return found
-
-
-def _read_config(directory: Path) -> LoraConfig:
-    """The settings of a directory in PEFT's format, of which both files must be there."""
-    require_files(directory)
-    config = config_from_peft(json.loads((directory / CONFIG_FILE).read_text()), directory)
-    with _open(directory / WEIGHTS_FILE) as file:
-        start = (file.metadata() or {}).get(_BASE)
-    return dataclasses.replace(config, init_lora_weights=start) if start else config
-
-
-def read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors under PEFT's names, and the metadata of their file."""
-    with _open(directory / WEIGHTS_FILE) as file:
-        # With bias="all", PEFT writes the biases of modules_to_save twice more, under names of its own wrapper.
-        keys = [key for key in file.keys() if not _WRAPPED.search(key)]  # noqa: SIM118
-        return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}): it is damaged or cut short, so copy it again. Nothing was loaded."
-        ) from error
 
 
 def _find_injection(model: nn.Module, adapter_name: str | None) -> Injection:

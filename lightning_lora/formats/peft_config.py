@@ -1,17 +1,14 @@
 """PEFT's ``adapter_config.json``, out and in."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning_lora.config import LoraConfig
+from lightning_lora.formats.peft_keys import TABLES, require_readable, start_of
 from lightning_lora.layers import Adapter, kind_of_peft_type
 from lightning_lora.model.record import Injection
-from lightning_lora.model.state_dict import (
-    CheckpointError,
-)
+from lightning_lora.model.state_dict import CheckpointError
 
-CONFIG_FILE = "adapter_config.json"
 _NO_LAYERS = "dummy-target-modules"  # PEFT's value of target_modules for a LoRA config that adapts no layer
 
 
@@ -63,40 +60,55 @@ def peft_config(injection: Injection, prefix: str) -> dict[str, Any]:
     return own_type.to_peft_config(settings, config)
 
 
-def config_from_peft(settings: dict[str, Any], directory: Path) -> LoraConfig:
+def config_from_peft(settings: Mapping[str, Any], source: str) -> LoraConfig:
     """The settings that ``adapter_config.json`` means.
+
+    Args:
+        settings: What it holds.
+        source: The file, for errors.
 
     Raises:
         CheckpointError: If it is of a kind, or has a setting, that is not supported.
     """
-    peft_type = settings.get("peft_type")
-    kind = kind_of_peft_type(str(peft_type))
-    if peft_type != "LORA" and kind is not None:
-        return LoraConfig(**kind.from_peft_config(settings))
-    if peft_type != "LORA":
+    peft_type = str(settings.get("peft_type"))
+    kind = kind_of_peft_type(peft_type)
+    if peft_type not in TABLES and (peft_type == "LORA" or kind is None):
         raise CheckpointError(
-            f"{directory / CONFIG_FILE} describes an adapter of type {peft_type!r}, and only 'LORA', 'VERA' and the "
+            f"{source} describes an adapter of type {peft_type!r}, and only {', '.join(map(repr, TABLES))} and the "
             "types of registered kinds are supported. Nothing was loaded."
         )
-    unsupported = [name for name in ("lora_bias", "use_qalora") if settings.get(name)]
-    if unsupported:
-        raise CheckpointError(
-            f"{directory / CONFIG_FILE} uses {', '.join(unsupported)}, which this version does not support. Nothing "
-            "was loaded."
-        )
-    start = str(settings.get("init_lora_weights"))
-    if start in ("corda", "lora_ga"):
-        raise CheckpointError(
-            f"{directory / CONFIG_FILE} says that the adapter started at a part of the base weight by {start!r}, which "
-            "cannot be computed here. Convert it to a plain LoRA with PEFT first. Nothing was loaded."
-        )
-    shared = {name: settings[name] for name in _SHARED if name in settings}
+    if peft_type in TABLES:
+        settings = require_readable(settings, source)
+    try:
+        if peft_type == "LORA":
+            return _lora(settings, source)
+        if peft_type == "TRAINABLE_TOKENS":
+            return _tokens(settings)
+        assert kind is not None
+        return LoraConfig(**kind.from_peft_config(settings))
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{source} cannot be read: {error} Nothing was loaded.") from error
+
+
+def _lora(settings: Mapping[str, Any], source: str) -> LoraConfig:
+    targets = settings["target_modules"]
     return LoraConfig(
-        **shared,
-        target_modules=[] if settings["target_modules"] == _NO_LAYERS else settings["target_modules"] or [],
-        target_parameters=settings.get("target_parameters"),
-        modules_to_save=settings.get("modules_to_save"),
-        init_lora_weights=start if start.startswith(("pissa", "olora")) else True,
+        **{name: settings[name] for name in _SHARED},
+        target_modules=[] if targets == _NO_LAYERS else targets or [],
+        target_parameters=settings["target_parameters"],
+        modules_to_save=settings["modules_to_save"],
+        init_lora_weights=start_of(settings, source),
+    )
+
+
+def _tokens(settings: Mapping[str, Any]) -> LoraConfig:
+    """Rows of embeddings alone, which PEFT has a type of its own for."""
+    targets, indices = settings["target_modules"], settings["token_indices"]
+    targets = [targets] if isinstance(targets, str) else targets
+    return LoraConfig(
+        target_modules=[],
+        trainable_token_indices=dict.fromkeys(targets, indices) if targets else indices,
+        modules_to_save=settings["modules_to_save"],
     )
 
 

@@ -1,22 +1,14 @@
 """Saved adapters as files, read without the model that they belong to."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lightning_lora.formats.checkpoint import KEY, read_checkpoint
-from lightning_lora.formats.peft import (
-    PREFIX,
-    WEIGHTS_FILE,
-    fingerprint_in,
-    quantization_in,
-    read_tensors,
-    require_files,
-)
-from lightning_lora.formats.peft_config import CONFIG_FILE
+from lightning_lora.formats.dcp import is_directory
+from lightning_lora.formats.peft_files import PREFIX, WEIGHTS_FILE, read_files
 from lightning_lora.model.quantization import described
 
 
@@ -51,7 +43,7 @@ class SavedAdapter:
         for name, tensor in self.tensors.items():
             short = name.removeprefix(PREFIX).removesuffix(".weight").replace("lora_embedding_", "lora_")
             layer, _, matrix = short.rpartition(".")
-            if matrix in ("lora_A", "lora_B"):
+            if matrix in ("lora_A", "lora_B") and tensor.dim() > 1:
                 found.setdefault(layer.partition(".lora.")[0], {})[matrix] = tensor
         return {layer: (pair["lora_A"], pair["lora_B"]) for layer, pair in found.items() if len(pair) == 2}
 
@@ -64,37 +56,39 @@ def read(path: str | Path) -> SavedAdapter:
         FileNotFoundError: If it is not there.
     """
     path = Path(path)
-    return _directory(path) if path.is_dir() else _checkpoint(path)
+    return _directory(path) if path.is_dir() and not is_directory(path) else _checkpoint(path)
 
 
 def _directory(path: Path) -> SavedAdapter:
-    require_files(path)
-    settings = json.loads((path / CONFIG_FILE).read_text())
-    tensors, meta = read_tensors(path)
-    quantization = quantization_in(meta)
+    files = read_files(path)
+    settings = files.settings
     facts = {
         "base model": str(settings.get("base_model_name_or_path") or "not named"),
-        "base fingerprint": fingerprint_in(meta) or "not there (not written by lightning-lora)",
-        **({"base": described(quantization)} if quantization else {}),
+        "base fingerprint": str(files.fingerprint or "not there (not written by lightning-lora)"),
+        **({"base": described(files.quantization)} if files.quantization else {}),
         "file": f"{(path / WEIGHTS_FILE).stat().st_size / 1e6:.2f} MB",
     }
-    return SavedAdapter(
-        path, f"{settings.get('peft_type', 'PEFT')} adapter in PEFT's format", settings, tensors, facts, quantization
-    )
+    kind = f"{settings['peft_type']} adapter in PEFT's format"
+    return SavedAdapter(path, kind, settings, files.tensors, facts, files.quantization)
 
 
 def _checkpoint(path: Path) -> SavedAdapter:
     checkpoint = read_checkpoint(path)
     entries = checkpoint[KEY]["adapters"]
-    quantization = entries[0].get("quantization", [])
+    quantization = entries[0].get("quantization", []) if entries else []
     facts = {
         "adapters": ", ".join(f"{e['adapter_name']} on {e['module'] or 'the whole module'}" for e in entries),
-        "base fingerprint": ", ".join(sorted({entry["base_fingerprint"] for entry in entries})),
+        "base fingerprint": ", ".join(sorted({entry["base_fingerprint"] for entry in entries})) or "none",
         **({"base": described(quantization)} if quantization else {}),
         "progress": f"epoch {checkpoint.get('epoch')}, step {checkpoint.get('global_step')}",
         "Lightning": str(checkpoint.get("pytorch-lightning_version", "unknown")),
-        "optimizer state": "yes" if checkpoint.get("optimizer_states") else "no",
+        "optimizer state": "no" if _is_empty(checkpoint.get("optimizer_states")) else "yes",
         "file": f"{path.stat().st_size / 1e6:.2f} MB",
     }
     tensors = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
-    return SavedAdapter(path, "Lightning checkpoint of adapters", entries[0]["config"], tensors, facts, quantization)
+    settings = entries[0]["config"] if entries else {}
+    return SavedAdapter(path, "Lightning checkpoint of adapters", settings, tensors, facts, quantization)
+
+
+def _is_empty(states: Any) -> bool:
+    return not isinstance(states, list) or not states

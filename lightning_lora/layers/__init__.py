@@ -16,6 +16,7 @@ from lightning_lora.layers.base import (
     class_problem,
     rows_of,
     unreadable_reason,
+    weightless_reason,
 )
 from lightning_lora.layers.conv import LoraConv
 from lightning_lora.layers.dora import DORA
@@ -53,6 +54,7 @@ __all__ = [
     "storage_of",
     "supported_modules",
     "unsupported_reason",
+    "weightless_reason",
 ]
 
 _layer_kinds: list[type[LoraLayer]] = [

@@ -144,8 +144,8 @@ class LoraLayer(nn.Module):
     @classmethod
     def unsupported_reason(cls, target: Target, config: LoraConfig) -> str | None:
         """Why this very module cannot be adapted as the config asks, ``None`` if it can."""
-        if "weight" not in target.module._parameters:
-            return "its weight is computed of others (a parametrization), so nothing can be folded into it"
+        if (reason := weightless_reason(target.module)) is not None:
+            return reason
         if config.needs_matrix and not getattr(cls.adapter_class, "is_matrix", False):
             return f"init_lora_weights={config.init_lora_weights!r} is not for this kind of layer"
         if not cls.is_linear and has_own_forward(target.module):
@@ -261,6 +261,10 @@ class LoraLayer(nn.Module):
         """What PEFT adds to the names of the modules that it wraps here, beside what they are called by now."""
         return {"": ".base_layer"}
 
+    def beyond_peft(self) -> list[str]:
+        """The adapted parameters that PEFT would leave as they are where they are read."""
+        return []
+
     @property
     def active(self) -> tuple[str, ...]:
         """Names of the active adapters."""
@@ -367,6 +371,14 @@ class LoraLayer(nn.Module):
         # The class is made at run time, so pickle and deepcopy must find it by the base class.
         _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]
         return (_new_adapted, _adapted(self).__bases__, *state)
+
+
+def weightless_reason(module: nn.Module, parameters: Iterable[str] = ("weight",)) -> str | None:
+    """Why a module has not the weights to adapt, whatever the settings; ``None`` if it has."""
+    owners = ((module.get_submodule(owner), name) for owner, _, name in (path.rpartition(".") for path in parameters))
+    if not all(name in owner._parameters for owner, name in owners):
+        return "its weight is computed of others (a parametrization), so nothing can be folded into it"
+    return None
 
 
 def unreadable_reason(target: Target) -> str | None:

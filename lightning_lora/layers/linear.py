@@ -112,14 +112,14 @@ class Conv1DAdapter(LinearAdapter):
 
 
 class LoraLinear(LoraLayer):
-    """``nn.Linear`` and its subclasses."""
+    """``nn.Linear`` and its subclasses, and other classes that compute the same."""
 
     adapter_class = LinearAdapter
     supported = "torch.nn.Linear"
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
-        return isinstance(module, Linear)
+        return isinstance(module, Linear) or _computes_linear(module)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not self._is_plain(x):
@@ -153,6 +153,25 @@ class LoraLinear(LoraLayer):
             and not is_hooked(adapter)
             and (x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type))
         )
+
+
+def _computes_linear(module: nn.Module) -> bool:
+    """Whether a layer of another class, as torch_geometric's, is a linear one: by its attributes, and by trying it."""
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    sizes = [(getattr(module, f"out_{of}", None), getattr(module, f"in_{of}", None)) for of in ("features", "channels")]
+    # A shape is a tuple; and none of a lazy parameter.
+    if type(weight) is not nn.Parameter or weight.dim() != 2 or weight.is_meta or tuple(weight.shape) not in sizes:
+        return False
+    if module._modules or module._buffers or not weight.is_floating_point():
+        return False
+    x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
+    try:
+        with torch.no_grad():
+            out = type(module).forward(module, x)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        return False  # it takes other inputs
+    expected = nn.functional.linear(x, weight, bias)
+    return isinstance(out, Tensor) and out.shape == expected.shape and torch.allclose(out, expected, equal_nan=True)
 
 
 class LoraConv1D(LoraLayer):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_lora.config import LOFTQ
+from lightning_lora.config import quantization
 
 BLOCK = 64
 
@@ -73,7 +73,9 @@ def loftq(weight: Tensor, kind: str, r: int) -> tuple[Tensor, Tensor, Tensor]:
         Q in the weight's dtype; B of shape ``(out_features, r)`` and A of shape ``(r, in_features)``, each with the
         root of the singular values.
     """
-    bits, iterations = quantization(kind)
+    asked = quantization(kind)
+    assert asked is not None
+    bits, iterations = asked
     whole = weight.to(torch.promote_types(weight.dtype, torch.float32))
     product = torch.zeros_like(whole)
     for _ in range(iterations):
@@ -83,10 +85,3 @@ def loftq(weight: Tensor, kind: str, r: int) -> tuple[Tensor, Tensor, Tensor]:
         lora_A, lora_B = root.unsqueeze(1) * right[:r], left[:, :r] * root
         product = lora_B @ lora_A
     return quantized, lora_B, lora_A
-
-
-def quantization(kind: str) -> tuple[int, int]:
-    """The bits and the iterations that the name of a LoftQ start asks for."""
-    match = LOFTQ.fullmatch(kind)
-    assert match is not None
-    return int(match[1] or 4), int(match[2] or 1)

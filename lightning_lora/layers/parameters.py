@@ -101,12 +101,16 @@ class LoraParameters(LoraLayer):
         return nn.ModuleDict(adapters)
 
     @classmethod
-    def unsupported_reason(cls, target: Target, config: LoraConfig) -> str | None:
-        for name in ("lora_dropout", "use_dora", "use_vera"):
-            if getattr(config, name):
-                return f"{name} is not for parameters that a module reads itself"
+    def refused_setting(cls, config: LoraConfig) -> str | None:
+        """A setting that such parameters cannot have, if there is one."""
         if config.needs_matrix:
-            return f"init_lora_weights={config.init_lora_weights!r} is not for parameters that a module reads itself"
+            return f"init_lora_weights={config.init_lora_weights!r}"
+        return next((name for name in ("lora_dropout", "use_dora", "use_vera") if getattr(config, name)), None)
+
+    @classmethod
+    def unsupported_reason(cls, target: Target, config: LoraConfig) -> str | None:
+        if (setting := cls.refused_setting(config)) is not None:
+            return f"{setting} is not for parameters that a module reads itself"
         for name in target.parameters:
             shape = tuple(target.module.get_parameter(name).shape)
             if len(shape) not in (2, 3):
@@ -153,15 +157,28 @@ class LoraParameters(LoraLayer):
         return list(self.lora[adapter_name].values())  # type: ignore[operator]
 
     def peft_targets(self, name: str) -> dict[str, list[str]]:
-        return {"target_parameters": [f"{name}.{parameter}" for parameter in self.adapted_parameters()]}
+        return {"target_parameters": [f"{name}.{parameter}".lstrip(".") for parameter in self.adapted_parameters()]}
 
     def peft_adapters(self, adapter_name: str) -> Mapping[str, Adapter]:
-        """PEFT wraps once for each parameter, the first innermost."""
+        """PEFT wraps a module once for each of its parameters, the first innermost."""
         adapters: Any = self.lora[adapter_name]
-        return {".base_layer" * depth: adapter for depth, adapter in enumerate(reversed(adapters.values()))}
+        wrapped, found = self.peft_wrapped(), {}
+        for owner, path in wrapped.items():
+            own = [adapter for adapter in adapters.values() if _owner(adapter.parameter) == owner]
+            outermost = path.removesuffix(".base_layer" * len(own))
+            found.update({outermost + ".base_layer" * depth: adapter for depth, adapter in enumerate(reversed(own))})
+        return found
 
     def peft_wrapped(self) -> dict[str, str]:
-        return {"": ".base_layer" * len(self.adapted_parameters())}
+        owners = [_owner(parameter) for parameter in self.adapted_parameters()]
+        own = ".base_layer" * owners.count("")
+        inner = {
+            owner: f"{own}{owner}" + ".base_layer" * owners.count(owner) for owner in dict.fromkeys(owners) if owner
+        }
+        return {"": own, **inner} if own else inner
+
+    def beyond_peft(self) -> list[str]:
+        return [name for name in self.adapted_parameters() if self.by_parameter and "." in name]
 
     def adapters_on(self, parameter: str) -> list[Adapter]:
         active: list[Any] = [adapter for name in self._active for adapter in self.parts(name)]
@@ -170,3 +187,9 @@ class LoraParameters(LoraLayer):
     def adapted_parameters(self) -> dict[str, nn.Parameter]:
         names = [adapter.parameter for adapters in self.lora.values() for adapter in adapters.values()]  # type: ignore
         return {name: self.get_parameter(name) for name in names}
+
+
+def _owner(parameter: str) -> str:
+    """What goes after the name of a module for the one of its submodules that has a parameter."""
+    path = parameter.rpartition(".")[0]
+    return path and f".{path}"

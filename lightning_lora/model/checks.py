@@ -4,12 +4,37 @@ from collections.abc import Iterable, Iterator
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from lightning_lora.config import LoraConfig
-from lightning_lora.fqn import clean_fqn
+from lightning_lora.config import ALL_LINEAR, LoraConfig
+from lightning_lora.fqn import clean_fqn, is_submodule, listed
 from lightning_lora.layers import Adapter, LoraLayer, Target, adapter_class_for
-from lightning_lora.model.record import Injection
-from lightning_lora.model.targets import TargetError
+from lightning_lora.model.quantization import quantized_layers
+from lightning_lora.model.record import Injection, base_parameters, injections, injections_of, parameters_by_name
+from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets, modules_by_name
+
+
+def require_name(adapter_name: str) -> None:
+    """Require a name under which an adapter can be put into a layer."""
+    container = nn.ModuleDict()
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or hasattr(container, adapter_name):
+        raise TargetError(
+            f"adapter_name is {adapter_name!r}, but it must be a name without dots, other than those of "
+            'nn.ModuleDict\'s own methods: "default" is a common choice. Nothing was changed.'
+        )
+
+
+def require_unwrapped(model: nn.Module) -> None:
+    """Require a model that PEFT has put no adapter into, which this one would adapt and freeze."""
+    for name, module in model.named_modules():
+        # By name, so that PEFT need not be imported.
+        if type(module).__module__.startswith(("peft.peft_model", "peft.tuners", "peft.mixed_model")):
+            raise TargetError(
+                f"{repr(clean_fqn(name)) if name else 'The model'} is a {type(module).__name__} of PEFT: its adapter "
+                "would be adapted in turn, and frozen. Give the model without get_peft_model, whose place this package "
+                "takes (LoRA(r=..., target_modules=...), and load_adapter(model, directory) for what PEFT has saved), "
+                "or call merge_and_unload() first to train on top of it. Nothing was changed."
+            )
 
 
 def require_room(targets: dict[str, Target], config: LoraConfig, adapter_name: str, present: list[Injection]) -> None:
@@ -63,6 +88,65 @@ def require_room(targets: dict[str, Target], config: LoraConfig, adapter_name: s
 def _parts(layer: LoraLayer, names: Iterable[str] | None = None) -> Iterator[Adapter]:
     for name in layer.lora if names is None else names:
         yield from layer.parts(name)
+
+
+def require_initialized(model: nn.Module) -> None:
+    """Require that all parameters and buffers are there."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            raise TargetError(
+                f"{clean_fqn(name)!r} belongs to a lazy layer and has no values yet: run a batch through the model "
+                "first, in configure_model at the latest. Nothing was changed."
+            )
+
+
+def require_clear_freeze(model: nn.Module, config: LoraConfig) -> None:
+    """Require that training would not train what was frozen beside what was to train, such as a teacher.
+
+    Raises:
+        TargetError: If it would.
+    """
+    known = {id(each): each for each in (*injections_of(model), *injections(model))}.values()
+    if any(isinstance(module, LoraLayer) for module in model.modules()) and not known:
+        return  # adapters of a larger module, which has frozen this one
+    targets, saved = find_targets(model, config), find_modules_to_save(model, config)
+    frozen_here = {id(p) for each in known for p in _parameters_of(each.root, each.frozen)}
+    trains = {clean_fqn(name): p.requires_grad or id(p) in frozen_here for name, p in base_parameters(model)}
+    # Quantized weights never require gradients, which so says nothing of them.
+    packed = {name for name, *_ in quantized_layers(model)}
+    trains = {name: train for name, train in trains.items() if name.removesuffix(".weight") not in packed}
+    of = {name: [full for full in trains if is_submodule(full, name)] for name in targets}
+    frozen = [name for name, inside in of.items() if inside and not any(map(trains.get, inside))]
+    beside = [name for name in targets if name not in frozen and name not in packed]
+    if isinstance(config.target_modules, list):
+        frozen = [name for name in frozen if name not in config.target_modules]  # which are meant
+    if config.target_modules == ALL_LINEAR:
+        beside += [name for name, train in trains.items() if train and not any(is_submodule(name, s) for s in saved)]
+    if frozen and beside:
+        whole = _outermost_frozen(model, trains, frozen)
+        raise TargetError(
+            f"The targets match {listed(list(map(repr, frozen)))}, which were frozen (requires_grad_(False)), beside "
+            f"{beside[0]!r}, which trains. If they are to stay as they are, as a teacher is, leave them out: "
+            f"exclude_modules={[f'{name}.*' for name in whole] or frozen}. If they are a backbone to adapt, let their "
+            "parameters require gradients before, since LoRA freezes the weights itself; or name what trains beside "
+            "them in modules_to_save. Nothing was changed."
+        )
+
+
+def _parameters_of(root: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
+    parameters = parameters_by_name(root)
+    return [parameters[name] for name in names if name in parameters]
+
+
+def _outermost_frozen(model: nn.Module, trains: dict[str, bool], names: Iterable[str]) -> list[str]:
+    """The outermost modules around these of which nothing trains."""
+    found: list[str] = []
+    for name in modules_by_name(model):
+        inside = [train for full_name, train in trains.items() if is_submodule(full_name, name)]
+        around = any(is_submodule(each, name) and each != name for each in names)
+        if name and around and not any(inside) and not any(is_submodule(name, outer) for outer in found):
+            found.append(name)
+    return found
 
 
 def warn_of_ties(model: nn.Module, targets: dict[str, Target]) -> None:

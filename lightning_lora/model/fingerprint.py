@@ -58,7 +58,11 @@ class Fingerprint:
         return self.short
 
     def fits(self, other: "Fingerprint") -> bool:
-        """Whether both are of one base, in whatever precision either has it."""
+        """Whether both are of one base, in whatever precision either has it.
+
+        Raises:
+            ValueError: If the samples of one are damaged.
+        """
         if self.samples is None or other.samples is None:
             return self.short == other.short
         (names, values), (other_names, other_values) = _decode(self.samples), _decode(other.samples)
@@ -215,7 +219,9 @@ def _decode(samples: str) -> tuple[str, list[_Values]]:
     names, _, text = samples.partition(":")
     content, found, at = base64.b64decode(text), [], 0
     while at < len(content):
-        code, count = content[at], content[at + 1]
+        code, count = content[at], content[at + 1] if at + 1 < len(content) else 0
+        if code > _CHECKSUM:
+            raise ValueError("The samples of the base are damaged.")
         size = count * (4 if code == _CHECKSUM else _FORMATS[code].itemsize)
         found.append(_Values(code, content[at + 2 : at + 2 + size]))
         at += 2 + size

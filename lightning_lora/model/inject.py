@@ -13,9 +13,11 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import clean_fqn
 from lightning_lora.layers import Adapter, LoraLayer, Target, adapted_class, change_class, new_adapter
 from lightning_lora.layers.offloading import offloading_hook
-from lightning_lora.model.checks import require_room, warn_of_ties
+from lightning_lora.model.checks import require_initialized, require_name, require_room, require_unwrapped, warn_of_ties
+from lightning_lora.model.copies import start_copies_alike
 from lightning_lora.model.freeze import freeze
 from lightning_lora.model.quantization import quantization, require_unquantized
+from lightning_lora.model.read_watch import watch_reads
 from lightning_lora.model.record import (
     Injection,
     adopt,
@@ -25,7 +27,7 @@ from lightning_lora.model.record import (
     parameters_by_name,
 )
 from lightning_lora.model.shard_adapters import require_shardable, shard_adapters
-from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets
+from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets, parameters_in
 from lightning_lora.model.token_targets import find_token_targets
 from lightning_lora.sharding import named_tensors
 
@@ -50,11 +52,14 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     Raises:
         TargetError: If the config does not fit the model, or another adapter is in the way. Nothing is changed then.
     """
+    require_name(adapter_name)
+    require_unwrapped(model)
     adopt(model)
     present = injections_of(model)
     wanted = (config, adapter_name)
     if any((found.config, found.adapter_name) == wanted and not found.is_part for found in present):
         return model
+    require_initialized(model)
     targets = find_targets(model, config)
     saved = find_modules_to_save(model, config)
     modules = {name: target.module for name, target in targets.items()}
@@ -68,6 +73,8 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     adapters = {
         name: new_adapter(target, config, adapter_name) for name, target in every.items() if target.tied_to is None
     }
+    if not config.freeze_A:  # which is drawn again by a layer's name
+        start_copies_alike(targets, adapters)
     _connect(adapters.values(), config)
     residuals = {}
     if config.takes_from_base:
@@ -96,6 +103,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     injection.put_aside(residuals)
     _train_in_full(injection, trained)
     keep_record(injection)
+    watch_reads(model, targets.values())
     return model
 
 
@@ -116,10 +124,10 @@ def _connect(adapters: Iterable[nn.Module], config: LoraConfig) -> None:
 
 
 def _names_to_train(
-    model: nn.Module, targets: dict[str, nn.Module], saved: dict[str, nn.Module], bias: str
+    model: nn.Module, targets: dict[str, nn.Module], saved: dict[str, nn.Module | Tensor], bias: str
 ) -> list[str]:
     """The parameters to train in full, as far as no other injection does."""
-    names = [clean_fqn(f"{saved_name}.{name}") for saved_name, m in saved.items() for name, _ in m.named_parameters()]
+    names = parameters_in(saved)
     if bias == "lora_only":
         names += [f"{name}.bias" for name, module in targets.items() if getattr(module, "bias", None) is not None]
     parameters = parameters_by_name(model)

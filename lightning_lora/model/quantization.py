@@ -48,14 +48,14 @@ def described(formats: Iterable[Mapping[str, Any]]) -> str:
     return "quantized: " + "; ".join(words) if words else "not quantized"
 
 
-def require_unquantized(model: nn.Module, saved: Mapping[str, nn.Module]) -> None:
+def require_unquantized(model: nn.Module, saved: Mapping[str, nn.Module | Tensor]) -> None:
     """Require that nothing that is to be trained in full is quantized.
 
     Raises:
         TargetError: If something is.
     """
     for name, module in saved.items():
-        for inner, *_ in quantized_layers(module):
+        for inner, *_ in quantized_layers(module) if isinstance(module, nn.Module) else ():
             full_name = f"{name}.{inner}".strip(".")
             raise TargetError(
                 f"{full_name!r} would be trained in full (modules_to_save), and its weight is quantized, so it cannot "

@@ -133,6 +133,11 @@ def is_removed(model: nn.Module) -> bool:
     return bool(_removed_in(model))
 
 
+def is_finished(model: nn.Module) -> bool:
+    """Whether all adapters of a model are merged and taken out, so that it is a plain one."""
+    return is_removed(model) and not injections(model)
+
+
 def removed_injections(root: nn.Module) -> list[Injection]:
     """The injections that were merged into this very module and taken out."""
     return [injection for removed in _removed_at(root) for injection in removed.injections]

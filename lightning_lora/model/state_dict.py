@@ -193,8 +193,12 @@ def check_adapters(model: nn.Module, found: Mapping[str, Any], source: str, alon
         names.setdefault(id(getattr(module, inner)), []).append(name)
     missing = {same[0] for same in names.values() if not any(name in there for name in same)}
     unexpected = {name for name in there if name not in owners.adapters and (alone or not owners.keep(name))}
-    shapes = {name: full_shape(*place) for name, place in owners.adapters.items() if name in there}
-    _require_none(missing, unexpected, _misshapen(shapes, there), source)
+    like = {
+        name: torch.empty(full_shape(module, inner), dtype=getattr(module, inner).dtype, device="meta")
+        for name, (module, inner) in owners.adapters.items()
+        if name in there
+    }
+    _require_none(missing, unexpected, _unlike(like, there), source)
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Any], source: str) -> None:
@@ -203,26 +207,31 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Any], sour
     Raises:
         CheckpointError: Naming what differs.
     """
-    shapes = {name: tensor.shape for name, tensor in expected.items() if name in found}
-    _require_none(expected.keys() - found.keys(), found.keys() - expected.keys(), _misshapen(shapes, found), source)
+    there = {name: tensor for name, tensor in expected.items() if name in found}
+    _require_none(expected.keys() - found.keys(), found.keys() - expected.keys(), _unlike(there, found), source)
 
 
-def _misshapen(shapes: Mapping[str, torch.Size], found: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{name} ({tuple(found[name].shape)} found, {tuple(shape)} expected)"
-        if isinstance(found[name], Tensor)
-        else f"{name} (a {type(found[name]).__name__} found)"
-        for name, shape in shapes.items()
-        if not isinstance(found[name], Tensor) or found[name].shape != shape
-    ]
+def _unlike(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> dict[str, list[str]]:
+    """By what they differ in, the names of tensors that cannot be put in the place of those expected, and why."""
+    unlike: dict[str, list[str]] = {"of another shape": [], "of another type": []}
+    for name, tensor in expected.items():
+        other = found[name]
+        if not isinstance(other, Tensor):
+            unlike["of another type"].append(f"{name} (a {type(other).__name__} found)")
+        elif other.shape != tensor.shape:
+            unlike["of another shape"].append(f"{name} ({tuple(other.shape)} found, {tuple(tensor.shape)} expected)")
+        elif other.layout is not torch.strided or other.is_meta:
+            unlike["of another type"].append(f"{name} (a tensor that is sparse or without values found)")
+        elif other.dtype != tensor.dtype and not (other.is_floating_point() and tensor.is_floating_point()):
+            unlike["of another type"].append(f"{name} ({other.dtype} found, {tensor.dtype} expected)")
+    return unlike
 
 
-def _require_none(missing: Iterable[str], unexpected: Iterable[str], misshapen: Iterable[str], source: str) -> None:
-    problems = [
-        f"{what}: {listed(sorted(names))}"
-        for what, names in (("missing", missing), ("left over", unexpected), ("of another shape", misshapen))
-        if names
-    ]
+def _require_none(
+    missing: Iterable[str], unexpected: Iterable[str], unlike: Mapping[str, Iterable[str]], source: str
+) -> None:
+    every = {"missing": missing, "left over": unexpected, **unlike}
+    problems = [f"{what}: {listed(sorted(names))}" for what, names in every.items() if names]
     if problems:
         raise CheckpointError(
             f"The tensors in {source} do not fit the adapters of this model. {'; '.join(problems)}. Use the LoRA "

@@ -3,10 +3,11 @@
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_lora.config import ALL_LINEAR, AUTO, LoraConfig
@@ -16,20 +17,17 @@ from lightning_lora.layers import (
     LoraParameters,
     Target,
     layer_class_for,
+    storage_of,
     supported_modules,
     unsupported_reason,
+    weightless_reason,
 )
 from lightning_lora.layers.fused_qkv import NAMES, LoraFusedLinear, fused_class_for
+from lightning_lora.model.weight_reads import Read, weight_reads
+from lightning_lora.patterns import fullmatch
+from lightning_lora.sharding import named_tensors
 
-# Transformers' modules that read the weights of these layers of theirs and never call them.
-_READ_BY = {
-    "FalconMambaMixer": ("dt_proj",),
-    "JambaMambaMixer": ("dt_proj",),
-    "LongcatFlashTopkRouter": ("classifier",),
-    "MambaMixer": ("dt_proj",),
-    "TDNNLayer": ("kernel",),
-    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-}
+Reads: TypeAlias = Mapping[str, list[Read]]
 
 
 class TargetError(ValueError):
@@ -49,8 +47,9 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
     """
     saved = find_modules_to_save(model, config)
     names = modules_by_name(model)
-    modules = _find_layers(model, names, saved, config)
-    parameters = _find_parameters(names, saved, config)
+    reads = weight_reads(names)
+    modules = _find_layers(model, names, saved, config, reads)
+    parameters = _find_parameters(names, saved, config, reads)
     tokens_only = config.trainable_token_indices and not config.target_modules and not config.target_parameters
     if not modules and not parameters and not tokens_only:
         raise TargetError(_nothing_matched(names, config))
@@ -76,10 +75,15 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
             targets[name] = Target(name, module, parent, layer_class, layer_class.parameters_of(module))
     for name, target in targets.items():
         reason = None if isinstance(target.module, LoraLayer) else unsupported_reason(target, config)
-        reason = reason or _bypassed_by_parent(name, names)
+        reason = reason or (_bypassed_by_parent(name, names, reads) if name in modules else None)
         if reason:
+            which = (
+                f"{target.parameters[0]!r} of {name!r}"
+                if issubclass(target.layer_class, LoraParameters)
+                else f"{name!r}"
+            )
             raise TargetError(
-                f"The targets match {name!r}, which is a {_kind(target.module)} and cannot be adapted: {reason}. "
+                f"The targets match {which}, which is a {_kind(target.module)} and cannot be adapted: {reason}. "
                 "Leave it out with exclude_modules, or name others. Nothing was changed."
             )
     if config.fused_qkv and not any(issubclass(target.layer_class, LoraFusedLinear) for target in targets.values()):
@@ -93,32 +97,83 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
 
 
 def _find_layers(
-    model: nn.Module, names: dict[str, nn.Module], saved: dict[str, nn.Module], config: LoraConfig
+    model: nn.Module, names: dict[str, nn.Module], saved: Collection[str], config: LoraConfig, reads: Reads
 ) -> dict[str, nn.Module]:
     """The modules that ``target_modules`` means."""
     if config.target_modules == ALL_LINEAR:
         heads = _output_embeddings(model)
-        found = {name: module for name, module in names.items() if _is_linear(module) and module not in heads}
-        found = {name: module for name, module in found.items() if not _bypassed_by_parent(name, names)}
-    else:
-        found = {name: module for name, module in names.items() if matches(name, config.target_modules)}
+        linear = {name: module for name, module in names.items() if _is_linear(module) and module not in heads}
+        linear = {name: module for name, module in linear.items() if _is_wanted(name, saved, config)}
+        left_out = {name: reason for name, module in linear.items() if (reason := _weightless_reason(module))}
+        if left_out:
+            shown = "; ".join(f"{name!r}: {reason}" for name, reason in left_out.items())
+            rank_zero_warn(f"{ALL_LINEAR} leaves out {shown}.")
+        linear = {name: module for name, module in linear.items() if name not in left_out}
+        linear = {name: module for name, module in linear.items() if not _is_read(name, module, config, reads)}
+        return {name: module for name, module in linear.items() if not _bypassed_by_parent(name, names, reads)}
+    found = {name: module for name, module in names.items() if matches(name, config.target_modules)}
     return {name: module for name, module in found.items() if _is_wanted(name, saved, config)}
 
 
+def _weightless_reason(module: nn.Module) -> str | None:
+    layer_class = layer_class_for(module)
+    return None if layer_class is None else weightless_reason(module, layer_class.parameters_of(module))
+
+
+def _is_read(name: str, module: nn.Module, config: LoraConfig, reads: Reads) -> bool:
+    """Whether the weight of a linear layer is to be adapted where it is read, if all linear layers are meant."""
+    read = reads.get(f"{name}.weight".lstrip("."), ())
+    called = any(each.is_called for each in read)
+    by_call_alone = len(read) > 1 or LoraParameters.refused_setting(config) or storage_of(module) is not None
+    return bool(read) and not (called and by_call_alone)
+
+
 def _find_parameters(
-    names: dict[str, nn.Module], saved: dict[str, nn.Module], config: LoraConfig
+    names: dict[str, nn.Module], saved: Collection[str], config: LoraConfig, reads: Reads
 ) -> dict[str, list[str]]:
-    """By the names of their modules, the parameters that ``target_parameters`` means."""
+    """By the names of the modules that read them, the parameters that are adapted where they are read.
+
+    These are those that ``target_parameters`` means, and the weights of linear layers that are read, if all linear
+    layers are meant.
+    """
     found: dict[str, list[str]] = {}
+    heads = _output_embeddings(names[""])
     for name, module in names.items():
         for parameter in module._parameters:
             full_name = f"{name}.{parameter}".lstrip(".")
-            if matches(full_name, config.target_parameters) and _is_wanted(name, saved, config):
-                found.setdefault(name, []).append(parameter)
+            meant = matches(full_name, config.target_parameters) or (
+                config.target_modules == ALL_LINEAR
+                and parameter == "weight"
+                and _is_read(name, module, config, reads)
+                and _is_linear(module)
+                and module not in heads
+            )
+            if meant and _is_wanted(name, saved, config):
+                reader, own = _read_at(full_name, name, parameter, reads)
+                found.setdefault(reader, []).append(own)
     return found
 
 
-def _is_wanted(name: str, saved: dict[str, nn.Module], config: LoraConfig) -> bool:
+def _never_called(full_name: str, reads: Reads) -> bool:
+    return full_name in reads and not any(read.is_called for read in reads[full_name])
+
+
+def _read_at(full_name: str, name: str, parameter: str, reads: Reads) -> tuple[str, str]:
+    """The module that reads a parameter, and the parameter's name there.
+
+    Raises:
+        TargetError: If several do.
+    """
+    readers = reads.get(full_name, [])
+    if len(readers) > 1:
+        raise TargetError(
+            f"{full_name!r} is read by {' and '.join(repr(read.reader) for read in readers)}, and a parameter can be "
+            "adapted in one of them alone: leave it out with exclude_modules. Nothing was changed."
+        )
+    return (readers[0].reader, readers[0].parameter) if readers else (name, parameter)
+
+
+def _is_wanted(name: str, saved: Collection[str], config: LoraConfig) -> bool:
     return (
         not matches(name, config.exclude_modules)
         and _in_chosen_layers(name, config)
@@ -130,31 +185,39 @@ def _kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def find_modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """The modules to train in full and to store with the adapter, by name.
+def find_modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module | Tensor]:
+    """What to train in full and to store with the adapter, by name: modules, and single parameters and buffers.
 
     Raises:
-        TargetError: If a name in ``modules_to_save`` matches no module.
+        TargetError: If a name in ``modules_to_save`` matches nothing.
     """
     if config.modules_to_save is None:
         return {}
     if config.modules_to_save == AUTO:
         return dict(_new_heads(model, config))
-    found = {}
-    names = modules_by_name(model)
+    found: dict[str, nn.Module | Tensor] = {}
+    modules = modules_by_name(model)
+    tensors = {name: getattr(module, inner) for name, module, inner in named_tensors(model)}
     for pattern in config.modules_to_save:
-        matching = {name: module for name, module in names.items() if matches(name, [pattern])}
+        matching: dict[str, nn.Module | Tensor] = {}
+        for named in (modules, tensors):
+            matching = matching or {name: each for name, each in named.items() if matches(name, [pattern])}
         if not matching:
-            near = difflib.get_close_matches(pattern, _suffixes(names), n=3)
+            near = difflib.get_close_matches(pattern, _suffixes([*modules, *tensors]), n=3)
             raise TargetError(
-                f"modules_to_save names {pattern!r}, but the model has no such module"
+                f"modules_to_save names {pattern!r}, but the model has no such module or parameter"
                 + (f"; near it are {', '.join(map(repr, near))}" if near else "")
                 + ". Correct the name or take it out. Nothing was changed."
             )
         found.update(matching)
-    return {
-        name: module for name, module in found.items() if not any(is_submodule(name, n) for n in found if n != name)
-    }
+    return {name: each for name, each in found.items() if not any(is_submodule(name, n) for n in found if n != name)}
+
+
+def parameters_in(saved: Mapping[str, nn.Module | Tensor]) -> list[str]:
+    """The names of the parameters that :func:`find_modules_to_save` has found."""
+    names = [name for name, each in saved.items() if isinstance(each, nn.Parameter)]
+    modules = ((name, each) for name, each in saved.items() if isinstance(each, nn.Module))
+    return names + [clean_fqn(f"{name}.{inner}") for name, module in modules for inner, _ in module.named_parameters()]
 
 
 def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
@@ -173,14 +236,19 @@ def _is_linear(module: nn.Module) -> bool:
     return layer_class is not None and layer_class.is_linear
 
 
-def _bypassed_by_parent(name: str, names: dict[str, nn.Module]) -> str | None:
+def _bypassed_by_parent(name: str, names: dict[str, nn.Module], reads: Reads) -> str | None:
     """Why an adapter on this layer would never run, if so."""
-    holder_name, _, child = name.rpartition(".")
-    parent = type(names.get(holder_name))
-    read = child in _READ_BY.get(parent.__name__, ()) and parent.__module__.startswith("transformers.")
+    full_name = f"{name}.weight".lstrip(".")
+    if _never_called(full_name, reads):
+        reader = type(names[reads[full_name][0].reader]).__name__
+        return (
+            f"the {reader} around it reads its weight and never calls it, so an adapter on its calls would do nothing. "
+            f'target_parameters=["{full_name}"] adapts the weight where it is read'
+        )
     # Torch's type for the output layer of nn.MultiheadAttention.
-    if read or isinstance(names[name], NonDynamicallyQuantizableLinear):
-        return f"the {parent.__name__} around it reads its weight and never calls it, so an adapter would do nothing"
+    if isinstance(names[name], NonDynamicallyQuantizableLinear):
+        parent = type(names.get(name.rpartition(".")[0])).__name__
+        return f"the {parent} around it reads its weight and never calls it, so an adapter would do nothing"
     return None
 
 
@@ -190,7 +258,7 @@ def _output_embeddings(model: nn.Module) -> set[nn.Module]:
 
 
 def _new_heads(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
-    hf_models = pretrained_models(model)
+    hf_models = {name: each for name, each in pretrained_models(model).items() if not _is_reference(each, model)}
     for hf_name, hf_model in hf_models.items():
         body = getattr(hf_model, str(hf_model.base_model_prefix), hf_model)
         output = hf_model.get_output_embeddings()  # type: ignore[operator]
@@ -202,6 +270,14 @@ def _new_heads(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, nn.M
                 yield from _if_trainable(f"{hf_name}.{name}".lstrip("."), child, config)
     if hf_models and "" not in hf_models:
         yield from _siblings_of(hf_models, "", model, config)
+
+
+def _is_reference(hf_model: nn.Module, model: nn.Module) -> bool:
+    """Whether a frozen model is there beside the one to train, and no backbone: if more is to train than it has."""
+    own = list(hf_model.parameters())
+    training = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    is_frozen = not any(parameter.requires_grad for parameter in own)
+    return is_frozen and training > sum(parameter.numel() for parameter in own)
 
 
 def _siblings_of(
@@ -230,7 +306,7 @@ def matches(name: str, patterns: str | list[str] | None) -> bool:
     if patterns is None:
         return False
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        return fullmatch(patterns, name, "target_modules or exclude_modules")
     return any(_matches_one(name, pattern) for pattern in patterns)
 
 
@@ -244,8 +320,9 @@ def _in_chosen_layers(name: str, config: LoraConfig) -> bool:
     if config.layers_to_transform is None:
         return True
     chosen = config.layers_to_transform
-    pattern = re.escape(config.layers_pattern) if config.layers_pattern else r"[^.]*"
-    index = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", f"{name}.")
+    lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
+    pattern = "|".join(map(re.escape, lists)) or r"[^.]*"
+    index = re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", f"{name}.")
     return index is not None and int(index.group(1)) in ([chosen] if isinstance(chosen, int) else chosen)
 
 

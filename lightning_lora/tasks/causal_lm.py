@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.data.conversation import encode_question
 from lightning_lora.eval_mode import evaluating
-from lightning_lora.pretrained import QUANTIZE, encode_prompt, load_causal_lm, load_tokenizer
+from lightning_lora.pretrained import QUANTIZE, load_causal_lm, load_tokenizer
 from lightning_lora.tasks.fine_tuning import FineTuning
 from lightning_lora.tasks.packed import require_separation
 
@@ -109,7 +110,8 @@ class CausalLM(FineTuning):
         """
         if self.model is None:
             self.configure_model()
-        ids = torch.tensor([encode_prompt(self.tokenizer, prompt)], device=next(self.model.parameters()).device)
+        question = encode_question(self.tokenizer, [{"role": "user", "content": prompt}], separator="")
+        ids = torch.tensor([question], device=next(self.model.parameters()).device)
         return self._continue(ids, torch.ones_like(ids), max_new_tokens)[0]
 
     def _continue(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> list[str]:

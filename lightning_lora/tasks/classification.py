@@ -68,6 +68,7 @@ class Classification(FineTuning):
 
     def on_fit_start(self) -> None:
         """Weigh the classes."""
+        super().on_fit_start()
         if self.class_weights is None:
             return
         weights = self.class_weights

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import AdamW
 
+from lightning_lora.tasks.fits_model import require_fit
 from lightning_lora.tasks.schedule import linear_schedule
 from lightning_lora.tasks.sharding import fully_shard_blocks
 
@@ -50,6 +51,16 @@ class FineTuning(L.LightningModule):
         """
         if self.device_mesh is not None:
             fully_shard_blocks(self.model, self.device_mesh["data_parallel"])
+
+    def on_fit_start(self) -> None:
+        """Make sure, before the first step, that the model can take the rows of the data module, if that shows them.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        sequences = getattr(getattr(self.trainer, "datamodule", None), "sequences", None)
+        if sequences is not None:
+            require_fit(self.model, sequences())
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW on the trainable parameters."""

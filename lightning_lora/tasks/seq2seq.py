@@ -25,6 +25,8 @@ class Seq2Seq(FineTuning):
         lr: Peak learning rate of AdamW. Default 1e-3.
         weight_decay: Weight decay of AdamW. Default 0.0.
         warmup_steps: Optimizer steps of linear warm-up. Default 0.
+        source_lang: Language of the sources, where the tokenizer has languages, such as ``en_XX``. Default ``None``.
+        target_lang: The same for targets, of which the first token that is written is that of their language.
     """
 
     def __init__(
@@ -35,11 +37,15 @@ class Seq2Seq(FineTuning):
         lr: float = 1e-3,
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
+        source_lang: str | None = None,
+        target_lang: str | None = None,
     ) -> None:
         super().__init__(pretrained, lr, weight_decay, warmup_steps)
         self.save_hyperparameters()
         self.from_encoder = from_encoder
         self.max_new_tokens = max_new_tokens
+        self.source_lang = source_lang
+        self.target_lang = target_lang
         self.val_metrics = _metrics()
         self.test_metrics = _metrics()
 
@@ -50,7 +56,10 @@ class Seq2Seq(FineTuning):
         self.tokenizer = load_tokenizer(self.pretrained)
         path = resolve(self.pretrained)
         if not self.from_encoder:
-            return AutoModelForSeq2SeqLM.from_pretrained(path, dtype=dtype)
+            pretrained = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=dtype)
+            if self.target_lang is not None:
+                self._write_in(self.target_lang, pretrained.generation_config)
+            return pretrained
         model: Any = EncoderDecoderModel.from_encoder_decoder_pretrained(path, path, tie_encoder_decoder=False)
         model = model.to(dtype)
         model.config.decoder_start_token_id = self.tokenizer.cls_token_id
@@ -59,6 +68,15 @@ class Seq2Seq(FineTuning):
         for name in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
             setattr(model.generation_config, name, getattr(model.config, name))
         return model
+
+    def _write_in(self, language: str, generation: Any) -> None:
+        """Let what is written begin as the targets of a language do."""
+        self.tokenizer.src_lang, self.tokenizer.tgt_lang = self.source_lang, language
+        token = self.tokenizer.convert_tokens_to_ids(language)
+        if self.tokenizer(text_target="a")["input_ids"][0] == token:
+            generation.forced_bos_token_id = token  # mBART-50, NLLB, M2M100
+        else:
+            generation.decoder_start_token_id = token  # mBART, whose targets end with it
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch, logged as ``train_loss``."""

@@ -35,8 +35,13 @@ class TokenClassification(Classification):
         )
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """``{"tags": [...]}`` for each row, one for each word that was not truncated."""
+        """``{"tags": [...]}`` for each row, one for each word.
+
+        A batch may hold several parts of a row, as many as ``batch["parts"]`` says of each; without it, one.
+        """
         first = batch["labels"] != -100
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "parts")}
         found = self(**inputs).argmax(-1)
-        return [{"tags": [self.labels[i] for i in row[words].tolist()]} for row, words in zip(found, first)]
+        tags = iter([[self.labels[i] for i in part[words].tolist()] for part, words in zip(found, first)])
+        parts = batch.get("parts", [1] * len(found))
+        return [{"tags": [tag for _ in range(count) for tag in next(tags)]} for count in parts]

@@ -5,8 +5,6 @@ system, moving is copying, and a process that is killed meanwhile leaves half a 
 The directories of sharded checkpoints it writes in their place.
 """
 
-import os
-import shutil
 from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from lightning_lora.formats.publish import partial_path, publish, remove
 from lightning_lora.trainer.instance_mixin import mix_into
 
 
@@ -36,7 +35,7 @@ def writing(strategy: Any, filepath: str | Path) -> Iterator[str | Path]:
         target = Path(strategy.broadcast(filepath))
         partial = partial_path(target)
         if strategy.is_global_zero:
-            _remove(partial)
+            remove(partial)
         strategy.barrier("lightning_lora.trainer.atomic_save")
         yield partial
         if strategy.is_global_zero:  # whose write ends when all ranks have written
@@ -65,34 +64,7 @@ class AtomicFiles(ABC):  # noqa: B024
             super().save_checkpoint(checkpoint, str(partial), *args, **kwargs)  # type: ignore[misc]
             publish(partial, target)
         finally:
-            _remove(partial)
-
-
-def partial_path(target: Path) -> Path:
-    """The name under which a checkpoint is written: one that Lightning takes for no checkpoint.
-
-    It is the same on all ranks, and in the next try, which so replaces what a killed process has left.
-    """
-    return target.with_name(f".{target.name}.partial")
-
-
-def publish(partial: Path, target: Path) -> None:
-    """Put a file or directory that is complete in the place of another, once it is on the disk.
-
-    A file is replaced in one step. Directories cannot be: the old one is set aside as ``.<name>.previous`` for the
-    moment between two renames, and then removed.
-    """
-    for path in (partial, *partial.rglob("*")):
-        _flush(path)
-    if partial.is_dir() and os.path.lexists(target):
-        previous = target.with_name(f".{target.name}.previous")
-        _remove(previous)
-        os.replace(target, previous)
-        os.replace(partial, target)
-        _remove(previous)
-    else:
-        os.replace(partial, target)
-    _flush(target.parent)
+            remove(partial)
 
 
 def writes_directories(strategy: Any) -> bool:
@@ -105,20 +77,3 @@ def writes_directories(strategy: Any) -> bool:
 def _local(path: str | Path) -> Path | None:
     filesystem, local = url_to_fs(str(path))
     return Path(local) if isinstance(filesystem, LocalFileSystem) else None
-
-
-def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # where a directory cannot be opened
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -11,11 +11,13 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from lightning_lora.formats.checkpoint import KEY, check_checkpoint, read_checkpoint
 from lightning_lora.formats.dcp import is_directory, read_directory, split_optimizer
 from lightning_lora.formats.metadata import metadata
-from lightning_lora.formats.open_file import is_skipped, readable
-from lightning_lora.model.removed import restored
+from lightning_lora.formats.open_file import is_skipped, readable, require_intact
+from lightning_lora.model.removed import is_finished, restored
 from lightning_lora.model.state_dict import adapter_only, adapter_state_dict, base_absent
 from lightning_lora.trainer import atomic_save
 from lightning_lora.trainer.instance_mixin import mix_into
@@ -60,10 +62,30 @@ class AdapterCheckpoints(ABC):
         return  # every process has it
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        if is_finished(self.lightning_module):
+            return super().lightning_module_state_dict()  # type: ignore[misc,no-any-return]
         with restored(self.lightning_module):
             return adapter_only(self.lightning_module, super().lightning_module_state_dict())  # type: ignore[misc]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
+        if is_finished(self.lightning_module):
+            self._save_merged(checkpoint, filepath, *args, **kwargs)
+        else:
+            self._save_adapter(checkpoint, filepath, *args, **kwargs)
+        vars(self).setdefault(_OWN_FILES, set()).add(str(filepath))
+
+    def _save_merged(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save a finished run's model, which is plain and merged, as it would be without LoRA."""
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = []  # which are of the adapter
+        rank_zero_info(
+            f"The run has ended and its model is merged, so {filepath} holds the whole model and can be loaded without "
+            "LoRA. The adapter is in the checkpoints of the run, and save_adapter writes it."
+        )
+        with atomic_save.writing(self, filepath) as path:
+            super().save_checkpoint(checkpoint, path, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_adapter(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
         with restored(self.lightning_module):
             for holder, key in self.copies_in(checkpoint):
                 holder[key] = adapter_only(self.lightning_module, holder[key])
@@ -76,7 +98,6 @@ class AdapterCheckpoints(ABC):
             checkpoint[KEY]["optimizers"] = [rest for _, rest in split]
         with atomic_save.writing(self, filepath) as path:
             super().save_checkpoint(checkpoint, path, *args, **kwargs)  # type: ignore[misc]
-        vars(self).setdefault(_OWN_FILES, set()).add(str(filepath))
 
     def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         trusted = False in (*args, kwargs.get("weights_only"))
@@ -85,7 +106,7 @@ class AdapterCheckpoints(ABC):
             checkpoint = (
                 read_directory(checkpoint_path, "open" if trusted else "refuse")
                 if is_directory(checkpoint_path)
-                else self.read_file(checkpoint_path, *args, **kwargs)
+                else self._read_intact(checkpoint_path, *args, **kwargs)
             )
         checkpoint["state_dict"] = check_checkpoint(self.lightning_module, checkpoint, str(checkpoint_path))
         for holder, key in self.copies_in(checkpoint):  # which callbacks load strictly, base and all
@@ -104,6 +125,10 @@ class AdapterCheckpoints(ABC):
         if is_skipped(checkpoint["state_dict"]):  # for the error
             read_checkpoint(path, "refuse", _WAY_OUT)
         return checkpoint
+
+    def _read_intact(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        require_intact(path)
+        return self.read_file(path, *args, **kwargs)
 
     def read_file(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What a checkpoint of a single file holds."""

@@ -29,3 +29,15 @@ def test_learning_curve_without_matplotlib_is_a_table(
     folder = tmp_path / "runs/chat_sft/checkpoints"
     assert (folder / "learning_curve.csv").exists() and not (folder / "learning_curve.png").exists()
     assert "run pip install matplotlib" in caplog.text
+
+
+def test_a_resumed_run_keeps_what_was_before(tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps() -> list[str]:
+        text = (tmp_path / "runs/chat_sft/checkpoints/learning_curve.csv").read_text()
+        return [row["step"] for row in csv.DictReader(text.splitlines()) if row["metric"] == "train_loss"]
+
+    run(tmp_path, monkeypatch, "fit", "chat_sft", *tiny)
+    run(tmp_path, monkeypatch, "fit", "chat_sft", *tiny, "--ckpt_path", "last", "--trainer.max_steps", "4")
+    assert steps() == ["0", "1", "2", "3"]
+    run(tmp_path, monkeypatch, "fit", "chat_sft", *tiny)
+    assert steps() == ["0", "1"]

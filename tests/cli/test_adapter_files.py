@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from helpers import toys
-from helpers.models import IDS, tiny_llama
+from helpers.models import EXPERTS, IDS, mixtral, tiny_llama
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -146,6 +146,31 @@ def test_errors_end_with_one_line_and_code_one(tmp_path: Path, capsys: pytest.Ca
     save_adapter(inject(tiny_llama(), LoraConfig(r=2)), tmp_path / "adapter")
     assert call("merge", str(tmp_path / "adapter"), str(tmp_path / "out")) == 1
     assert "does not say what its base model is: name it with --base" in capsys.readouterr().err
+
+
+def test_what_a_file_says_is_printed_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = save_adapter(inject(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path / "adapter")
+    path = directory / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    for name, shown in (("acme/model[/v2]", "acme/model[/v2]"), ("[red]x\x1b[2J\u202e", r"[red]x\x1b[2J\u202e")):
+        path.write_text(json.dumps({**saved, "base_model_name_or_path": name, "target_modules": r".*\.[a-z]_proj"}))
+        assert call("inspect", str(directory)) == 0
+        out = capsys.readouterr().out
+        assert f"base model: {shown}" in out and "[a-z]_proj" in out and "\x1b" not in out
+    path.write_text(json.dumps({**saved, "peft_type": "\x1b[2J"}))
+    assert call("export", str(directory), str(tmp_path / "out"), "--base", "x\x1b") == 1
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_adapters_of_experts_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS)
+    model = inject(mixtral(), config)
+    for scale in (0.1, 0.2):
+        toys.randomize(model, scale)
+        save_adapter(model, tmp_path / str(scale))
+    assert call("diff", str(tmp_path / "0.1"), str(tmp_path / "0.1")) == 0
+    assert call("diff", str(tmp_path / "0.1"), str(tmp_path / "0.2")) == 1
+    assert "experts" in capsys.readouterr().out
 
 
 @pytest.fixture(params=["nf4-dq", "int8"])

@@ -12,9 +12,9 @@ from helpers.texts import word_checkpoint, word_model, word_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_lora.data import ChatData
-from lightning_lora.data.conversation import IGNORED, encode_conversation, read_conversation, read_question
-from lightning_lora.data.files import Record
+from lightning_lora.data.conversation import IGNORED, RewrittenTurnsError, encode_conversation, encode_turns
 from lightning_lora.data.packing import collate_packs, pack
+from lightning_lora.data.record import Record
 from lightning_lora.tasks.packed import require_separation
 
 CHAT = [
@@ -49,40 +49,70 @@ def test_without_a_template_contents_are_joined() -> None:
     assert learned(tokenizer, row) == "w3 </s> w5 w6 </s>"
 
 
-def test_the_first_token_of_a_row_is_never_learned() -> None:
-    """Else a packed row would teach the one before it how the next begins."""
-    tokenizer = word_tokenizer()
-    tokenizer.chat_template = None
-    row, _ = encode_conversation(tokenizer, [{"role": "assistant", "content": "w1 w2"}], 100)
-    assert tokenizer.decode(row["input_ids"]) == "w1 w2 </s>"
-    assert learned(tokenizer, row) == "w2 </s>"
-
-
 @pytest.mark.parametrize(
     ("max_length", "text", "answer"),
     [
         (16, "<s> system w0 </s> <s> user w4 </s> <s> assistant w5 w6 </s>", "w5 w6 </s>"),
-        (5, "<s> assistant w5 w6 </s>", "w5 w6 </s>"),
-        (3, "assistant w5 w6", "w5 w6"),
+        (11, "<s> system w0 </s> <s> user w4 </s> <s> assistant w5", "w5"),
+        (10, None, None),
     ],
 )
-def test_truncation_keeps_the_last_answer(max_length: int, text: str, answer: str) -> None:
+def test_truncation_keeps_the_question_with_its_answer(max_length: int, text: str | None, answer: str | None) -> None:
     tokenizer = word_tokenizer()
     row, truncated = encode_conversation(tokenizer, CHAT, max_length)
     assert truncated
-    assert tokenizer.decode(row["input_ids"]) == text
-    assert learned(tokenizer, row) == answer
+    assert (row and tokenizer.decode(row["input_ids"])) == text
+    assert (row and learned(tokenizer, row)) == answer
 
 
-def test_a_template_that_rewrites_earlier_turns_is_an_error() -> None:
+CALLED = [
+    {"role": "user", "content": "w11"},
+    {"role": "assistant", "content": "w12"},
+    {"role": "tool", "content": "w13 w13"},
+    {"role": "assistant", "content": "w14 w14"},
+]
+
+
+@pytest.mark.parametrize("max_length", range(2, 50))
+@pytest.mark.parametrize("template", [True, False])
+def test_no_result_is_left_without_its_call_nor_an_answer_without_its_question(max_length: int, template: bool) -> None:
+    tokenizer = word_tokenizer()
+    if not template:
+        tokenizer.chat_template = None
+    row, truncated = encode_conversation(tokenizer, [*CHAT, *CALLED], max_length)
+    whole, _ = encode_conversation(tokenizer, [*CHAT, *CALLED], 100)
+    assert whole is not None and truncated == (max_length < len(whole["input_ids"]))
+    if row is None:
+        return
+    assert len(row["input_ids"]) <= max_length and row["labels"][-1] != IGNORED
+    text = tokenizer.decode(row["input_ids"]).split()
+    for later, earlier in {"w3": "w2", "w6": "w4", "w12": "w11", "w13": "w12", "w14": "w13"}.items():
+        assert later not in text or earlier in text[: text.index(later)]
+    assert text[:3] == ["<s>", "system", "w0"] if template else text[0] == "w0"
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_answer() -> None:
     tokenizer = word_tokenizer()
     # As those do that show the thinking of the last answer only.
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}w9 {% endif %}{{ m['content'] }}"
     )
     assert learned(tokenizer, encode_conversation(tokenizer, CHAT[:3], 100)[0]) == "w9 w3 </s>"
-    with pytest.raises(ValueError, match="writes a turn of the assistant differently"):
+    with pytest.raises(RewrittenTurnsError, match="writes a turn of the assistant differently"):
         encode_conversation(tokenizer, CHAT, 100)
+    (first, _), (second, _) = encode_turns(tokenizer, CHAT, 100)
+    assert learned(tokenizer, first) == "w9 w3 </s>"
+    assert tokenizer.decode(second["input_ids"]) == (
+        "<s> system w0 </s> <s> user w1 w2 </s> <s> assistant w3 </s> <s> user w4 </s> <s> assistant w9 w5 w6 </s>"
+    )
+    assert learned(tokenizer, second) == "w9 w5 w6 </s>"
+
+
+def test_the_last_answer_alone(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer()
+    ((row, _),) = encode_turns(tokenizer, CHAT, 100, train_on="last")
+    assert tokenizer.decode(row["input_ids"]).startswith("<s> system w0 </s> <s> user w1 w2 </s> <s> assistant w3")
+    assert learned(tokenizer, row) == "w5 w6 </s>"
 
 
 def test_a_template_that_refuses_a_role_says_so(tmp_path: Path) -> None:
@@ -92,45 +122,6 @@ def test_a_template_that_refuses_a_role_says_so(tmp_path: Path) -> None:
     data.tokenizer.chat_template = "{{ raise_exception('no system') }}"
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 1: .* refuses the roles system, user.*no system"):
         data.encode(Record(f"{path}, line 1", {"messages": CHAT}))
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"messages": CHAT}, CHAT),
-        ({"messages": json.dumps(CHAT)}, CHAT),
-        ({"prompt": "w1", "completion": "w2"}, [("user", "w1"), ("assistant", "w2")]),
-        ({"prompt": CHAT[:2], "completion": CHAT[2:3]}, CHAT[:3]),
-        ({"instruction": "w1", "input": "", "output": "w2"}, [("user", "w1"), ("assistant", "w2")]),
-        ({"instruction": "w1", "input": "w3", "output": "w2"}, [("user", "w1\n\nw3"), ("assistant", "w2")]),
-        ({"instruction": "w1", "output": "w2"}, [("user", "w1"), ("assistant", "w2")]),
-    ],
-)
-def test_layouts(fields: dict[str, Any], expected: list[Any]) -> None:
-    messages = [m if isinstance(m, dict) else {"role": m[0], "content": m[1]} for m in expected]
-    assert read_conversation(Record("here", fields)) == messages
-    assert read_question(Record("here", fields)) == messages[:-1]
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"text": "w1"}, r"here: found the fields 'text', expected 'messages', or 'prompt' and 'completion'"),
-        ({"messages": []}, r"field 'messages': found \[\] \(list\), expected a list of messages"),
-        ({"messages": "w1"}, r"field 'messages': found 'w1' \(str\), expected a list of messages"),
-        ({"messages": '[{"role": '}, r"field 'messages': found no valid JSON"),
-        ({"messages": ["w1"]}, r"field 'messages\[0\]': found 'w1', expected an object"),
-        ({"messages": [CHAT[0], {"role": "bot", "content": "w"}]}, r"field 'messages\[1\]\.role': found 'bot'"),
-        ({"messages": [{"role": "user", "content": " "}]}, r"field 'messages\[0\]\.content': found ' ', expected"),
-        ({"messages": CHAT[:2]}, r"field 'messages': found none, expected at least one message with the role 'assis"),
-        ({"prompt": "w1"}, r"field 'completion': found none \(the fields are 'prompt'\)"),
-        ({"instruction": "w1", "input": 3, "output": "w2"}, r"field 'input': found 3 \(int\), expected a string"),
-        ({"instruction": "w1", "output": ""}, r"field 'output': found '' \(str\), expected a string that is not blank"),
-    ],
-)
-def test_bad_rows(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        read_conversation(Record("here", fields))
 
 
 def encoded(count: int) -> list[dict[str, list[int]]]:
@@ -220,7 +211,7 @@ def test_counts_are_printed(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
             ChatData(path, checkpoint, val_fraction=0, max_length=20, overlong=overlong).setup("fit")  # type: ignore
     assert "training: kept 20 rows, 4 of them truncated, and rejected 0." in caplog.text
     assert "training: kept 16 rows, 0 of them truncated, and rejected 4." in caplog.text
-    with pytest.raises(ValueError, match="all 4 rows for training were rejected as too long"):
+    with pytest.raises(ValueError, match="no row for training is left"):
         ChatData(write(tmp_path, rows[:4]), checkpoint, val_fraction=0, max_length=20, overlong="reject").setup("fit")
 
 

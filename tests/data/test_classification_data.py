@@ -28,7 +28,7 @@ def test_texts_and_labels_by_name_or_index(tmp_path: Path, pretrained: str, capl
     data = LabelledTextData(write(tmp_path, rows), pretrained, ["bad", "good"], val_fraction=0, max_length=2)
     with caplog.at_level("INFO"):
         data.setup("fit")
-    assert "training rows by label: bad 1, good 2." in caplog.text
+    assert "Training rows by label: bad 1, good 2." in caplog.text
     assert data.class_counts == [1, 2]
     (batch,) = data.train_dataloader()
     found = {
@@ -131,6 +131,5 @@ def test_folders_of_images(tmp_path: Path) -> None:
         ImageData(str(tmp_path), ["white", "black", "gray"]).setup("fit")
     (tmp_path / "gray" / "a.png").write_text("no image")
     broken = ImageData(str(tmp_path), ["white", "black", "gray"], val_fraction=0.2)
-    broken.setup("fit")
     with pytest.raises(ValueError, match=r"a\.png: found no image that can be read"):
-        list(broken.train_dataloader()), list(broken.val_dataloader())
+        broken.setup("fit")

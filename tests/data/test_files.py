@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import builtins
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lightning_lora.data.files import read_records
+from lightning_lora.data.record import BadRows
 
 
 def write(folder: Path, name: str, text: str, encoding: str = "utf-8") -> str:
@@ -55,6 +58,66 @@ def test_parquet_without_pyarrow_gives_the_command(tmp_path: Path, monkeypatch: 
         read_records(write(tmp_path, "a.parquet", ""))
 
 
+ROWS = [{"x": "1", "y": "é"}, {"x": "2", "y": "b"}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", LINES.encode("utf-8-sig")),
+        ("a.jsonl", LINES.encode("utf-16")),
+        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.json", json.dumps(ROWS).encode()),
+        ("a.json", json.dumps(ROWS, indent=2).encode("utf-16")),
+        ("a.json", LINES.encode()),
+        ("a.csv", "x,y\n1,é\n2,b\n".encode()),
+        ("a.csv", "x;y\r\n1;é\r\n2;b\r\n".encode("utf-16")),
+        ("a.csv.gz", gzip.compress("x,y\n1,é\n2,b\n".encode())),
+        ("a.tsv", "x\ty\n1\té\n2\tb\n".encode()),
+    ],
+)
+def test_kinds_of_files(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert [record.fields for record in read_records(str(tmp_path / name))] == ROWS
+
+
+def test_arrays_name_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.json", '[\n  {"x": 1},\n\n  {"x": [\n    2]}\n]')
+    assert [record.where for record in read_records(path)] == [f"{path}, line 2", f"{path}, line 4"]
+
+
+def test_several_files(tmp_path: Path) -> None:
+    one, other = write(tmp_path, "b.jsonl", '{"x": 1}'), write(tmp_path, "a.csv", "x\n2")
+    write(tmp_path, "notes.txt", "no data")
+    for path, expected in (([one, other], [1, "2"]), (str(tmp_path), ["2", 1]), (str(tmp_path / "*.jsonl"), [1])):
+        assert [record.fields["x"] for record in read_records(path)] == expected
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"Found no file in the folder .*empty.* ends in \.jsonl"):
+        read_records(str(tmp_path / "empty"))
+
+
+def test_all_bad_lines_are_named_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", "".join(f'{{"x": {i}}}\n{{"x": \n' for i in range(30)))
+    with pytest.raises(ValueError, match=r"Found 30 rows that cannot be used") as error:
+        read_records(path)
+    assert "line 2:" in str(error.value) and "line 40:" in str(error.value) and "line 42:" not in str(error.value)
+    bad = BadRows("skip")
+    assert [record.fields["x"] for record in read_records(path, bad)] == list(range(30))
+    with pytest.warns(UserWarning, match=r"Left out 30 rows that cannot be used"):
+        bad.report()
+
+
+def test_a_data_set_as_the_hub_has_it(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="needs datasets")
+    write(tmp_path, "train.jsonl", LINES)
+    records = read_records(f"hf:{tmp_path}")
+    assert [record.fields for record in records] == ROWS
+    assert records[1].where == f"hf:{tmp_path}, train row 2"
+    with pytest.raises(ValueError, match=r"expected hf:<id>, hf:<id>:<split>"):
+        read_records("hf:a:b:c:d")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -64,7 +127,14 @@ def test_parquet_without_pyarrow_gives_the_command(tmp_path: Path, monkeypatch: 
         ("a.csv", "x,y\n1,2\n1\n", r"a\.csv, line 3: found fewer values than the header's 2 fields \('x', 'y'\)"),
         ("a.csv", "x,y\n1,2,3\n", r"a\.csv, line 2: found more values"),
         ("a.csv", 'x,y\n1,"2\n', r"a\.csv, line 2: found no valid CSV"),
-        ("a.txt", "x", r"expected a name that ends in \.jsonl, \.csv, \.parquet"),
+        ("a.jsonl", '{"x": 1, "x": 2}', r"a\.jsonl, line 1: found the field 'x' twice"),
+        ("a.jsonl", '{"x": ["\\ud83d"]}', r"a\.jsonl, line 1, field 'x': found half of one \(a lone surrogate\)"),
+        ("a.json", '[{"x": 1},\n{"x": ]', r"a\.json, line 2: found no valid JSON in the row that begins here"),
+        ("a.json", "[1]", r"a\.json, line 1: found a JSON int, expected an object"),
+        ("a.csv", "x,x\n1,2\n", r"a\.csv, line 1: found the header 'x', 'x', expected each field's name once"),
+        ("a.jsonl.gz", "x", r"a\.jsonl\.gz: found no whole gzip file"),
+        ("a.parquet", "x", r"a\.parquet: found no valid Parquet"),
+        ("a.txt", "x", r"expected a name that ends in \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lightning_lora.data import PromptCompletionData
-from lightning_lora.data.prompt_completion import encode_pair
+from lightning_lora.data.conversation import encode_conversation
 from lightning_lora.pretrained import load_tokenizer
 
 TEMPLATE = (
@@ -41,6 +42,11 @@ def write(folder: Path, text: str) -> str:
     return str(folder / "rows.jsonl")
 
 
+def encode_pair(tokenizer: Any, prompt: str, completion: str, max_length: int) -> tuple[Any, bool]:
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    return encode_conversation(tokenizer, messages, max_length, separator="")
+
+
 def test_loss_only_on_the_completion(pretrained: str) -> None:
     tokenizer = load_tokenizer(pretrained)
     row, truncated = encode_pair(tokenizer, "define w1", "w2 w3", max_length=20)
@@ -50,14 +56,13 @@ def test_loss_only_on_the_completion(pretrained: str) -> None:
     assert not truncated
 
 
-def test_truncation_keeps_the_answer(pretrained: str) -> None:
+def test_truncation_keeps_the_question(pretrained: str) -> None:
     tokenizer = load_tokenizer(pretrained)
-    row, truncated = encode_pair(tokenizer, "define w1", "w2 w3", max_length=5)
-    assert tokenizer.decode(row["input_ids"]) == "<s> assistant w2 w3 </s>"
+    row, truncated = encode_pair(tokenizer, "define w1", "w2 w3", max_length=8)
+    assert tokenizer.decode(row["input_ids"]) == "<s> user define w1 </s> <s> assistant w2"
+    assert row["labels"] == [-100] * 7 + row["input_ids"][-1:]
     assert truncated
-    row, truncated = encode_pair(tokenizer, "define w1", "w2 w3 w4", max_length=3)
-    assert tokenizer.decode(row["input_ids"]) == "assistant w2 w3"
-    assert row["labels"][0] == -100 and truncated
+    assert encode_pair(tokenizer, "define w1", "w2 w3", max_length=7) == (None, True)
 
 
 def test_without_chat_template(pretrained: str) -> None:

@@ -156,7 +156,7 @@ def test_unreadable_directories_are_refused(saved: Path, tmp_path: Path) -> None
         toys.assert_same_tensors(model.state_dict(), before)
 
     refuses("type 'IA3'", peft_type="IA3")
-    refuses("uses use_qalora", use_qalora=True)
+    refuses("sets use_qalora=True: QA-LoRA", use_qalora=True)
     refuses(r"of another shape: .*q_proj\.lora_A", r=9)
     refuses(r"missing: .*k_proj", target_modules=["q_proj", "v_proj", "k_proj"])
     refuses(r"left over: .*v_proj", target_modules=["q_proj"])

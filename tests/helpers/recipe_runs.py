@@ -17,6 +17,10 @@ RECIPES = ROOT / "recipes"
 SHORT = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "2", "--trainer.num_sanity_val_steps", "1"]
 
 
+# What goes with a tiny model of one's own, named once.
+MODEL_ALONE = ["--model.gguf_file", "null", "--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
+
+
 SHORT += ["--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1"]
 
 

@@ -1,8 +1,11 @@
 import copy
 from abc import ABC
+from typing import Any
 
+import peft
 import pytest
 import torch
+from helpers import toys
 from helpers.models import tiny_classifier, tiny_llama
 from torch import nn
 
@@ -239,3 +242,23 @@ def test_a_layer_whose_class_cannot_be_changed_is_refused_before_anything_change
     assert [type(layer) for layer in model] == [nn.Linear, _MarkedLinear]
     assert all(parameter.requires_grad for parameter in model.parameters())
     inject(model, LoraConfig(r=2, target_modules=["0"]))  # and nothing is in the way
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "items", 3])
+def test_a_name_that_no_adapter_can_have(name: Any) -> None:
+    model = tiny_llama()
+    before = toys.snapshot(model)
+    with pytest.raises(TargetError, match=r"adapter_name is .* without dots"):
+        inject(model, LoraConfig(r=2), name)
+    toys.assert_same_tensors(toys.snapshot(model), before)
+
+
+def test_a_model_that_peft_has_wrapped_is_refused() -> None:
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for wrapped, named in ((model, "The model"), (nn.Sequential(model), "'0'"), (model.base_model.model, "q_proj")):
+        with pytest.raises(TargetError, match=rf"{named}.* of PEFT: its adapter would be adapted"):
+            inject(wrapped, LoraConfig(r=2))
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+    merged = model.merge_and_unload()
+    assert inject(merged, LoraConfig(r=2)) is merged

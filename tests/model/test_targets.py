@@ -20,6 +20,7 @@ def test_suffixes_globs_and_regular_expressions() -> None:
     assert names(model, target_modules=["q_proj"], exclude_modules=["*.1.*"]) == [every_q[0], every_q[2]]
     assert names(model, target_modules=["q_proj"], layers_to_transform=[2]) == every_q[2:]
     assert names(model, target_modules=["q_proj"], layers_to_transform=0, layers_pattern="layers") == every_q[:1]
+    assert names(model, target_modules=["q_proj"], layers_to_transform=0, layers_pattern=["h", "layers"]) == every_q[:1]
     with pytest.raises(TargetError):
         names(model, target_modules=["roj"])
 

@@ -5,6 +5,7 @@ import re
 from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -14,8 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_lora import LoRA
+from lightning_lora.data.conversation import encode_question
 from lightning_lora.model.quantization import quantization
-from lightning_lora.pretrained import QUANTIZE, encode_prompt, load_tokenizer, resolve
+from lightning_lora.pretrained import QUANTIZE, load_tokenizer, resolve
 from lightning_lora.tasks import CausalLM
 
 TEMPLATE = (
@@ -44,6 +46,10 @@ def checkpoint(tmp_path: Path) -> str:
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
+
+
+def asked(tokenizer: Any) -> list[int]:
+    return encode_question(tokenizer, [{"role": "user", "content": "define cat"}], separator="")
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
@@ -136,7 +142,7 @@ def test_generate_returns_new_text_and_keeps_modes(checkpoint: str) -> None:
     module.configure_model()
     module.model.lm_head.eval()
     module.model.lm_head.weight.data[:3] = 0  # special tokens, which are not shown, stay out
-    ids = torch.tensor([encode_prompt(module.tokenizer, "define cat")])
+    ids = torch.tensor([asked(module.tokenizer)])
     expected = module.tokenizer.decode(module.model(ids).logits[0, -1].argmax())
     assert module.generate("define cat", max_new_tokens=1) == expected
     assert module.generate("define cat", max_new_tokens=4).startswith(expected)
@@ -145,9 +151,9 @@ def test_generate_returns_new_text_and_keeps_modes(checkpoint: str) -> None:
 
 def test_prompt_follows_the_chat_template(checkpoint: str) -> None:
     tokenizer = load_tokenizer(checkpoint)
-    assert tokenizer.decode(encode_prompt(tokenizer, "define cat")) == "<s> user define cat </s> <s> assistant"
+    assert tokenizer.decode(asked(tokenizer)) == "<s> user define cat </s> <s> assistant"
     tokenizer.chat_template = None
-    assert tokenizer.decode(encode_prompt(tokenizer, "define cat")) == "define cat"
+    assert tokenizer.decode(asked(tokenizer)) == "define cat"
 
 
 def test_resolve_finds_files_of_a_distribution() -> None:

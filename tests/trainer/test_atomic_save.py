@@ -1,5 +1,6 @@
 """A checkpoint that is interrupted half-way never takes the place of the last good one."""
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -49,8 +50,8 @@ def test_a_write_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plu
 def test_a_write_goes_to_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     for name in ("fsync", "replace"):
-        real = getattr(atomic_save.os, name)
-        monkeypatch.setattr(atomic_save.os, name, lambda *a, real=real, name=name: (events.append(name), real(*a)))
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (events.append(name), real(*a)))
     (tmp_path / "partial").write_text("new")
     (tmp_path / "target").write_text("old")
     atomic_save.publish(tmp_path / "partial", tmp_path / "target")
@@ -69,7 +70,7 @@ def test_other_writers_and_remote_files_are_left_as_they_are(tmp_path: Path) -> 
     own = Own()
     trainer = fit(tmp_path, plugins=[own])
     assert set(own.paths) == {str(tmp_path / "last.ckpt")}
-    trainer = fit(tmp_path)
+    trainer = fit(tmp_path, merge=None)
     trainer.save_checkpoint("memory://atomic_save/remote.ckpt")
     loaded = trainer.strategy.checkpoint_io.load_checkpoint("memory://atomic_save/remote.ckpt")
     assert_adapter_only(loaded, snapshot(Toy()))

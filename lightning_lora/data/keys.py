@@ -1,0 +1,45 @@
+"""The one rule for fields that a reader does not use.
+
+A field that is empty says nothing. One that would change what is learned is refused, with its line. Any other, such as
+an id, is left out, and the data module says so once. What the setting ``ignore`` names is never looked at.
+"""
+
+from collections.abc import Collection
+
+from lightning_lora.data.record import Record
+
+# Names under which data sets in public use keep what belongs to a question, to an answer, or to its weight.
+MEANINGFUL = frozenset(
+    (
+        *("weight", "weights", "sample_weight", "loss_weight", "loss_mask", "mask", "train", "trainable", "train_on"),
+        *("system", "system_prompt", "history", "context", "contexts", "documents", "suffix", "prefix", "prefill"),
+        *("tools", "functions", "tool_calls", "function_call", "chat_template_kwargs"),
+        *("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "rationale", "chain_of_thought"),
+        *("image", "images", "audio", "audios", "video", "videos", "text_pair", "pair"),
+    )
+)
+_NEUTRAL = {"weight": 1, "weights": 1, "sample_weight": 1, "loss_weight": 1, "train": True, "trainable": True}
+
+
+def unused_keys(record: Record, used: Collection[str]) -> set[str]:
+    """The fields of a row that are left out.
+
+    Args:
+        record: The row.
+        used: The fields that its reader makes use of.
+
+    Raises:
+        ValueError: If one of them would change what is learned.
+    """
+    unused = {field for field, value in record.fields.items() if field not in used and not is_empty(value)}
+    for field in sorted(unused & MEANINGFUL):
+        if field not in _NEUTRAL or record.fields[field] != _NEUTRAL[field]:
+            raise record.error(
+                field, "no such field here, for nothing would be learned of it, or its name under the setting 'ignore'"
+            )
+    return unused
+
+
+def is_empty(value: object) -> bool:
+    """Whether a value says nothing, as where a table has a column that most rows do not fill."""
+    return value is None or (isinstance(value, (str, list, dict)) and not value)

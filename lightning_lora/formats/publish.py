@@ -1,0 +1,126 @@
+"""Files that are there in full or not at all: written under another name beside their own, and then renamed."""
+
+import ctypes
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from pathlib import Path
+
+_AT_CWD, _EXCHANGE = -100, 2  # renameat2(2): AT_FDCWD, RENAME_EXCHANGE
+
+
+def partial_path(target: Path) -> Path:
+    """The name under which something is written: one that Lightning takes for no checkpoint.
+
+    It is the same on all ranks, and in the next try, which so replaces what a killed process has left.
+    """
+    return target.with_name(f".{target.name}.partial")
+
+
+@contextmanager
+def whole_directory(directory: Path, stale: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Write the files of a directory so that it has all of them, or is as it was before.
+
+    Files there that are not written anew stay, but for those of an earlier write that belong to the others.
+
+    Args:
+        directory: Where they belong; made if it is not there.
+        stale: Names of files that would be left over of an earlier write, as globs.
+
+    Yields:
+        An empty directory to write them into.
+    """
+    target = Path(os.path.realpath(directory))
+    # A directory that cannot be renamed, as a mounted one or the current one cannot be, takes one file after the other.
+    is_movable = not target.is_mount() and not Path.cwd().is_relative_to(target)
+    parent = next(each for each in target.parents if each.exists())
+    by_file = target.is_dir() and not (is_movable and os.access(parent, os.W_OK))
+    partial = target / ".partial" if by_file else partial_path(target)
+    remove(partial)
+    partial.mkdir(parents=True)
+    try:
+        if target.is_dir():
+            shutil.copymode(target, partial)
+        yield partial
+        left_over = [path for path in _others(target, partial) if any(fnmatch(path.name, glob) for glob in stale)]
+        if by_file:
+            for path in sorted(partial.iterdir()):
+                publish(path, target / path.name)
+            for path in left_over:
+                remove(path)
+        else:
+            for path in [path for path in _others(target, partial) if path not in left_over]:
+                _take_along(path, partial / path.name)
+            publish(partial, target)
+    finally:
+        remove(partial)
+
+
+def _others(target: Path, partial: Path) -> list[Path]:
+    """What is in a directory and not in the one that takes its place."""
+    there = sorted(target.iterdir()) if target.is_dir() else []
+    return [path for path in there if path != partial and not os.path.lexists(partial / path.name)]
+
+
+def _take_along(path: Path, new: Path) -> None:
+    """Have a file or directory under a second name, without copying its content where the file system can."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.copytree(path, new, symlinks=True, copy_function=_link)
+    else:
+        _link(path, new)
+
+
+def _link(path: str | Path, new: str | Path) -> None:
+    try:
+        os.link(path, new, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(path, new, follow_symlinks=False)
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Put a file or directory that is complete in the place of another, once it is on the disk.
+
+    A file is replaced in one step, and on Linux a directory too. Elsewhere the old one is set aside as
+    ``.<name>.previous`` for the moment between two renames, and then removed.
+    """
+    for path in (partial, *partial.rglob("*")):
+        _flush(path)
+    if partial.is_dir() and os.path.lexists(target):
+        if not _exchange(partial, target):
+            previous = target.with_name(f".{target.name}.previous")
+            remove(previous)
+            os.replace(target, previous)
+            os.replace(partial, target)
+            remove(previous)
+        remove(partial)  # the old one, if they were exchanged
+    else:
+        os.replace(partial, target)
+    _flush(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two directories in one step, where the system can do that."""
+    with suppress(AttributeError, OSError, TypeError):  # no such function, or none that loads
+        rename: int = ctypes.CDLL(None).renameat2(_AT_CWD, os.fsencode(one), _AT_CWD, os.fsencode(other), _EXCHANGE)
+        return rename == 0
+    return False
+
+
+def remove(path: Path) -> None:
+    """Remove a file or directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    if path.is_symlink() or (path.is_dir() and os.name == "nt"):  # where a directory cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,134 @@
+"""Rows that cannot be used, fields that are not used, and names of fields, in all data modules alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.texts import word_checkpoint
+
+from lightning_lora.data import (
+    ChatData,
+    LabelledTextData,
+    PreferenceData,
+    PromptCompletionData,
+    Seq2SeqData,
+    TaggedWordsData,
+)
+from lightning_lora.data.from_files import FileData
+
+Make = Callable[..., FileData]
+LABELS = ["a", "b"]
+READERS: dict[str, tuple[Make, dict[str, Any]]] = {
+    "chat": (ChatData, {"prompt": "w1", "completion": "w2"}),
+    "pairs": (PromptCompletionData, {"prompt": "w1", "completion": "w2"}),
+    "texts": (ChatData, {"text": "w1 w2"}),
+    "preferences": (PreferenceData, {"prompt": "w1", "chosen": "w2", "rejected": "w3"}),
+    "labels": (lambda *args, **options: LabelledTextData(*args, LABELS, **options), {"text": "w1", "label": "a"}),
+    "tags": (lambda *args, **options: TaggedWordsData(*args, LABELS, **options), {"tokens": ["w1"], "tags": ["a"]}),
+    "targets": (Seq2SeqData, {"source": "w1", "target": "w2"}),
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    return word_checkpoint(tmp_path / "model")
+
+
+def write(folder: Path, rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
+    (folder / name).write_text("\n".join(map(json.dumps, rows)))
+    return str(folder / name)
+
+
+def fit(make: Make, path: Any, checkpoint: str, **options: Any) -> FileData:
+    data = make(path, checkpoint, **{"val_fraction": 0, **options})
+    data.setup("fit")
+    return data
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("key", ["weight", "reasoning_content", "tool_calls", "images"])
+def test_keys_that_would_change_what_is_learned_are_refused(
+    reader: str, key: str, tmp_path: Path, checkpoint: str
+) -> None:
+    make, row = READERS[reader]
+    path = write(tmp_path, [row, row | {key: 3}])
+    with pytest.raises(
+        ValueError, match=rf"rows\.jsonl, line 2, field '{key}': found 3 \(int\), expected no such field"
+    ):
+        fit(make, path, checkpoint)
+    assert len(fit(make, path, checkpoint, ignore=[key]).train_dataloader().dataset) > 0  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_other_keys_are_named_once(
+    reader: str, tmp_path: Path, checkpoint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, row = READERS[reader]
+    with caplog.at_level("INFO"):
+        fit(make, write(tmp_path, [row | {"id": 1, "note": None}, row | {"origin": "x"}]), checkpoint)
+    assert caplog.text.count("Left out the fields 'id', 'origin', which training does not use.") == 1
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_fields_are_named_by_a_setting(reader: str, tmp_path: Path, checkpoint: str) -> None:
+    make, row = READERS[reader]
+    names = {field: f"my {field}" for field in row}
+    plain = fit(make, write(tmp_path, [row], "plain.jsonl"), checkpoint)
+    mine = write(tmp_path, [{names[field]: value for field, value in row.items()}])
+    assert fit(make, mine, checkpoint, fields=names).train_rows == plain.train_rows
+    first = next(iter(row))
+    with pytest.raises(ValueError, match=r"line 1, field 'my \w+': found"):
+        fit(make, write(tmp_path, [{names[first]: 3}]), checkpoint, fields=names)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_all_bad_rows_are_named_in_one_run(reader: str, tmp_path: Path, checkpoint: str) -> None:
+    make, row = READERS[reader]
+    first = next(iter(row))
+    path = write(tmp_path, [row if index % 2 else row | {first: 7} for index in range(60)])
+    with pytest.raises(
+        ValueError, match=r"Found 30 rows that cannot be used \(on_error: skip leaves them out\)"
+    ) as error:
+        fit(make, path, checkpoint)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 22 and lines[-1] == "..."
+    assert all(f"line {2 * index + 1}, field '{first}'" in line for index, line in enumerate(lines[1:-1]))
+    with pytest.warns(UserWarning, match="Left out 30 rows"):
+        skipped = fit(make, path, checkpoint, on_error="skip")
+    assert len(skipped.train_rows or []) >= 1
+
+
+def test_rejected_rows_are_named(tmp_path: Path, checkpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "w1", "completion": "w2"}, *[{"prompt": "w1 " * 30, "completion": "w2"}] * 7]
+    with caplog.at_level("INFO"):
+        fit(ChatData, write(tmp_path, rows), checkpoint, max_length=20)
+    assert "training: kept 1 rows, 0 of them truncated, and rejected 7." in caplog.text
+    assert "Rejected as too long: " in caplog.text and "line 6 and 2 more." in caplog.text
+
+
+def test_questions_are_looked_at_before_the_first_answer(tmp_path: Path, checkpoint: str) -> None:
+    path = write(tmp_path, [{"prompt": "w1"}, {"prompt": ""}, {"question": "w1"}, {"answer": "w1"}])
+    data = ChatData("absent.jsonl", checkpoint, predict_path=path, on_error="skip")
+    with pytest.raises(ValueError, match=r"Found 2 rows that cannot be used"):
+        data.setup("predict")
+
+
+def test_texts_are_learned_whole(tmp_path: Path, checkpoint: str) -> None:
+    text = " ".join(f"w{i}" for i in range(12))
+    data = fit(ChatData, write(tmp_path, [{"text": text}]), checkpoint, max_length=5, packing=False)
+    rows = data.train_rows or []
+    tokens = [token for row in rows for token in row["input_ids"]]
+    assert data.tokenizer.decode(tokens) == f"{text} </s>"  # type: ignore[attr-defined]
+    # The first token of a row is never predicted.
+    assert all(row["labels"] == [-100, *row["input_ids"][1:]] for row in rows) and len(rows) == 3
+
+
+def test_a_file_of_its_own_for_validation(tmp_path: Path, checkpoint: str) -> None:
+    row = READERS["chat"][1]
+    val = write(tmp_path, [row] * 3, "val.jsonl")
+    data = fit(ChatData, [write(tmp_path, [row]), val], checkpoint, val_path=val, packing=False)
+    assert (len(data.train_rows or []), len(data.val_rows)) == (4, 3)

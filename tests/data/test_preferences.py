@@ -1,0 +1,95 @@
+"""Pairs of answers: one question, the same tokens before both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.chat_templates import TEMPLATES, byte_tokenizer, marked
+from helpers.texts import word_checkpoint
+
+from lightning_lora.data import PreferenceData
+from lightning_lora.data.record import Record
+
+HI = {"role": "user", "content": "hi"}
+GOOD, BAD = ({"role": "assistant", "content": text} for text in ("good", "bad"))
+ML = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def encoded(row: dict[str, Any], template: str = "chatml", **options: Any) -> Any:
+    data = PreferenceData("absent", "absent", **options)
+    data.tokenizer = byte_tokenizer(TEMPLATES[template])
+    return data.encode(Record("here", row)), data.tokenizer
+
+
+def halves(row: dict[str, Any], template: str = "chatml", **options: Any) -> list[str]:
+    found, tokenizer = encoded(row, template, **options)
+    return [marked(tokenizer, half) for half in found.rows[0]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "hi", "chosen": "good", "rejected": "bad"},
+        {"question": "hi", "chosen": "good", "rejected": "bad"},
+        {"prompt": [HI], "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": "hi", "chosen": [HI, GOOD], "rejected": [HI, BAD]},  # UltraFeedback
+        {"prompt": "hi", "chosen": [HI, GOOD], "rejected": [HI, BAD], "messages": [HI, GOOD]},
+        {"chosen": [HI, GOOD], "rejected": [HI, BAD]},
+        {"chosen": "\n\nHuman: hi\n\nAssistant: good", "rejected": "\n\nHuman: hi\n\nAssistant: bad"},  # HH-RLHF
+        {"prompt": json.dumps([HI]), "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])},
+    ],
+)
+def test_the_question_is_asked_once(row: dict[str, Any]) -> None:
+    assert halves(row) == [f"{ML}«good<|im_end|>»", f"{ML}«bad<|im_end|>»"]
+
+
+def test_the_system_is_used() -> None:
+    found = halves({"system": "Be.", "prompt": "hi", "chosen": "good", "rejected": "bad"})
+    assert all(half.startswith(f"<|im_start|>system\nBe.<|im_end|>\n{ML}«") for half in found)
+
+
+@pytest.mark.parametrize("template", ["chatml", "qwen3", "deepseek", "marked"])
+@pytest.mark.parametrize("max_length", range(20, 200, 7))
+def test_both_halves_are_cut_alike(template: str, max_length: int) -> None:
+    history = [HI, GOOD, {"role": "user", "content": "more"}]
+    row = {"prompt": history, "chosen": "a long answer " * 4, "rejected": "short"}
+    found, tokenizer = encoded(row, template, max_length=max_length)
+    if not found.rows:
+        return
+    one, other = (marked(tokenizer, half) for half in found.rows[0])
+    assert one.split("«")[0] == other.split("«")[0] and "more" in one
+    assert one.count("«") == other.count("«") == 1 and "good" not in one.split("«")[1]
+    assert all(len(half["input_ids"]) <= max_length for half in found.rows[0])
+
+
+def test_pairs_without_a_difference_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    same = {"prompt": "w1", "chosen": "w2 " * 30 + "w3", "rejected": "w2 " * 30 + "w4"}
+    rows = [same, {"prompt": "w1", "chosen": "w2", "rejected": "w3"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = PreferenceData(str(tmp_path / "rows.jsonl"), word_checkpoint(tmp_path / "m"), val_fraction=0, max_length=20)
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+    assert "kept 1 rows, 0 of them truncated, and rejected 1." in caplog.text
+    assert "Rejected as without a difference in max_length tokens: " in caplog.text and "line 1." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "hi", "chosen": [HI], "rejected": [BAD]}, r"here, field 'chosen': found the roles none, expected"),
+        (
+            {"prompt": "no", "chosen": [HI, GOOD], "rejected": [HI, BAD]},
+            r"field 'chosen': found the roles user, assist",
+        ),
+        ({"chosen": [HI, GOOD], "rejected": [BAD]}, r"field 'prompt': found none"),
+        ({"chosen": "good", "rejected": "bad"}, r"field 'prompt': found none"),
+        ({"prompt": "hi", "chosen": "good", "rejected": "bad", "weight": 2}, r"field 'weight': found 2"),
+        ({"prompt": "hi", "chosen": [GOOD | {"mood": "x"}], "rejected": [BAD]}, r"field 'chosen.*': found 'x'"),
+    ],
+)
+def test_bad_rows(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encoded(row)

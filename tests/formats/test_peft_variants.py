@@ -1,0 +1,47 @@
+"""Every setting of PEFT's configs: an adapter is read so that it computes what was trained, or refused by name."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import toys
+from helpers.peft_cases import CASES, Case, computed
+
+from lightning_lora import CheckpointError, adapters, load_adapter
+
+PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_is_read_right_or_refused_by_name(case: Case, tmp_path: Path) -> None:
+    trained, model = case.write(tmp_path), case.make()
+    model.requires_grad_(True)
+    before, base = toys.snapshot(model), computed(model)
+    if case.refused is None:
+        torch.testing.assert_close(computed(load_adapter(model, tmp_path)), trained, rtol=1e-4, atol=2e-5)
+        assert not torch.allclose(base, trained, atol=1e-3)
+    else:
+        with pytest.raises(CheckpointError, match=case.refused):
+            load_adapter(model, tmp_path)
+        toys.assert_same_tensors(toys.snapshot(model), before)
+        assert not adapters(model)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def table() -> str:
+    """The table of the page: a line for each setting and outcome."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for case in CASES:
+        outcome = "right" if case.refused is None else "refused by name"
+        lines.setdefault((case.field, outcome), []).append(case.value)
+    rows = [
+        f"| {field}{': ' + ', '.join(value or 'plain' for value in values) if any(values) else ''} | {outcome} |"
+        for (field, outcome), values in lines.items()
+    ]
+    return "\n".join(["| setting of PEFT | here |", "|---|---|", *rows])
+
+
+def test_the_page_says_so() -> None:
+    found = re.search(r"\| setting of PEFT \| here \|\n(?:\|.*\n)+", PAGE.read_text())
+    assert found is not None and found[0].strip() == table(), f"The table in {PAGE.name} must be:\n{table()}"
