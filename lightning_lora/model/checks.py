@@ -9,6 +9,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from lightning_lora.config import ALL_LINEAR, LoraConfig
 from lightning_lora.fqn import clean_fqn, is_submodule, listed
 from lightning_lora.layers import Adapter, LoraLayer, Target, adapter_class_for
+from lightning_lora.model.quantization import quantized_layers
 from lightning_lora.model.record import Injection, base_parameters, injections, injections_of, parameters_by_name
 from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets, modules_by_name
 
@@ -111,9 +112,12 @@ def require_clear_freeze(model: nn.Module, config: LoraConfig) -> None:
     targets, saved = find_targets(model, config), find_modules_to_save(model, config)
     frozen_here = {id(p) for each in known for p in _parameters_of(each.root, each.frozen)}
     trains = {clean_fqn(name): p.requires_grad or id(p) in frozen_here for name, p in base_parameters(model)}
+    # Quantized weights never require gradients, which so says nothing of them.
+    packed = {name for name, *_ in quantized_layers(model)}
+    trains = {name: train for name, train in trains.items() if name.removesuffix(".weight") not in packed}
     of = {name: [full for full in trains if is_submodule(full, name)] for name in targets}
     frozen = [name for name, inside in of.items() if inside and not any(map(trains.get, inside))]
-    beside = [name for name in targets if name not in frozen]
+    beside = [name for name in targets if name not in frozen and name not in packed]
     if isinstance(config.target_modules, list):
         frozen = [name for name in frozen if name not in config.target_modules]  # which are meant
     if config.target_modules == ALL_LINEAR:

@@ -1,4 +1,5 @@
 import copy
+from abc import ABC
 from typing import Any
 
 import peft
@@ -224,6 +225,23 @@ def test_base_weights_go_with_the_model() -> None:
     gc.collect()
     assert base() is None
     assert unmerge(twin) is twin
+
+
+class _Marked(ABC):  # noqa: B024
+    pass
+
+
+class _MarkedLinear(_Marked, nn.Linear):
+    """A linear layer to which Python gives no other class, as the one of quanto is."""
+
+
+def test_a_layer_whose_class_cannot_be_changed_is_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), _MarkedLinear(8, 8))
+    with pytest.raises(TargetError, match=r"'1'.*Python cannot give it another class"):
+        inject(model, LoraConfig(r=2))
+    assert [type(layer) for layer in model] == [nn.Linear, _MarkedLinear]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    inject(model, LoraConfig(r=2, target_modules=["0"]))  # and nothing is in the way
 
 
 @pytest.mark.parametrize("name", ["a.b", "", "items", 3])
