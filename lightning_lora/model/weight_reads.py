@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lightning_lora.layers import LoraLayer
+from lightning_lora.layers.base import base_class
+
 # What is asked of a weight so says nothing of its values.
 _ABOUT = {"device", "dim", "dtype", "element_size", "grad", "is_cuda", "is_meta", "layout", "ndim", "numel"}
 _ABOUT |= {"requires_grad", "shape", "size", "stride"}
@@ -41,10 +44,11 @@ def weight_reads(names: Mapping[str, nn.Module]) -> dict[str, list[Read]]:
     found: dict[str, list[Read]] = {}
     used: set[str] = set()
     for name, module in names.items():
+        cls = base_class(module) if isinstance(module, LoraLayer) else type(module)
         # Torch's own read weights where all else is as in their layers, and are switched to the plain way.
-        if type(module).__module__.startswith(("torch.nn.modules.", "torch.ao.")):
+        if cls.__module__.startswith(("torch.nn.modules.", "torch.ao.")):
             continue
-        loads = _loads_of(type(module))  # type: ignore[arg-type]
+        loads = _loads_of(cls)  # type: ignore[arg-type]
         used |= {f"{name}.{path}".lstrip(".") for path in loads.whole}
         for path in loads.values:
             if "." in path and path.rpartition(".")[2] in _parameters_at(module, path.rpartition(".")[0]):

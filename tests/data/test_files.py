@@ -67,13 +67,13 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
     [
         ("a.jsonl", LINES.encode("utf-8-sig")),
         ("a.jsonl", LINES.encode("utf-16")),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
         ("a.json", json.dumps(ROWS).encode()),
         ("a.json", json.dumps(ROWS, indent=2).encode("utf-16")),
         ("a.json", LINES.encode()),
         ("a.csv", "x,y\n1,é\n2,b\n".encode()),
         ("a.csv", "x;y\r\n1;é\r\n2;b\r\n".encode("utf-16")),
-        ("a.csv.gz", gzip.compress("x,y\n1,é\n2,b\n".encode())),
+        ("a.csv.gz", gzip.compress("x,y\n1,é\n2,b\n".encode(), mtime=0)),
         ("a.tsv", "x\ty\n1\té\n2\tb\n".encode()),
     ],
 )

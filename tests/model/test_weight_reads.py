@@ -21,11 +21,13 @@ from lightning_lora import (
     LoraConfig,
     TargetError,
     adapter_state_dict,
+    add_adapter,
     eject,
     inject,
     load_adapter,
     merge,
     save_adapter,
+    set_adapter,
     unmerge,
 )
 from lightning_lora.model.targets import modules_by_name
@@ -252,3 +254,13 @@ def test_it_is_found_before_training(tmp_path: Any) -> None:
     with pytest.raises(TargetError, match=r"net\.qkv\.weight"):
         trainer.fit(module, DataLoader(torch.randn(4, 6)))
     assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in before.items())
+
+
+def test_further_adapters_act_there_too() -> None:
+    model, x = nn.Sequential(InForward()), torch.randn(4, 6)
+    inject(model, LoraConfig(r=2))
+    add_adapter(model, LoraConfig(r=3), "second")
+    set_adapter(model, "second")
+    trained = train(model, x)
+    torch.testing.assert_close(merge(model)(x), trained)
+    assert "0.lora.second.qkv_weight.lora_A" in model.state_dict()
