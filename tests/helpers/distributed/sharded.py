@@ -20,6 +20,7 @@ from helpers.distributed.llama import Llama, build, loader, rows, trainer
 from lightning_lora import LoRA, LoraConfig, adapter_state_dict, disabled, eject, inject, merge, set_adapter, unmerge
 from lightning_lora.formats.merged import save_merged
 from lightning_lora.model.record import injections
+from lightning_lora.sharding import is_sharded
 
 
 def fit(
@@ -42,7 +43,7 @@ def fit(
     checkpoint = ModelCheckpoint(path, "{step}", save_top_k=-1, every_n_train_steps=4, save_last=True)
     run = trainer(path, strategy, [callback, checkpoint], max_steps=max_steps, max_epochs=-1)
     run.fit(module, loader(strategy), loader(strategy), ckpt_path=ckpt_path)
-    if export and merge is not None:
+    if export and merge is not None and (run.is_global_zero or is_sharded(module)):
         save_merged(module, path / "split", max_shard_size="128KB")
     if merge is None:
         state = {name: tensor.cpu() for name, tensor in adapter_state_dict(module).items()}
