@@ -40,7 +40,7 @@ def run(folder: Path, *arguments: str) -> str:
     keep["init_args"] = {"dirpath": "kept", "every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
     lora["init_args"]["lora_dropout"] = 0.1
     (folder / "run.yaml").write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-c", "from lightning_lora.cli import main; main()", "fit", "--config", "run.yaml"]
+    command = [sys.executable, "-m", "lightning_lora", "fit", "--config", "run.yaml"]
     done = subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
