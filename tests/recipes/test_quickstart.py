@@ -67,7 +67,7 @@ def test_checkpoint_is_small_and_opens_safely(whole: tuple[Path, str]) -> None:
     assert all(".lora.default.lora_" in name for name in checkpoint["state_dict"])
     adapter = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint["state_dict"].values())
     assert adapter == 4 * 460_800
-    assert 3 * adapter < path.stat().st_size < 1.02 * 3 * adapter + 64 * 1024
+    assert 3 * adapter < path.stat().st_size < 1.02 * 3 * adapter + 96 * 1024
 
 
 def test_resuming_half_way_gives_the_same_bits(whole: tuple[Path, str], tmp_path: Path) -> None:
