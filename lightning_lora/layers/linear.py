@@ -119,7 +119,8 @@ class LoraLinear(LoraLayer):
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
-        return isinstance(module, Linear) or _computes_linear(module)
+        was_taken = isinstance(module, LoraLinear) and module.adapter_class is LinearAdapter  # and not a part of it
+        return isinstance(module, Linear) or was_taken or _computes_linear(module)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not self._is_plain(x):

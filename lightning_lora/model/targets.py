@@ -74,7 +74,11 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
                 )
             targets[name] = Target(name, module, parent, layer_class, layer_class.parameters_of(module))
     for name, target in targets.items():
-        reason = None if isinstance(target.module, LoraLayer) else unsupported_reason(target, config)
+        if not isinstance(target.module, LoraLayer):
+            reason = unsupported_reason(target, config)
+        else:  # an adapted layer can have more adapters, but a parameter not of every kind
+            is_parameter = issubclass(target.layer_class, LoraParameters)
+            reason = target.layer_class.unsupported_reason(target, config) if is_parameter else None
         reason = reason or (_bypassed_by_parent(name, names, reads) if name in modules else None)
         if reason:
             which = (

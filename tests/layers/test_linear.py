@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora import LoraConfig, adapter_state_dict, eject, inject, load_adapter_state_dict, merge, unmerge
+from lightning_lora import (
+    LoraConfig,
+    adapter_state_dict,
+    add_adapter,
+    eject,
+    inject,
+    load_adapter_state_dict,
+    merge,
+    set_adapter,
+    unmerge,
+)
 
 KINDS = ("linear", "linear without bias", "conv1d")
 
@@ -238,3 +248,34 @@ def test_compiles_in_one_graph() -> None:
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 4)
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+class Channels(nn.Module):
+    """A linear layer of another class, as torch_geometric's."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.scale = 4, 6, scale
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_a_linear_layer_of_another_class_has_adapters_as_any() -> None:
+    model, x = nn.Sequential(Channels(), nn.Linear(6, 2)), torch.randn(3, 4)
+    inject(model, LoraConfig(r=2))
+    add_adapter(model, LoraConfig(r=3), "second")
+    for name in ("default", "second"):
+        for layer in model:
+            assert name in layer.lora
+            nn.init.normal_(layer.lora[name].lora_B)
+    set_adapter(model, ["default", "second"])
+    expected = model(x)
+    torch.testing.assert_close(merge(model)(x), expected)
+    assert type(eject(model)[0]) is Channels
+
+
+def test_a_layer_that_computes_something_else_is_none() -> None:
+    model = inject(nn.Sequential(Channels(scale=2.0), nn.Linear(6, 2)), LoraConfig(r=2))
+    assert type(model[0]) is Channels and hasattr(model[1], "lora")

@@ -264,3 +264,13 @@ def test_further_adapters_act_there_too() -> None:
     trained = train(model, x)
     torch.testing.assert_close(merge(model)(x), trained)
     assert "0.lora.second.qkv_weight.lora_A" in model.state_dict()
+
+
+@pytest.mark.parametrize("settings", [{"lora_dropout": 0.5}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
+@pytest.mark.parametrize("model", [InForward, lambda: nn.MultiheadAttention(6, 2)])
+def test_further_adapters_have_no_setting_that_the_first_cannot(
+    model: Callable[[], nn.Module], settings: dict[str, Any]
+) -> None:
+    adapted = inject(nn.Sequential(model()), LoraConfig(r=2))
+    with pytest.raises(TargetError, match="not for"):
+        add_adapter(adapted, LoraConfig(r=2, **settings), "second")
