@@ -109,14 +109,18 @@ def require_clear_freeze(model: nn.Module, config: LoraConfig) -> None:
     known = {id(each): each for each in (*injections_of(model), *injections(model))}.values()
     if any(isinstance(module, LoraLayer) for module in model.modules()) and not known:
         return  # adapters of a larger module, which has frozen this one
-    targets, saved = find_targets(model, config), find_modules_to_save(model, config)
     frozen_here = {id(p) for each in known for p in _parameters_of(each.root, each.frozen)}
     trains = {clean_fqn(name): p.requires_grad or id(p) in frozen_here for name, p in base_parameters(model)}
     # Quantized weights never require gradients, which so says nothing of them.
     packed = {name for name, *_ in quantized_layers(model)}
     trains = {name: train for name, train in trains.items() if name.removesuffix(".weight") not in packed}
-    of = {name: [full for full in trains if is_submodule(full, name)] for name in targets}
-    frozen = [name for name, inside in of.items() if inside and not any(map(trains.get, inside))]
+    if len(set(trains.values())) < 2:
+        return  # nothing was frozen, or all of it
+    targets, saved = find_targets(model, config), find_modules_to_save(model, config)
+    parameters = parameters_by_name(model)
+    training, standing = ({id(parameters[name]) for name in trains if trains[name] is each} for each in (True, False))
+    own = {name: set(map(id, target.module.parameters())) for name, target in targets.items()}
+    frozen = [name for name, inside in own.items() if inside & standing and not inside & training]
     beside = [name for name in targets if name not in frozen and name not in packed]
     if isinstance(config.target_modules, list):
         frozen = [name for name in frozen if name not in config.target_modules]  # which are meant

@@ -69,23 +69,24 @@ class AdapterCheckpoints(ABC):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
         if is_finished(self.lightning_module):
-            self._save_merged(checkpoint, filepath, *args, **kwargs)
+            self._make_whole(checkpoint, filepath)
         else:
-            self._save_adapter(checkpoint, filepath, *args, **kwargs)
+            self._make_small(checkpoint)
+        with atomic_save.writing(self, filepath) as path:
+            super().save_checkpoint(checkpoint, path, *args, **kwargs)  # type: ignore[misc]
         vars(self).setdefault(_OWN_FILES, set()).add(str(filepath))
 
-    def _save_merged(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save a finished run's model, which is plain and merged, as it would be without LoRA."""
+    def _make_whole(self, checkpoint: dict[str, Any], filepath: str | Path) -> None:
+        """Leave the checkpoint of a finished run, whose model is plain and merged, as it would be without LoRA."""
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = []  # which are of the adapter
         rank_zero_info(
             f"The run has ended and its model is merged, so {filepath} holds the whole model and can be loaded without "
             "LoRA. The adapter is in the checkpoints of the run, and save_adapter writes it."
         )
-        with atomic_save.writing(self, filepath) as path:
-            super().save_checkpoint(checkpoint, path, *args, **kwargs)  # type: ignore[misc]
 
-    def _save_adapter(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
+    def _make_small(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the adapter alone in a checkpoint, and add what it takes to go on with it."""
         with restored(self.lightning_module):
             for holder, key in self.copies_in(checkpoint):
                 holder[key] = adapter_only(self.lightning_module, holder[key])
@@ -96,8 +97,6 @@ class AdapterCheckpoints(ABC):
             split = [split_optimizer(state_dict) for state_dict in checkpoint["optimizer_states"]]
             checkpoint["optimizer_states"] = [tensors for tensors, _ in split]
             checkpoint[KEY]["optimizers"] = [rest for _, rest in split]
-        with atomic_save.writing(self, filepath) as path:
-            super().save_checkpoint(checkpoint, path, *args, **kwargs)  # type: ignore[misc]
 
     def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         trusted = False in (*args, kwargs.get("weights_only"))
