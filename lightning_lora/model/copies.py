@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers import Target
-
-_SAMPLES = 16
+from lightning_lora.model.fingerprint import spread
 
 
 @torch.no_grad()
@@ -22,31 +21,22 @@ def start_copies_alike(targets: Mapping[str, Target], adapters: Mapping[str, nn.
     """
     first: dict[tuple[object, ...], str] = {}
     for name, target in targets.items():
-        weights = [target.module.get_parameter(parameter) for parameter in target.parameters]
-        if name not in adapters or not all(_is_readable(weight) for weight in weights):
+        weights = _weights_of(target)
+        samples = [tuple(spread(weight).tolist()) for weight in weights if _has_values(weight)]
+        # Those that are the same everywhere, as zeros are, say nothing.
+        if name not in adapters or len(samples) < len(weights) or any(len(set(sample)) < 2 for sample in samples):
             continue
-        # The samples tell most apart, so that few are compared as a whole.
-        key = (
-            type(adapters[name]),
-            *(part for weight in weights for part in (weight.shape, weight.dtype, _sample(weight))),
-        )
+        shapes = [*weights, *adapters[name].state_dict().values()]
+        # By these keys few weights are left to be compared as a whole.
+        key = (type(adapters[name]), *((each.shape, each.dtype) for each in shapes), *samples)
         other = first.setdefault(key, name)
-        same = [targets[other].module.get_parameter(parameter) for parameter in targets[other].parameters]
-        if other != name and all(map(torch.equal, weights, same)):
-            theirs = adapters[other].state_dict()
-            if {key: value.shape for key, value in theirs.items()} == {
-                key: value.shape for key, value in adapters[name].state_dict().items()
-            }:
-                adapters[name].load_state_dict(theirs)
+        if other != name and all(map(torch.equal, weights, _weights_of(targets[other]))):
+            adapters[name].load_state_dict(adapters[other].state_dict())
 
 
-def _is_readable(weight: Tensor) -> bool:
-    """Whether it has values of its own here, and not the same everywhere, as zeros are."""
-    plain = type(weight) is nn.Parameter and not weight.is_meta and weight.is_floating_point()
-    return plain and len(set(_sample(weight))) > 1
+def _weights_of(target: Target) -> list[Tensor]:
+    return [target.module.get_parameter(parameter).detach() for parameter in target.parameters]
 
 
-def _sample(weight: Tensor) -> tuple[float, ...]:
-    flat = weight.detach().flatten()
-    where = torch.linspace(0, len(flat) - 1, min(_SAMPLES, len(flat)), dtype=torch.float64).long()
-    return tuple(flat[where.to(flat.device)].tolist())
+def _has_values(weight: Tensor) -> bool:
+    return type(weight) is Tensor and not weight.is_meta and weight.is_floating_point()

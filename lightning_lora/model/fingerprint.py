@@ -140,8 +140,8 @@ class _Sample(NamedTuple):
 def _take(base: BaseTensor) -> _Sample:
     parts = _plain(base.tensor.detach())
     shape = [tuple(part.shape) for part in parts] if base.tensor.is_nested else tuple(base.tensor.shape)
-    rounded = b"".join(_spread(part).to(torch.bfloat16).view(torch.int16).numpy().tobytes() for part in parts)
-    taken = [_Part(part.dtype, _spread(_kept_rows(part, base.replaced))) for part in parts]
+    rounded = b"".join(spread(part).to(torch.bfloat16).view(torch.int16).numpy().tobytes() for part in parts)
+    taken = [_Part(part.dtype, spread(_kept_rows(part, base.replaced))) for part in parts]
     return _Sample(base.name, str(shape), rounded, taken)
 
 
@@ -172,7 +172,8 @@ def _kept_rows(tensor: Tensor, replaced: tuple[int, ...]) -> Tensor:
     return tensor[rows.to(tensor.device)]
 
 
-def _spread(tensor: Tensor) -> Tensor:
+def spread(tensor: Tensor) -> Tensor:
+    """Up to 16 values spread evenly over a tensor, on the CPU; none of one without values."""
     flat = tensor.flatten()
     if flat.is_meta or not flat.numel():
         return torch.empty(0, dtype=tensor.dtype)

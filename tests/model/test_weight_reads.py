@@ -274,3 +274,24 @@ def test_further_adapters_have_no_setting_that_the_first_cannot(
     adapted = inject(nn.Sequential(model()), LoraConfig(r=2))
     with pytest.raises(TargetError, match="not for"):
         add_adapter(adapted, LoraConfig(r=2, **settings), "second")
+
+
+def test_several_layers_of_one_reader_are_watched() -> None:
+    class Both(Reads):
+        reads = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.reads:
+                return F.linear(F.linear(x, self.qkv.weight), self.out.weight)
+            return self.out(self.qkv(x))
+
+    for reads in (False, True):
+        model = inject(nn.Sequential(Both(), Both()), LoraConfig(r=2, target_modules=["qkv", "out"]))
+        model[1].reads = reads
+        if reads:
+            with pytest.raises(TargetError, match=r"1\.qkv\.weight|1\.out\.weight"):
+                model(torch.randn(4, 6))
+        else:
+            model(torch.randn(4, 6))
+        assert not torch.overrides._get_current_function_mode_stack()
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
