@@ -105,10 +105,11 @@ def encode_conversation(
     if not any(learned):
         return None, True
     end = len(learned) - learned[::-1].index(True)
-    return {
-        "input_ids": ids[:end],
-        "labels": [token if on else IGNORED for token, on in zip(ids[:end], learned[:end])],
-    }, truncated
+    return _row(ids[:end], learned), truncated
+
+
+def _row(ids: list[int], learned: list[bool]) -> Row:
+    return {"input_ids": ids, "labels": [token if on else IGNORED for token, on in zip(ids, learned)]}
 
 
 def encode_text(tokenizer: Any, text: str, max_length: int) -> list[tuple[Row | None, bool]]:
@@ -140,13 +141,7 @@ def encode_answers(
     newest = _newest(question, fits)
     found = [_encode(tokenizer, [*newest, answer], tools, "last", "\n") for answer in answers]
     truncated = len(newest) < len(question) or max(len(ids) for ids, _ in found) > max_length
-    rows = [
-        {
-            "input_ids": ids[:max_length],
-            "labels": [token if on else IGNORED for token, on in zip(ids[:max_length], learned)],
-        }
-        for ids, learned in found
-    ]
+    rows = [_row(ids[:max_length], learned) for ids, learned in found]
     if not all(any(label != IGNORED for label in row["labels"]) for row in rows):
         return None, True
     return rows, truncated
