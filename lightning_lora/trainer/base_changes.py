@@ -14,7 +14,7 @@ from lightning_lora.model.record import base_parameters, named_injections
 from lightning_lora.model.state_dict import saved_names
 from lightning_lora.sharding import is_sharded, named_tensors
 from lightning_lora.trainer.frozen_parameters import held_by, nested
-from lightning_lora.trainer.weight_averaging import is_a
+from lightning_lora.trainer.pytorch_lightning import is_a
 
 _SAMPLES = 16
 _WAYS_OUT = (

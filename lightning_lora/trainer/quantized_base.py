@@ -9,10 +9,19 @@ from torch import nn
 
 from lightning_lora.model.quantization import quantized_layers
 from lightning_lora.model.record import injections
+from lightning_lora.trainer.pytorch_lightning import is_a
 
 _SHARDING = ("FSDPStrategy", "ModelParallelStrategy")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 _TRUE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+
+
+class _Ignored(list[str]):
+    """What DDP is not to send: what the module itself says, if it does, and more."""
+
+    def __init__(self, own: list[str] | None, more: list[str]) -> None:
+        super().__init__([*(own or ()), *more])
+        self.own = own
 
 
 def leave_to_building(trainer: "pl.Trainer") -> None:
@@ -27,7 +36,11 @@ def leave_to_building(trainer: "pl.Trainer") -> None:
 
 def as_before(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
     """Undo :func:`leave_to_building` and :func:`leave_out_of_ddp`."""
-    vars(pl_module).pop(_IGNORED, None)
+    ignored = vars(pl_module).get(_IGNORED)
+    if isinstance(ignored, _Ignored):
+        del vars(pl_module)[_IGNORED]
+        if ignored.own is not None:
+            vars(pl_module)[_IGNORED] = ignored.own
     if _quantizes(trainer.precision_plugin):
         vars(trainer.precision_plugin).pop("module_init_context", None)
 
@@ -70,10 +83,10 @@ def require_compatible(trainer: "pl.Trainer", root: nn.Module) -> None:
     Raises:
         ValueError: If one would destroy them.
     """
-    names = {cls.__name__ for cls in type(trainer.strategy).__mro__}
+    shards = any(is_a(trainer.strategy, name) for name in _SHARDING)
     dtype = _cast_to(trainer.precision_plugin)
     for name, module, storage, packed in quantized_layers(root):
-        reason = storage.unshardable_reason(packed, "FSDPStrategy" in names) if names.intersection(_SHARDING) else None
+        reason = storage.unshardable_reason(packed, is_a(trainer.strategy, _SHARDING[0])) if shards else None
         if reason is not None:
             raise ValueError(
                 f"{type(trainer.strategy).__name__} shards the model, and the weight of {name!r} is quantized: "
@@ -94,19 +107,18 @@ def leave_out_of_ddp(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> 
     Every process has read the same ones.
     """
     names = [f"{name}.weight" for name, _, storage, _ in quantized_layers(pl_module) if not storage.broadcasts]
-    if names and any(cls.__name__ == "DDPStrategy" for cls in type(trainer.strategy).__mro__):
+    if names and is_a(trainer.strategy, "DDPStrategy"):
         # The only way to say so, also to torch's own _set_params_and_buffers_to_ignore_for_model.
-        vars(pl_module)[_IGNORED] = names
+        vars(pl_module)[_IGNORED] = _Ignored(vars(pl_module).get(_IGNORED), names)
 
 
 def _quantizes(plugin: Any) -> bool:
-    # By name, so that the one of the package pytorch_lightning counts too.
-    return any(cls.__name__ == "BitsandbytesPrecision" for cls in type(plugin).__mro__)
+    return is_a(plugin, "BitsandbytesPrecision")
 
 
 def _cast_to(plugin: Any) -> torch.dtype | None:
     """What a precision plugin casts the parameters of a model to, ``None`` if it leaves them."""
-    if any(cls.__name__ == "FSDPPrecision" for cls in type(plugin).__mro__):
+    if is_a(plugin, "FSDPPrecision"):
         dtype: torch.dtype | None = plugin.mixed_precision_config.param_dtype
         return dtype
     return _TRUE.get(str(plugin.precision))

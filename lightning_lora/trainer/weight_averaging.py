@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_lora.model.freeze import FrozenNorm
+from lightning_lora.trainer.pytorch_lightning import is_a
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -91,9 +92,3 @@ def _exact_where_equal(average: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def averages(callback: Any) -> bool:
     """Whether a callback is one of Lightning's that average weights."""
     return is_a(callback, "StochasticWeightAveraging") or is_a(callback, "WeightAveraging")
-
-
-def is_a(callback: Any, class_name: str) -> bool:
-    """Whether a callback is of one of Lightning's classes."""
-    # By name, so that the callbacks of the package pytorch_lightning count too.
-    return any(cls.__name__ == class_name for cls in type(callback).__mro__)

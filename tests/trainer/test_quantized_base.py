@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,7 @@ from helpers.models import tiny_llama
 from helpers.quantized import dequantize, kinds, needs, quantize
 from helpers.toys import assert_same_tensors
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -23,6 +25,7 @@ from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.record import injections_of
 from lightning_lora.model.state_dict import CheckpointError
 from lightning_lora.model.targets import TargetError
+from lightning_lora.trainer import quantized_base
 
 IDS = torch.arange(96).view(8, 12) % 64
 
@@ -332,3 +335,20 @@ def test_the_best_checkpoint_is_at_work_when_fit_ends(kind: str, tmp_path: Path)
     trainer.fit_loop.max_epochs = 4
     trainer.fit(module, DataLoader(IDS, batch_size=2))
     assert len(module.losses) > before and not module.model.model.layers[0].mlp.up_proj.merged
+
+
+@pytest.mark.parametrize("own", [None, ["net.0.bias"]])
+def test_what_a_module_keeps_from_ddp_is_its_own_again(own: list[str] | None) -> None:
+    module = toys.Toy()
+    ignored = "_ddp_params_and_buffers_to_ignore"
+    if own is not None:
+        setattr(module, ignored, own)
+    trainer = L.Trainer(strategy=DDPStrategy(), accelerator="cpu", devices=1, logger=False)
+    for packed in ([], ["net.4.weight"]):
+        with pytest.MonkeyPatch.context() as patch:
+            layers = [(name.removesuffix(".weight"), None, SimpleNamespace(broadcasts=False), None) for name in packed]
+            patch.setattr(quantized_base, "quantized_layers", lambda _, layers=layers: iter(layers))
+            quantized_base.leave_out_of_ddp(trainer, module)
+        assert list(vars(module).get(ignored, [])) == [*(own or []), *packed]
+        quantized_base.as_before(trainer, module)
+        assert vars(module).get(ignored) is own
