@@ -27,6 +27,7 @@ from lightning_lora.formats.publish import whole_directory
 from lightning_lora.formats.sizes import require_finite, require_sizes, rows_in_peft
 from lightning_lora.fqn import listed
 from lightning_lora.layers import Adapter, kind_of
+from lightning_lora.layers.base import base_class
 from lightning_lora.layers.offloading import onloaded
 from lightning_lora.model.fingerprint import Fingerprint, base_tensors, fingerprint_of
 from lightning_lora.model.inject import inject
@@ -39,7 +40,7 @@ from lightning_lora.model.state_dict import (
     check_tensors,
     load_adapter_state_dict,
 )
-from lightning_lora.model.targets import modules_by_name, pretrained_models
+from lightning_lora.model.targets import matches, modules_by_name, pretrained_models
 from lightning_lora.sharding import full_tensor, is_writer, load_full, named_tensors, unsharded
 
 Layout = Literal["peft", "portable"]
@@ -312,6 +313,14 @@ def _require_same_kind(injection: Injection, directory: Path, saved: LoraConfig)
             f"{directory} holds {theirs}, and this model's adapter is {kinds[1]}: use the use_vera and seed "
             "(projection_prng_key), or adapter_kind, with which it was saved. Nothing was loaded."
         )
+    for name, layer in injection.layers():
+        read = layer.peft_targets(name[len(prefix) :]).get("target_parameters", [])
+        if not all(matches(parameter, saved.target_parameters) for parameter in read):
+            raise CheckpointError(
+                f"{directory} has an adapter on the calls of {name!r}, to whose output PEFT adds it. This "
+                f"{base_class(layer).__name__} computes something else than x W^T + b, so that would not be what is "
+                "merged. Train one here, which adapts the weight where it is read. Nothing was loaded."
+            )
     problems: dict[type[Adapter], str] = {}  # the first of each class
     for adapter in adapters:
         if problem := adapter.mismatch(saved, adapter.layer_name[len(prefix) :]):

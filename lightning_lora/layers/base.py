@@ -452,7 +452,7 @@ def adapted_class(layer_class: type[LoraLayer], base: type[nn.Module]) -> type[L
         return super(adapted, self).forward(*args, **kwargs)
 
     forward.__signature__ = inspect.signature(layer_class.forward)  # type: ignore[attr-defined]  # for torch.export
-    names = {"__module__": layer_class.__module__, "_is_adapted": True}
+    names = {"__module__": base.__module__, "_is_adapted": True}  # by which torch.fx takes torch's layers for leaves
     adapted: type[LoraLayer] = type(f"Lora{base.__name__}", (layer_class, base), {**names, "forward": forward})
     return adapted
 
