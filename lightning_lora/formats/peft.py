@@ -38,6 +38,7 @@ from lightning_lora.model.state_dict import (
     adapter_tensors,
     check_tensors,
     load_adapter_state_dict,
+    trained_only,
 )
 from lightning_lora.model.targets import modules_by_name, pretrained_models
 from lightning_lora.sharding import full_tensor, is_writer, load_full, named_tensors, unsharded
@@ -64,6 +65,7 @@ def save_adapter(
     Raises:
         ValueError: If the model has no such adapter, or several to choose from, or if it has more than the portable
             layout can hold: DoRA, VeRA, biases, ``modules_to_save``, token rows or stacked parameters.
+        CheckpointError: If the adapter holds a NaN or an infinity.
     """
     with restored(model):
         return write_adapter(_find_injection(model, adapter_name), Path(directory), layout=layout)
@@ -104,6 +106,8 @@ def write_adapter(
     prefix = _peft_root(injection)
     _warn_of_what_peft_leaves_out(injection, directory)
     tensors = _tensors_of(injection, prefix)
+    trained = {name: tensor for name, tensor in tensors.items() if name not in _buffers_of(injection, prefix)}
+    require_finite(trained, "The adapter", f"Nothing was written to {directory}.")
     base = _fingerprint(injection, prefix)
     if not is_writer(injection.root):
         return directory
@@ -325,7 +329,7 @@ def _load_checkpoint(model: nn.Module, path: Path, fresh: bool, objects: Objects
     if fresh:
         inject_from_checkpoint(model, checkpoint, str(path))
     check_metadata(model, checkpoint[KEY], str(path), other_format)
-    require_finite(checkpoint["state_dict"], str(path))
+    require_finite(trained_only(model, checkpoint["state_dict"]), str(path))
     expected = adapter_tensors(model)
     load_adapter_state_dict(model, {k: v for k, v in checkpoint["state_dict"].items() if k in expected})
 
@@ -384,6 +388,12 @@ def _saved_in_full(injection: Injection) -> dict[str, tuple[nn.Module, str, Tens
                 None if injection.in_place else injection.aside[name],
             )
     return found
+
+
+def _buffers_of(injection: Injection, prefix: str) -> set[str]:
+    """The names in the file of buffers, which may hold an infinity, as masks do."""
+    saved = _saved_in_full(injection).items()
+    return {PREFIX + name[len(prefix) :] for name, (module, inner, _) in saved if inner in module._buffers}
 
 
 def _peft_root(injection: Injection) -> str:

@@ -11,14 +11,17 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lightning_lora.formats.checkpoint import KEY, check_checkpoint, read_checkpoint
 from lightning_lora.formats.dcp import is_directory, read_directory, split_optimizer
 from lightning_lora.formats.metadata import metadata
 from lightning_lora.formats.open_file import is_skipped, readable, require_intact
+from lightning_lora.formats.sizes import require_finite
 from lightning_lora.model.removed import is_finished, restored
-from lightning_lora.model.state_dict import adapter_only, adapter_state_dict, base_absent
+from lightning_lora.model.state_dict import adapter_only, adapter_state_dict, base_absent, trained_only
 from lightning_lora.trainer import atomic_save
 from lightning_lora.trainer.instance_mixin import mix_into
 from lightning_lora.trainer.resume import RNG_KEY, run_rng_state
@@ -28,12 +31,13 @@ _WAY_OUT = "weights_only=False to this run of the Trainer"
 _SEAM = ("lightning_module_state_dict", "save_checkpoint", "load_checkpoint", "load_model_state_dict")
 
 
-def install(strategy: Any, mixin: "type[AdapterCheckpoints]") -> None:
+def install(strategy: Any, mixin: "type[AdapterCheckpoints]", keeps_finite: bool = True) -> None:
     """Make a Trainer's strategy save, check and load adapters alone, from now on.
 
     Args:
         strategy: The strategy.
         mixin: What it is to do differently.
+        keeps_finite: Whether an adapter that is not finite is refused when a checkpoint is to be written.
 
     Raises:
         RuntimeError: If this version of Lightning has changed the seam.
@@ -45,12 +49,14 @@ def install(strategy: Any, mixin: "type[AdapterCheckpoints]") -> None:
             "small: it was made for Lightning 2.6, so install that version."
         )
     mix_into(strategy, mixin)
+    strategy.keeps_finite = keeps_finite
 
 
 class AdapterCheckpoints(ABC):
     """What a strategy does differently once its Trainer has a ``LoRA`` callback."""
 
     lightning_module: Any
+    keeps_finite: bool
 
     @classmethod
     def require_compatible(cls, trainer: Any, lora: Any) -> None:
@@ -74,7 +80,13 @@ class AdapterCheckpoints(ABC):
             self._make_small(checkpoint)
         with atomic_save.writing(self, filepath) as path:
             super().save_checkpoint(checkpoint, path, *args, **kwargs)  # type: ignore[misc]
-        vars(self).setdefault(_OWN_FILES, set()).add(str(filepath))
+        vars(self).setdefault(_OWN_FILES, {})[str(filepath)] = None
+
+    def last_checkpoint(self) -> str | None:
+        """The latest checkpoint of this run that is still there, or the one that it goes on from."""
+        resumed_from = self.lightning_module.trainer.ckpt_path
+        every = [*([str(resumed_from)] if resumed_from else []), *vars(self).get(_OWN_FILES, ())]
+        return next((path for path in reversed(every) if get_filesystem(path).exists(path)), None)
 
     def _make_whole(self, checkpoint: dict[str, Any], filepath: str | Path) -> None:
         """Leave the checkpoint of a finished run, whose model is plain and merged, as it would be without LoRA."""
@@ -88,6 +100,9 @@ class AdapterCheckpoints(ABC):
     def _make_small(self, checkpoint: dict[str, Any]) -> None:
         """Leave the adapter alone in a checkpoint, and add what it takes to go on with it."""
         with restored(self.lightning_module):
+            if self.keeps_finite:
+                trained = trained_only(self.lightning_module, checkpoint["state_dict"])
+                require_finite(trained, "The adapter that was to be saved", "No checkpoint was written or replaced.")
             for holder, key in self.copies_in(checkpoint):
                 holder[key] = adapter_only(self.lightning_module, holder[key])
             checkpoint[KEY] = metadata(self.lightning_module)
@@ -108,6 +123,7 @@ class AdapterCheckpoints(ABC):
                 else self._read_intact(checkpoint_path, *args, **kwargs)
             )
         checkpoint["state_dict"] = check_checkpoint(self.lightning_module, checkpoint, str(checkpoint_path))
+        require_finite(_moments(checkpoint), str(checkpoint_path))
         for holder, key in self.copies_in(checkpoint):  # which callbacks load strictly, base and all
             full = self.lightning_module.state_dict()
             kept = adapter_only(self.lightning_module, full)
@@ -148,6 +164,18 @@ class AdapterCheckpoints(ABC):
         # `load_checkpoint` has required the adapters. Outside of them, it is for Lightning to be strict or not.
         with base_absent(self.lightning_module):
             super().load_model_state_dict({**checkpoint, "state_dict": state_dict}, strict=strict)  # type: ignore[misc]
+
+
+def _moments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What optimizers have noted for parameters, by a name for errors."""
+    states = [found.get("state") for found in checkpoint.get("optimizer_states") or [] if isinstance(found, Mapping)]
+    return {
+        f"{key} of parameter {index} of optimizer {number}": value
+        for number, state in enumerate(states)
+        for index, entries in (state.items() if isinstance(state, Mapping) else ())
+        for key, value in (entries.items() if isinstance(entries, Mapping) else ())
+        if isinstance(value, Tensor) and value.dim() > 0
+    }
 
 
 def _holds(value: Any, names: Collection[str]) -> bool:
