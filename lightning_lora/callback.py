@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_lora.config import LoraConfig
 from lightning_lora.formats.merged import ADAPTER_DIR, MERGED_DIR, save_merged
 from lightning_lora.formats.model_card import facts_of
+from lightning_lora.formats.open_file import path_or_url
 from lightning_lora.formats.peft import load_adapter, read_adapter, write_adapter
 from lightning_lora.model.base_dtype import cast_base
 from lightning_lora.model.checks import require_clear_freeze
@@ -120,7 +121,7 @@ class LoRA(Callback):
         self.config = given.config or own
         self.merge = given.merge
         self.export_dir = Path(given.export_dir) if given.export_dir is not None else None
-        self.adapter = Path(given.adapter) if given.adapter is not None else None
+        self.adapter = path_or_url(given.adapter) if given.adapter is not None else None
         self.module = given.module
         self.adapter_name = given.adapter_name
         self.summary = given.summary
@@ -181,7 +182,7 @@ class LoRA(Callback):
         if self.base_dtype is not None:
             cast_base(root, self.base_dtype, "mixed" in str(pl_module.trainer.precision))
         if self._injected_now:
-            if self.adapter is not None and self.adapter.is_dir():
+            if isinstance(self.adapter, Path) and self.adapter.is_dir():
                 read_adapter(self._injection(root), self.adapter)
             elif self.adapter is not None:
                 load_adapter(pl_module, self.adapter)

@@ -18,7 +18,7 @@ from lightning_lora.formats.checkpoint import KEY, inject_from_checkpoint, read_
 from lightning_lora.formats.dcp import is_directory
 from lightning_lora.formats.metadata import Base, check_metadata, require_same_base
 from lightning_lora.formats.model_card import has_own_card, write_card
-from lightning_lora.formats.open_file import Objects
+from lightning_lora.formats.open_file import Objects, path_or_url
 from lightning_lora.formats.peft_config import peft_adapters, peft_config
 from lightning_lora.formats.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftFiles, read_files, write_weights
 from lightning_lora.formats.peft_variants import as_plain_lora, same_but_for_rounding
@@ -149,7 +149,7 @@ def load_adapter(
 
     Args:
         model: The base model, or the LightningModule that holds it.
-        path: The directory or the ``.ckpt`` file.
+        path: The directory or the ``.ckpt`` file, which may be a URL that fsspec opens.
         adapter_name: Of a directory. By default, that of the only adapter, or ``"default"``.
         weights_only: Of a checkpoint, the adapter alone is read, and objects beside it, such as hyperparameters may be,
             are left out unopened. ``False`` opens them too, which can run code; it helps where they cannot be left out.
@@ -162,10 +162,10 @@ def load_adapter(
     Raises:
         CheckpointError: If the files are damaged, or do not fit the model or its base. Nothing is loaded then.
     """
-    path = Path(path)
+    path = path_or_url(path)
     before = list(adapters(model))
     with _refused_as_a_whole(model, path):
-        if not path.is_dir() or is_directory(path):
+        if isinstance(path, str) or not path.is_dir() or is_directory(path):
             objects: Objects = "open" if weights_only is False else "skip"
             _load_checkpoint(model, path, not before, objects, other_format)
             return model
@@ -188,7 +188,7 @@ def load_adapter(
 
 
 @contextmanager
-def _refused_as_a_whole(model: nn.Module, path: Path) -> Iterator[None]:
+def _refused_as_a_whole(model: nn.Module, path: str | Path) -> Iterator[None]:
     """Leave a model as it came if what is loaded does not fit it, and say so in errors of one kind."""
     before = list(adapters(model))
     try:
@@ -324,7 +324,7 @@ def _require_same_kind(injection: Injection, directory: Path, saved: LoraConfig)
         raise CheckpointError(f"{directory} does not fit: {'; '.join(problems.values())}. Nothing was loaded.")
 
 
-def _load_checkpoint(model: nn.Module, path: Path, fresh: bool, objects: Objects, other_format: bool) -> None:
+def _load_checkpoint(model: nn.Module, path: str | Path, fresh: bool, objects: Objects, other_format: bool) -> None:
     checkpoint = read_checkpoint(path, objects, "load_adapter(..., weights_only=False)")
     if fresh:
         inject_from_checkpoint(model, checkpoint, str(path))

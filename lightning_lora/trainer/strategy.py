@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -80,13 +79,18 @@ class AdapterCheckpoints(ABC):
             self._make_small(checkpoint)
         with atomic_save.writing(self, filepath) as path:
             super().save_checkpoint(checkpoint, path, *args, **kwargs)  # type: ignore[misc]
-        vars(self).setdefault(_OWN_FILES, {})[str(filepath)] = None
+        own = vars(self).setdefault(_OWN_FILES, {})
+        own.pop(str(filepath), None)
+        own[str(filepath)] = None  # the latest last
 
     def last_checkpoint(self) -> str | None:
-        """The latest checkpoint of this run that is still there, or the one that it goes on from."""
-        resumed_from = self.lightning_module.trainer.ckpt_path
-        every = [*([str(resumed_from)] if resumed_from else []), *vars(self).get(_OWN_FILES, ())]
-        return next((path for path in reversed(every) if get_filesystem(path).exists(path)), None)
+        """The latest checkpoint that this run has kept, or the one that it goes on from."""
+        latest: str | None = next(reversed(vars(self).get(_OWN_FILES, {})), self.lightning_module.trainer.ckpt_path)
+        return latest
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        super().remove_checkpoint(filepath)  # type: ignore[misc]
+        vars(self).get(_OWN_FILES, {}).pop(str(filepath), None)
 
     def _make_whole(self, checkpoint: dict[str, Any], filepath: str | Path) -> None:
         """Leave the checkpoint of a finished run, whose model is plain and merged, as it would be without LoRA."""
@@ -116,6 +120,7 @@ class AdapterCheckpoints(ABC):
     def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         trusted = False in (*args, kwargs.get("weights_only"))
         vars(self)[_TRUSTS] = trusted
+        atomic_save.finish_writes(self)
         with readable(checkpoint_path, _WAY_OUT):
             checkpoint = (
                 read_directory(checkpoint_path, "open" if trusted else "refuse")
@@ -136,13 +141,17 @@ class AdapterCheckpoints(ABC):
         Objects are opened in files that this very process has written, and where the run was told to open them.
         """
         trusted = str(path) in vars(self).get(_OWN_FILES, ()) or vars(self).get(_TRUSTS, False)
+        atomic_save.finish_writes(self)
+        if not (is_directory(path) or atomic_save.writes_plain_files(self)):
+            return self.read_file(path, weights_only=False if trusted else None)
         checkpoint = read_checkpoint(path, "open" if trusted else "skip", _WAY_OUT)
         if is_skipped(checkpoint["state_dict"]):  # for the error
             read_checkpoint(path, "refuse", _WAY_OUT)
         return checkpoint
 
     def _read_intact(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        require_intact(path)
+        if atomic_save.writes_plain_files(self):
+            require_intact(path)
         return self.read_file(path, *args, **kwargs)
 
     def read_file(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:

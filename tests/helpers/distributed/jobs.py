@@ -88,7 +88,7 @@ def killed_while_saving_shards(directory: str, strategy: str) -> dict[str, Any]:
     save, written = torch.save, []
 
     def save_half(content: Any, file: Any, **kw: Any) -> None:
-        if isinstance(file, Path) and file.parent.name == ".last.ckpt.partial":
+        if isinstance(file, Path) and file.parent.match(".last.ckpt.*.partial"):
             written.append(file)
             if len(written) == 2:
                 file.write_bytes(b"half")
