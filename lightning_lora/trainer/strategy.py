@@ -141,7 +141,6 @@ class AdapterCheckpoints(ABC):
         Objects are opened in files that this very process has written, and where the run was told to open them.
         """
         trusted = str(path) in vars(self).get(_OWN_FILES, ()) or vars(self).get(_TRUSTS, False)
-        atomic_save.finish_writes(self)
         if not (is_directory(path) or atomic_save.writes_plain_files(self)):
             return self.read_file(path, weights_only=False if trusted else None)
         checkpoint = read_checkpoint(path, "open" if trusted else "skip", _WAY_OUT)
