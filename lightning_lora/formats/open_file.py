@@ -35,6 +35,11 @@ class _Skipped:
 _SKIPPED: _Skipped = object.__new__(_Skipped)
 
 
+def path_or_url(path: str | Path) -> str | Path:
+    """A path as a ``Path``, and a URL as it is, which ``Path`` would change."""
+    return path if "://" in str(path) else Path(path)
+
+
 def open_file(path: str | Path, objects: Objects) -> Any:
     """Read a file that ``torch.save`` wrote, onto the CPU.
 

@@ -18,7 +18,7 @@ from lightning_lora.formats.checkpoint import KEY, inject_from_checkpoint, read_
 from lightning_lora.formats.dcp import is_directory
 from lightning_lora.formats.metadata import Base, check_metadata, require_same_base
 from lightning_lora.formats.model_card import has_own_card, write_card
-from lightning_lora.formats.open_file import Objects
+from lightning_lora.formats.open_file import Objects, path_or_url
 from lightning_lora.formats.peft_config import peft_adapters, peft_config
 from lightning_lora.formats.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftFiles, read_files, write_weights
 from lightning_lora.formats.peft_variants import as_plain_lora, same_but_for_rounding
@@ -39,6 +39,7 @@ from lightning_lora.model.state_dict import (
     adapter_tensors,
     check_tensors,
     load_adapter_state_dict,
+    trained_only,
 )
 from lightning_lora.model.targets import matches, modules_by_name, pretrained_models
 from lightning_lora.sharding import full_tensor, is_writer, load_full, named_tensors, unsharded
@@ -65,6 +66,7 @@ def save_adapter(
     Raises:
         ValueError: If the model has no such adapter, or several to choose from, or if it has more than the portable
             layout can hold: DoRA, VeRA, biases, ``modules_to_save``, token rows or stacked parameters.
+        CheckpointError: If the adapter holds a NaN or an infinity.
     """
     with restored(model):
         return write_adapter(_find_injection(model, adapter_name), Path(directory), layout=layout)
@@ -105,6 +107,8 @@ def write_adapter(
     prefix = _peft_root(injection)
     _warn_of_what_peft_leaves_out(injection, directory)
     tensors = _tensors_of(injection, prefix)
+    trained = {name: tensor for name, tensor in tensors.items() if name not in _buffers_of(injection, prefix)}
+    require_finite(trained, "The adapter", f"Nothing was written to {directory}.")
     base = _fingerprint(injection, prefix)
     if not is_writer(injection.root):
         return directory
@@ -146,7 +150,7 @@ def load_adapter(
 
     Args:
         model: The base model, or the LightningModule that holds it.
-        path: The directory or the ``.ckpt`` file.
+        path: The directory or the ``.ckpt`` file, which may be a URL that fsspec opens.
         adapter_name: Of a directory. By default, that of the only adapter, or ``"default"``.
         weights_only: Of a checkpoint, the adapter alone is read, and objects beside it, such as hyperparameters may be,
             are left out unopened. ``False`` opens them too, which can run code; it helps where they cannot be left out.
@@ -159,10 +163,10 @@ def load_adapter(
     Raises:
         CheckpointError: If the files are damaged, or do not fit the model or its base. Nothing is loaded then.
     """
-    path = Path(path)
+    path = path_or_url(path)
     before = list(adapters(model))
     with _refused_as_a_whole(model, path):
-        if not path.is_dir() or is_directory(path):
+        if isinstance(path, str) or not path.is_dir() or is_directory(path):
             objects: Objects = "open" if weights_only is False else "skip"
             _load_checkpoint(model, path, not before, objects, other_format)
             return model
@@ -185,7 +189,7 @@ def load_adapter(
 
 
 @contextmanager
-def _refused_as_a_whole(model: nn.Module, path: Path) -> Iterator[None]:
+def _refused_as_a_whole(model: nn.Module, path: str | Path) -> Iterator[None]:
     """Leave a model as it came if what is loaded does not fit it, and say so in errors of one kind."""
     before = list(adapters(model))
     try:
@@ -329,12 +333,12 @@ def _require_same_kind(injection: Injection, directory: Path, saved: LoraConfig)
         raise CheckpointError(f"{directory} does not fit: {'; '.join(problems.values())}. Nothing was loaded.")
 
 
-def _load_checkpoint(model: nn.Module, path: Path, fresh: bool, objects: Objects, other_format: bool) -> None:
+def _load_checkpoint(model: nn.Module, path: str | Path, fresh: bool, objects: Objects, other_format: bool) -> None:
     checkpoint = read_checkpoint(path, objects, "load_adapter(..., weights_only=False)")
     if fresh:
         inject_from_checkpoint(model, checkpoint, str(path))
     check_metadata(model, checkpoint[KEY], str(path), other_format)
-    require_finite(checkpoint["state_dict"], str(path))
+    require_finite(trained_only(model, checkpoint["state_dict"]), str(path))
     expected = adapter_tensors(model)
     load_adapter_state_dict(model, {k: v for k, v in checkpoint["state_dict"].items() if k in expected})
 
@@ -393,6 +397,12 @@ def _saved_in_full(injection: Injection) -> dict[str, tuple[nn.Module, str, Tens
                 None if injection.in_place else injection.aside[name],
             )
     return found
+
+
+def _buffers_of(injection: Injection, prefix: str) -> set[str]:
+    """The names in the file of buffers, which may hold an infinity, as masks do."""
+    saved = _saved_in_full(injection).items()
+    return {PREFIX + name[len(prefix) :] for name, (module, inner, _) in saved if inner in module._buffers}
 
 
 def _peft_root(injection: Injection) -> str:
