@@ -29,7 +29,15 @@ from lightning_lora.model.removed import MERGED, REMOVED, forget_removed, how_me
 from lightning_lora.model.summary import print_summary
 from lightning_lora.sharding import is_sharded
 from lightning_lora.signature import takes
-from lightning_lora.trainer import base_changes, gradient_checks, quantized_base, requeue, resume, weight_averaging
+from lightning_lora.trainer import (
+    base_changes,
+    gradient_checks,
+    quantized_base,
+    requeue,
+    resume,
+    step_reads,
+    weight_averaging,
+)
 from lightning_lora.trainer.best_checkpoint import load_best, require_best
 from lightning_lora.trainer.eva_calibration import calibrate_eva
 from lightning_lora.trainer.frozen_parameters import drop_frozen
@@ -124,6 +132,7 @@ class LoRA(Callback):
         self._running = False
         self._gradients: gradient_checks.GradientWatch | None = None
         self._base: base_changes.BaseWatch | None = None
+        self._reads: step_reads.StepReads | None = None
         serve_both_packages(self)
 
     @property
@@ -211,6 +220,7 @@ class LoRA(Callback):
         if self is _lora_callbacks(trainer)[-1]:  # it looks for all, since all adapters have their start by now
             self._gradients = gradient_checks.GradientWatch(pl_module, trainer.optimizers)
             self._base = base_changes.BaseWatch(pl_module, trainer.optimizers)
+            self._reads = step_reads.StepReads(pl_module)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -224,10 +234,14 @@ class LoRA(Callback):
     ) -> None:
         if self._base is not None:
             self._base.require_frozen()
+        if self._reads is not None:
+            self._reads.start()
 
     @override
     def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Never train silently on nothing: gradients must reach the adapters before their optimizer's first step."""
+        if self._reads is not None:
+            self._reads.require_none()
         if self._gradients is not None:
             self._gradients.after_backward()
             if self._gradients.is_over:
@@ -244,6 +258,8 @@ class LoRA(Callback):
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
         """A moment from which a run can go on."""
+        if self._reads is not None:
+            self._reads.stop()
         requeue.requeue_if_asked(trainer)
 
     @override
@@ -350,7 +366,9 @@ class LoRA(Callback):
         quantized_base.as_before(pl_module.trainer, pl_module)
         if self._gradients is not None:
             self._gradients.stop()
-        self._gradients = self._base = None
+        if self._reads is not None:
+            self._reads.stop()
+        self._gradients = self._base = self._reads = None
         gradient_checks.disable_through_checkpointing(pl_module)
 
     def _export_adapter(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
 from torch.distributed.fsdp._common_utils import TrainingState  # which the type of the public attribute is
+from torch.distributed.fsdp._runtime_utils import _reshard as _free_full_values  # in torch 2.1 to 2.13
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_lora.fqn import clean_fqn
@@ -138,9 +139,9 @@ def _reshard(modules: Iterable[nn.Module]) -> None:
                     "are, so they cannot be read, stored or exchanged now: do it outside of the forward pass, or let "
                     "auto_wrap_policy give their module a unit of its own."
                 )
-            # There is no public way but to gather it, which it is, and let go of it.
-            with FSDP.summon_full_params(unit, recurse=False, writeback=False):
-                pass
+            # The public way, summon_full_params, keeps the full values of what was gathered before it, and the next
+            # forward pass would compute with these, whatever becomes of the shards.
+            _free_full_values(unit, unit._handle, True)
 
 
 def _unit_of(module: nn.Module) -> nn.Module | None:

@@ -26,6 +26,7 @@ from lightning_lora.layers.offloading import offloading_hook, onloaded
 from lightning_lora.layers.parameters import LoraParameters
 from lightning_lora.layers.quantized import QuantizedStorage, register_quantized_storage, storage_of
 from lightning_lora.layers.quantized_linear import LoraQuantizedLinear, dequantized
+from lightning_lora.layers.recurrent import LoraRecurrent
 from lightning_lora.layers.tokens import LoraTokens
 from lightning_lora.layers.vera import VERA
 
@@ -64,6 +65,7 @@ _layer_kinds: list[type[LoraLayer]] = [
     LoraConv,
     LoraMultiheadAttention,
     LoraConv1D,
+    LoraRecurrent,
 ]
 # Of a name in _PLAIN, each layer class has its own adapter class.
 _PLAIN = "lora"

@@ -92,7 +92,7 @@ class LoraLayer(nn.Module):
     adapter_class: ClassVar[type[Adapter]]  # its plain kind of adapter, "lora"
     has_one_kind: ClassVar[bool] = False  # whatever kind the settings ask for
     supported: ClassVar[str] = ""  # the modules that it adapts, for errors
-    is_linear: ClassVar[bool] = True  # one that "all-linear" means
+    group: ClassVar[str] = "linear"  # of config.LAYER_GROUPS, the one by which settings mean it; "" for none
     reads_packed: ClassVar[bool] = False  # whether it can read weights that are quantized
     kinds_like: "ClassVar[type[LoraLayer] | None]" = None  # the kind of layer whose kinds of adapters it can have too
 
@@ -148,7 +148,7 @@ class LoraLayer(nn.Module):
             return reason
         if config.needs_matrix and not getattr(cls.adapter_class, "is_matrix", False):
             return f"init_lora_weights={config.init_lora_weights!r} is not for this kind of layer"
-        if not cls.is_linear and has_own_forward(target.module):
+        if cls.group != "linear" and has_own_forward(target.module):
             return "the object has a forward of its own, which may compute something else with its weight"
         return None
 

@@ -6,7 +6,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from lightning_lora.config import ALL_LINEAR, LoraConfig
+from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import clean_fqn, is_submodule, listed
 from lightning_lora.layers import Adapter, LoraLayer, Target, adapter_class_for
 from lightning_lora.model.quantization import quantized_layers
@@ -124,7 +124,7 @@ def require_clear_freeze(model: nn.Module, config: LoraConfig) -> None:
     beside = [name for name in targets if name not in frozen and name not in packed]
     if isinstance(config.target_modules, list):
         frozen = [name for name in frozen if name not in config.target_modules]  # which are meant
-    if config.target_modules == ALL_LINEAR:
+    if config.layer_groups:
         beside += [name for name, train in trains.items() if train and not any(is_submodule(name, s) for s in saved)]
     if frozen and beside:
         whole = _outermost_frozen(model, trains, frozen)

@@ -41,6 +41,12 @@ def writing(strategy: Any, filepath: str | Path) -> Iterator[str | Path]:
         if strategy.is_global_zero:  # whose write ends when all ranks have written
             publish(partial, target)
         return
+    mend_files(strategy)
+    yield filepath
+
+
+def mend_files(strategy: Any) -> None:
+    """Have Lightning's own reader and writer of single files do as :class:`AtomicFiles`, if the strategy uses it."""
     checkpoint_io = strategy.checkpoint_io
     # Some wrap another, as AsyncCheckpointIO does.
     while getattr(checkpoint_io, "checkpoint_io", None) is not None:
@@ -48,11 +54,15 @@ def writing(strategy: Any, filepath: str | Path) -> Iterator[str | Path]:
     # By name, so that the class of the package pytorch_lightning counts too.
     if type(checkpoint_io).__name__ == "TorchCheckpointIO":
         mix_into(checkpoint_io, AtomicFiles)
-    yield filepath
 
 
 class AtomicFiles(ABC):  # noqa: B024
     """What Lightning's ``TorchCheckpointIO`` does differently. It may run in the thread of ``AsyncCheckpointIO``."""
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", **kwargs: Any) -> dict[str, Any]:
+        # Lightning's default is a function that does the same, but torch 2.13 rebuilds no subclasses of tensors by a
+        # function, and optimizers keep their state in such (torchao's, in 8 bits).
+        return super().load_checkpoint(path, map_location=map_location, **kwargs)  # type: ignore[misc,no-any-return]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, *args: Any, **kwargs: Any) -> None:
         target = _local(path)

@@ -127,6 +127,7 @@ class AdapterCheckpoints(ABC):
 
     def _read_intact(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         require_intact(path)
+        atomic_save.mend_files(self)
         return self.read_file(path, *args, **kwargs)
 
     def read_file(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
