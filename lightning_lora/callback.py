@@ -43,6 +43,7 @@ from lightning_lora.trainer.best_checkpoint import load_best, require_best
 from lightning_lora.trainer.eva_calibration import calibrate_eva
 from lightning_lora.trainer.finite_steps import ON_NAN, FiniteSteps
 from lightning_lora.trainer.frozen_parameters import drop_frozen
+from lightning_lora.trainer.precision import warn_of_emulation
 from lightning_lora.trainer.process_launchers import no_way_back, spawns
 from lightning_lora.trainer.pytorch_lightning import original_class, rebuild, serve_both_packages
 from lightning_lora.trainer.sharded_strategy import checkpoints_of
@@ -222,6 +223,8 @@ class LoRA(Callback):
             resume.rebuild_dataloader(trainer)
         gradient_checks.enable_through_checkpointing(pl_module)
         weight_averaging.keep_base_exact(trainer, pl_module)
+        if self is _lora_callbacks(trainer)[0]:
+            warn_of_emulation(trainer)
         if self.summary and self is _lora_callbacks(trainer)[0]:
             rank_zero_only(print_summary)(pl_module)
         if self is _lora_callbacks(trainer)[-1]:  # it looks for all, since all adapters have their start by now
