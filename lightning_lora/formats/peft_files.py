@@ -21,6 +21,7 @@ from lightning_lora.config import quantization
 from lightning_lora.formats.peft_keys import LOFTQ_ITERATIONS
 from lightning_lora.formats.schema import require_type
 from lightning_lora.model.fingerprint import Fingerprint
+from lightning_lora.model.finite import DTYPES
 from lightning_lora.model.state_dict import CheckpointError
 
 CONFIG_FILE = "adapter_config.json"
@@ -176,10 +177,10 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _require_undamaged(tensors: Mapping[str, Tensor], meta: Mapping[str, str], path: Path) -> None:
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if tensor.dtype not in DTYPES:
             raise CheckpointError(
-                f"{path} holds {name!r} as {tensor.dtype}, and an adapter's tensors are of floating-point numbers: it "
-                "is damaged, or no adapter. Nothing was loaded."
+                f"{path} holds {name!r} as {tensor.dtype}, and an adapter's tensors are floating-point numbers of 16 "
+                "bits or more: it is damaged, or no adapter. Nothing was loaded."
             )
     if _CHECKSUMS not in meta:  # an older file, or PEFT's
         return

@@ -14,6 +14,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from lightning_lora.formats.dcp import write_checksums
 from lightning_lora.formats.publish import partial_path, publish, remove
 from lightning_lora.trainer.instance_mixin import mix_into
 from lightning_lora.trainer.pytorch_lightning import is_a
@@ -40,6 +41,7 @@ def writing(strategy: Any, filepath: str | Path) -> Iterator[str | Path]:
         strategy.barrier("lightning_lora.trainer.atomic_save")
         yield partial
         if strategy.is_global_zero:  # whose write ends when all ranks have written
+            write_checksums(partial)
             publish(partial, target)
         return
     if writes_plain_files(strategy):
