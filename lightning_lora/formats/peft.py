@@ -29,7 +29,7 @@ from lightning_lora.fqn import listed
 from lightning_lora.layers import Adapter, kind_of
 from lightning_lora.layers.base import base_class
 from lightning_lora.layers.offloading import onloaded
-from lightning_lora.model.fingerprint import Fingerprint, base_tensors, fingerprint_of
+from lightning_lora.model.fingerprint import fingerprint_in
 from lightning_lora.model.inject import inject
 from lightning_lora.model.multi_adapter import adapters, add_adapter, delete_adapter
 from lightning_lora.model.record import Injection, injections
@@ -109,7 +109,7 @@ def write_adapter(
     tensors = _tensors_of(injection, prefix)
     trained = {name: tensor for name, tensor in tensors.items() if name not in _buffers_of(injection, prefix)}
     require_finite(trained, "The adapter", f"Nothing was written to {directory}.")
-    base = _fingerprint(injection, prefix)
+    base = fingerprint_in(injection, prefix)
     if not is_writer(injection.root):
         return directory
     start = str(injection.config.init_lora_weights) if injection.config.quantizes_base else None
@@ -223,7 +223,7 @@ def _put(
     _require_same_kind(injection, files.directory, saved)
     if files.fingerprint is not None:
         theirs = Base(files.fingerprint, files.quantization)
-        here = Base(_fingerprint(injection, _peft_root(injection)), injection.quantization)
+        here = Base(fingerprint_in(injection, _peft_root(injection)), injection.quantization)
         require_same_base(theirs, here, str(files.directory), other_format=other_format)
     _put_tensors(injection, tensors, str(files.directory))
 
@@ -358,14 +358,6 @@ def _find_injection(model: nn.Module, adapter_name: str | None) -> Injection:
             )
         )
     return found[0].seen_from(model)
-
-
-def _fingerprint(injection: Injection, prefix: str) -> Fingerprint:
-    """The base's fingerprint under the names that it has in the model that PEFT would wrap."""
-    tensors = base_tensors(injection)
-    return fingerprint_of(
-        each._replace(name=each.name[len(prefix) :]) for each in tensors if each.name.startswith(prefix)
-    )
 
 
 def _peft_state_dict(injection: Injection, plain: bool = False) -> dict[str, Tensor]:

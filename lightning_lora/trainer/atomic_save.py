@@ -14,6 +14,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from lightning_lora.formats.dcp import write_checksums
 from lightning_lora.formats.publish import partial_path, publish, remove
 from lightning_lora.trainer.instance_mixin import mix_into
 from lightning_lora.trainer.pytorch_lightning import is_a
@@ -40,16 +41,12 @@ def writing(strategy: Any, filepath: str | Path) -> Iterator[str | Path]:
         strategy.barrier("lightning_lora.trainer.atomic_save")
         yield partial
         if strategy.is_global_zero:  # whose write ends when all ranks have written
+            write_checksums(partial)
             publish(partial, target)
         return
-    mend_files(strategy)
-    yield filepath
-
-
-def mend_files(strategy: Any) -> None:
-    """Have Lightning's own reader and writer of single files do as :class:`AtomicFiles`, if the strategy uses it."""
     if writes_plain_files(strategy):
         mix_into(_layers_of(strategy.checkpoint_io)[-1], AtomicFiles)
+    yield filepath
 
 
 def writes_plain_files(strategy: Any) -> bool:
@@ -78,11 +75,6 @@ def _layers_of(checkpoint_io: Any) -> list[Any]:
 
 class AtomicFiles(ABC):  # noqa: B024
     """What Lightning's ``TorchCheckpointIO`` does differently. It may run in the thread of ``AsyncCheckpointIO``."""
-
-    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", **kwargs: Any) -> dict[str, Any]:
-        # Lightning's default is a function that does the same, but torch 2.13 rebuilds no subclasses of tensors by a
-        # function, and optimizers keep their state in such (torchao's, in 8 bits).
-        return super().load_checkpoint(path, map_location=map_location, **kwargs)  # type: ignore[misc,no-any-return]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, *args: Any, **kwargs: Any) -> None:
         target = _local(path)

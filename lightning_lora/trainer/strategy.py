@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_lora.formats.checkpoint import KEY, check_checkpoint, read_checkpoint
 from lightning_lora.formats.dcp import is_directory, read_directory, split_optimizer
 from lightning_lora.formats.metadata import metadata
-from lightning_lora.formats.open_file import is_skipped, readable, require_intact
+from lightning_lora.formats.open_file import Objects, is_skipped, open_file, readable
 from lightning_lora.formats.sizes import require_finite
 from lightning_lora.model.removed import is_finished, restored
 from lightning_lora.model.state_dict import adapter_only, adapter_state_dict, base_absent, trained_only
@@ -122,11 +122,13 @@ class AdapterCheckpoints(ABC):
         vars(self)[_TRUSTS] = trusted
         atomic_save.finish_writes(self)
         with readable(checkpoint_path, _WAY_OUT):
-            checkpoint = (
-                read_directory(checkpoint_path, "open" if trusted else "refuse")
-                if is_directory(checkpoint_path)
-                else self._read_intact(checkpoint_path, *args, **kwargs)
-            )
+            objects: Objects = "open" if trusted else "refuse"
+            if is_directory(checkpoint_path):
+                checkpoint = read_directory(checkpoint_path, objects)
+            elif atomic_save.writes_plain_files(self):
+                checkpoint = open_file(checkpoint_path, objects)  # Lightning would open objects in what a URL gives
+            else:
+                checkpoint = self.read_file(checkpoint_path, *args, **kwargs)
         checkpoint["state_dict"] = check_checkpoint(self.lightning_module, checkpoint, str(checkpoint_path))
         require_finite(_moments(checkpoint), str(checkpoint_path))
         for holder, key in self.copies_in(checkpoint):  # which callbacks load strictly, base and all
@@ -148,14 +150,8 @@ class AdapterCheckpoints(ABC):
             read_checkpoint(path, "refuse", _WAY_OUT)
         return checkpoint
 
-    def _read_intact(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if atomic_save.writes_plain_files(self):
-            require_intact(path)
-            atomic_save.mend_files(self)
-        return self.read_file(path, *args, **kwargs)
-
     def read_file(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What a checkpoint of a single file holds."""
+        """What a ``CheckpointIO`` of the user's own has kept."""
         return super().load_checkpoint(path, *args, **kwargs)  # type: ignore[misc,no-any-return]
 
     def copies_in(self, checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:

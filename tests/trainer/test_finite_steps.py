@@ -170,7 +170,7 @@ def test_what_an_optimizer_has_made_itself(max_epochs: int, tmp_path: Path) -> N
 
 
 def test_the_last_checkpoint_is_named_and_finite(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=f"The last checkpoint, {tmp_path}/step=2.ckpt, is finite") as caught:
+    with pytest.raises(RuntimeError, match=f"The last checkpoint, {tmp_path}/last.ckpt, is finite") as caught:
         fit(tmp_path, Diverging(), every_step(tmp_path), trainer={"enable_checkpointing": True}, export_dir=tmp_path)
     assert "on_nan" in str(caught.value)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
