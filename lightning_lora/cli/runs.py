@@ -17,6 +17,7 @@ from lightning_lora import shipped_recipes
 from lightning_lora.callback import LoRA
 from lightning_lora.callbacks.prediction_writer import PredictionWriter
 from lightning_lora.cli.help import RUNS
+from lightning_lora.cli.quiet import quiet
 from lightning_lora.trainer.precision import fitting_precision
 
 _CONFIG = ("--config", "-c")
@@ -118,16 +119,17 @@ def run(args: ArgsType = None) -> None:
         sys.argv[1:] = given
     else:
         args = given
-    LoraCLI(
-        LightningModule,
-        LightningDataModule,
-        trainer_class=RecipeTrainer,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={name: {"usage": f"lightning-lora {name} --config NAME [options]"} for name in RUNS},
-        args=args,
-    )
+    with quiet():
+        LoraCLI(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=RecipeTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={name: {"usage": f"lightning-lora {name} --config NAME [options]"} for name in RUNS},
+            args=args,
+        )
 
 
 def _has_own_precision(trainer: Any) -> bool:

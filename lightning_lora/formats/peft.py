@@ -286,7 +286,9 @@ def _put_tensors(injection: Injection, tensors: dict[str, Tensor], source: str) 
 
 @contextmanager
 def _full_adapters(injection: Injection) -> Iterator[None]:
-    modules = [module for _, layer in injection.layers() for module in layer.lora.modules()]
+    name = injection.adapter_name
+    adapters = [layer.lora[name] for _, layer in injection.layers() if name in layer.lora]
+    modules = [module for adapter in adapters for module in adapter.modules()]
     with unsharded(modules), onloaded(modules):
         yield
 
@@ -380,7 +382,7 @@ def _saved_in_full(injection: Injection) -> dict[str, tuple[nn.Module, str, Tens
         for inner, peft_inner in layer.peft_wrapped().items()
     }
     names = {*injection.trained, *(name for name in injection.aside if injection.saves(name))}
-    for name, module, inner in named_tensors(injection.root):
+    for name, module, inner in named_tensors(injection.root, of_base=True) if names else ():
         if name in names:
             owner, _, attribute = name.rpartition(".")
             found[f"{wrapped.get(owner, owner)}.{attribute}".lstrip(".")] = (

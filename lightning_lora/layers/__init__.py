@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from lightning_lora.config import LoraConfig
+from lightning_lora.fqn import base_modules
 from lightning_lora.layers.adapter import Adapter, LoraAdapter
 from lightning_lora.layers.attention import LoraMultiheadAttention
 from lightning_lora.layers.base import (
@@ -157,6 +158,6 @@ def new_adapter(target: Target, config: LoraConfig, adapter_name: str) -> nn.Mod
     """An adapter for one module that can have it, ready to be put in."""
     adapter_class = adapter_class_for(target.layer_class, config)
     assert adapter_class is not None
-    with onloaded(target.module.modules()):
+    with onloaded(module for _, module in base_modules(target.module)):
         adapter = target.layer_class.new_adapter(adapter_class, target, config, adapter_name)
     return adapter.train(target.module.training)

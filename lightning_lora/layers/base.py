@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # of which torch 2.13 has no public name
 
 from lightning_lora.config import LoraConfig
+from lightning_lora.fqn import base_modules
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.functional import add_low_rank_by_sample
 from lightning_lora.layers.offloading import Shown, onloaded, swap_offloaded
@@ -90,6 +91,7 @@ class LoraLayer(nn.Module):
     """
 
     adapter_class: ClassVar[type[Adapter]]  # its plain kind of adapter, "lora"
+    adapters_in: ClassVar[str] = "lora"  # the name of the child that holds the adapters
     has_one_kind: ClassVar[bool] = False  # whatever kind the settings ask for
     supported: ClassVar[str] = ""  # the modules that it adapts, for errors
     group: ClassVar[str] = "linear"  # of config.LAYER_GROUPS, the one by which settings mean it; "" for none
@@ -275,6 +277,11 @@ class LoraLayer(nn.Module):
     def active(self, names: Iterable[str]) -> None:
         self.__dict__["_active"] = tuple(names)
 
+    def modules_at_work(self) -> list[nn.Module]:
+        """This layer with what is in it, and the active adapters."""
+        active = [self.lora[name] for name in self._active if name in self.lora]
+        return [module for _, module in base_modules(self)] + [m for adapter in active for m in adapter.modules()]
+
     @property
     def merged(self) -> bool:
         """Whether the active adapters are merged into the weights."""
@@ -293,7 +300,8 @@ class LoraLayer(nn.Module):
             ValueError: If one holds a NaN or an infinity.
         """
         merged = {}
-        with unsharded(self.modules()), onloaded(self.modules()):
+        modules = self.modules_at_work()
+        with unsharded(modules), onloaded(modules):
             for name, parameter in self.adapted_parameters().items():
                 if not _is_readable(parameter):
                     raise ValueError(

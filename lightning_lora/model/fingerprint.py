@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_lora.layers import LoraLayer, LoraQuantizedLinear, dequantized, storage_of
+from lightning_lora.layers import LoraQuantizedLinear, dequantized, storage_of
 from lightning_lora.layers.offloading import offloaded
 from lightning_lora.model.base_config import changed_settings, configs_of
-from lightning_lora.model.record import Injection, injections_of
+from lightning_lora.model.record import Injection, adapted_layers, injections_of, parameters_by_name
 from lightning_lora.model.sketch import Sketch, sketch
 from lightning_lora.sharding import full_tensor, named_tensors
 
@@ -134,7 +134,7 @@ def fingerprint(injection: Injection) -> Fingerprint:
     it in another precision is the same base.
     """
     if injection.fingerprint is None:
-        if any(tensor.is_meta for tensor in injection.root.parameters()):
+        if any(tensor.is_meta for tensor in parameters_by_name(injection.root).values()):
             return Fingerprint(_UNKNOWN)
         injection.fingerprint = fingerprint_in(injection)
     found: Fingerprint = injection.fingerprint
@@ -315,8 +315,8 @@ def base_tensors(injection: Injection) -> Iterator[BaseTensor]:
     Where processes share them, each is made full as it comes.
     """
     root = injection.root
-    tensors = list(named_tensors(root))  # which reshards, so that the objects below are those named here
-    layers = [module for module in root.modules() if isinstance(module, LoraLayer)]
+    tensors = list(named_tensors(root, of_base=True))  # which reshards, so that the objects below are those named here
+    layers = adapted_layers(root)
     # By what is there, for a module may have several names.
     of_base = {id(layer.adapted_parameters()[inner]): base for layer in layers for inner, base in layer._aside.items()}
     beside = injections_of(root)
@@ -332,7 +332,6 @@ def base_tensors(injection: Injection) -> Iterator[BaseTensor]:
     }
     # What this injection trains is none of its base; what another one trains is.
     trained = {id(tensor) for tensor in injection.tensors(injection.trained).values()}
-    trained |= {id(parameter) for layer in layers for parameter in layer.lora.parameters()}
     for name, module, inner in tensors:
         key, is_buffer = id(getattr(module, inner)), inner in module._buffers
         if key not in trained and not (is_buffer and injection.saves(name)):

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.fqn import clean_fqn, listed
-from lightning_lora.layers import LoraLayer
 from lightning_lora.model.finite import DTYPES
-from lightning_lora.model.record import Injection, named_injections
+from lightning_lora.model.record import Injection, adapted_layers, named_injections, roots_of
 from lightning_lora.model.targets import modules_by_name
 from lightning_lora.sharding import full_shape, full_tensor, is_sharded, load_full, named_tensors
 
@@ -147,14 +146,15 @@ def _parents(name: str) -> Iterator[str]:
 
 def _owners(model: nn.Module) -> _Owners:
     found = [injection for _, injection in named_injections(model)]
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = adapted_layers(model)
     adapter = [getattr(module, inner) for layer in layers for _, module, inner in named_tensors(layer.lora)]
     adapter += [tensor for injection in found for tensor in injection.tensors(own_names(injection)).values()]
-    modules = {id(module) for injection in found for module in injection.root.modules()}
+    roots = roots_of(found)
+    modules = {id(module) for root in roots for module in root.modules()}
     whole = {
         id(module)
         for injection in found
-        if injection.in_place
+        if injection.in_place and injection.saved
         for name, saved in modules_by_name(injection.root).items()
         if injection.saves(name)
         for module in saved.modules()
@@ -163,8 +163,8 @@ def _owners(model: nn.Module) -> _Owners:
     holders: list[Mapping[str, Tensor | None]] = [
         *(layer._aside for layer in layers),
         *(injection.aside for injection in found),
-        *(module._parameters for injection in found for module in injection.root.modules()),
-        *(module._buffers for injection in found for module in injection.root.modules()),
+        *(module._parameters for root in roots for module in root.modules()),
+        *(module._buffers for root in roots for module in root.modules()),
     ]
     base = [tensor for holder in holders for tensor in holder.values() if tensor is not None]
     adapter_ids, base_ids = set(map(id, adapter)), set(map(id, base))

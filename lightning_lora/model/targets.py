@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_lora.config import AUTO, LoraConfig
-from lightning_lora.fqn import clean_fqn, is_submodule
+from lightning_lora.fqn import base_modules, clean_fqn, is_submodule
 from lightning_lora.layers import (
     LoraLayer,
     LoraParameters,
@@ -36,8 +36,8 @@ class TargetError(ValueError):
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules of a model under their clean names, in the model's order."""
-    return {clean_fqn(name): module for name, module in model.named_modules()}
+    """All modules of a model but adapters under their clean names, in the model's order."""
+    return {clean_fqn(name): module for name, module in base_modules(model)}
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
@@ -142,7 +142,8 @@ def _left_out(name: str, module: nn.Module, config: LoraConfig) -> str | None:
 
 def _warn_of_other_groups(model: nn.Module, layers: dict[str, nn.Module], config: LoraConfig) -> None:
     """Say so if most of a model is in layers that are not meant, and by what word they are."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    parameters = {p for _, module in base_modules(model) for p in module.parameters(recurse=False)}
+    total = sum(parameter.numel() for parameter in parameters)
     held: Counter[str] = Counter()
     for module in layers.values():
         held[_group(module)] += sum(parameter.numel() for parameter in module.parameters(recurse=False))
@@ -231,7 +232,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.M
         return dict(_new_heads(model, config))
     found: dict[str, nn.Module | Tensor] = {}
     modules = modules_by_name(model)
-    tensors = {name: getattr(module, inner) for name, module, inner in named_tensors(model)}
+    tensors = {name: getattr(module, inner) for name, module, inner in named_tensors(model, of_base=True)}
     for pattern in config.modules_to_save:
         matching: dict[str, nn.Module | Tensor] = {}
         for named in (modules, tensors):
@@ -251,13 +252,20 @@ def parameters_in(saved: Mapping[str, nn.Module | Tensor]) -> list[str]:
     """The names of the parameters that :func:`find_modules_to_save` has found."""
     names = [name for name, each in saved.items() if isinstance(each, nn.Parameter)]
     modules = ((name, each) for name, each in saved.items() if isinstance(each, nn.Module))
-    return names + [clean_fqn(f"{name}.{inner}") for name, module in modules for inner, _ in module.named_parameters()]
+    for name, module in modules:
+        seen: set[nn.Parameter] = set()
+        for inner, each in base_modules(module):
+            for own, parameter in each._parameters.items():
+                if parameter is not None and parameter not in seen:
+                    seen.add(parameter)
+                    names.append(clean_fqn(".".join(filter(None, (name, inner, own)))))
+    return names
 
 
 def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost transformers models inside a module (which may be one itself), by name."""
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
+    for name, module in base_modules(model):
         # Told by their attributes, so that transformers need not be imported.
         is_pretrained = hasattr(type(module), "base_model_prefix") and hasattr(module, "get_output_embeddings")
         if is_pretrained and not any(is_submodule(name, outer) for outer in found):
@@ -309,10 +317,10 @@ def _new_heads(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, nn.M
 
 def _is_reference(hf_model: nn.Module, model: nn.Module) -> bool:
     """Whether a frozen model is there beside the one to train, and no backbone: if more is to train than it has."""
-    own = list(hf_model.parameters())
+    if any(parameter.requires_grad for parameter in hf_model.parameters()):
+        return False
     training = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    is_frozen = not any(parameter.requires_grad for parameter in own)
-    return is_frozen and training > sum(parameter.numel() for parameter in own)
+    return training > sum(parameter.numel() for parameter in hf_model.parameters())
 
 
 def _siblings_of(
