@@ -53,6 +53,10 @@ ELSEWHERE = {
     "python -m benchmarks.paper train": "benchmarks/paper/runs.jsonl",
     "python -m benchmarks.paper time": "benchmarks/paper/timings.jsonl",
     "python -m benchmarks.paper table": "test_the_page_shows_what_was_measured",
+    "pip install timm torchvision torch_geometric segmentation-models-pytorch lightly chemprop pytorch-forecasting": (
+        "test_a_project"
+    ),
+    "PROJECTS_TABLE=docs/projects.md pytest -m slow tests/projects": "test_a_project",
     "python -m benchmarks.saving": "benchmarks/results/saving.json",
 }
 
