@@ -41,6 +41,7 @@ SHAPES = {
     "135M": Shape(576, 1536, 30, 9, 3, 49152),  # SmolLM2-135M
     "1B": Shape(2048, 8192, 16, 32, 8, 128256),  # Llama 3.2 1B
     "7B": Shape(4096, 11008, 32, 32, 32, 32000),  # Llama 2 7B
+    "8B": Shape(4096, 14336, 32, 32, 8, 128256),  # Llama 3.1 8B
 }
 
 
@@ -55,8 +56,13 @@ def base(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32) 
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
     )
-    with torch.device(device):
-        return LlamaForCausalLM(config).to(dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # so that a large model is never there in float32
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config).to(dtype)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def ours(model: nn.Module, r: int, targets: str) -> nn.Module:
@@ -73,9 +79,14 @@ def theirs(model: nn.Module, r: int, targets: str, **settings: Any) -> nn.Module
 
 
 def contenders(
-    shape: Shape, r: int, targets: Sequence[str], device: str = "cpu", dtype: torch.dtype = torch.float32
+    shape: Shape,
+    r: int,
+    targets: Sequence[str],
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    full: bool = True,
 ) -> dict[str, nn.Module]:
-    """Floor, full fine-tuning, and for each choice of targets ours and PEFT; all on the same weights in memory."""
+    """Floor, full fine-tuning if asked, and for each choice of targets ours and PEFT; all on the same weights."""
     first = base(shape, device, dtype).requires_grad_(False)
 
     def another() -> nn.Module:
@@ -89,7 +100,8 @@ def contenders(
     for choice in targets:
         models[f"ours, {choice}"] = ours(another(), r, choice)
         models[f"PEFT, {choice}"] = theirs(another(), r, choice)
-    models["full"] = another()
+    if full:
+        models["full"] = another()
     return models
 
 
@@ -127,13 +139,16 @@ def stepper(
 
 def seconds(call: Callable[[], Any], device: str = "cpu") -> float:
     """Seconds that a call takes, the device's work included."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = now(device)
     call()
+    return now(device) - start
+
+
+def now(device: str = "cpu") -> float:
+    """The clock in seconds, once the device has done what it was given."""
     if device != "cpu":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter()
 
 
 def take_turns(
@@ -218,12 +233,13 @@ def report(
 
     settings = {key: value for key, value in vars(args).items() if key != "json"}
     table = Table(title=", ".join([name, *(f"{key}: {value}" for key, value in settings.items())]))
-    for position, heading in enumerate(("", *columns)):
+    headings, *lines = shown = [["", *columns], *([label, *cells(row)] for label, row in rows.items())]
+    for position, heading in enumerate(headings):
         table.add_column(heading, justify="right" if position else "left")
-    for label, row in rows.items():
-        table.add_row(label, *cells(row))
+    for line in lines:
+        table.add_row(*line)
     Console(width=120).print(table)
     path = args.json or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = {"settings": settings, "machine": machine(settings.get("device", "cpu")), "rows": rows}
+    found = {"settings": settings, "machine": machine(settings.get("device", "cpu")), "rows": rows, "table": shown}
     path.write_text(json.dumps(found, indent=1) + "\n")

@@ -43,15 +43,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--targets", choices=TARGETS, nargs="+", default=list(TARGETS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the base")
+    parser.add_argument("--without-full", action="store_true", help="leave full fine-tuning out, for want of memory")
     args = parser.parse_args(arguments)
     shape = SHAPES[args.shape]
-    models = harness.contenders(shape, args.r, args.targets, args.device, DTYPES[args.dtype])
+    models = harness.contenders(shape, args.r, args.targets, args.device, DTYPES[args.dtype], not args.without_full)
     rows: dict[str, dict[str, Any]] = {}
     for tokens in args.tokens:
         found = {name: measure(model, shape, tokens, args.device) for name, model in models.items()}
         for name, row in found.items():
             row["over floor"] = row["peak bytes"] / found["floor"]["peak bytes"]
-            row["of full"] = row["peak bytes"] / found["full"]["peak bytes"]
+            if "full" in found:
+                row["of full"] = row["peak bytes"] / found["full"]["peak bytes"]
             rows[f"{tokens} tokens: {name}"] = row
     harness.report(
         harness.variant("memory", **{args.dtype: args.dtype != "float32"}),
@@ -62,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"{row['resting bytes'] / 1e6:.1f} MB",
             f"{row['peak bytes'] / 1e6:.1f} MB",
             f"{row['over floor']:.3f}",
-            f"{row['of full']:.2f}",
+            f"{row['of full']:.2f}" if "of full" in row else "",
             f"{row['layer peak']:.2f}",
         ),
     )

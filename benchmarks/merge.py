@@ -28,13 +28,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, turns=15)
     parser.add_argument("--shape", choices=SHAPES, default="135M")
     parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32", "bfloat16"])
     args = parser.parse_args(arguments)
     shape = SHAPES[args.shape]
     rows: dict[str, dict[str, Any]] = {}
     for dtype in args.dtype:
-        own = trained(harness.ours(harness.base(shape, dtype=DTYPES[dtype]), args.r, "all"))
-        other: Any = trained(harness.theirs(harness.base(shape, dtype=DTYPES[dtype]), args.r, "all"))
+        own = trained(harness.ours(harness.base(shape, args.device, DTYPES[dtype]), args.r, "all"))
+        other: Any = trained(harness.theirs(harness.base(shape, args.device, DTYPES[dtype]), args.r, "all"))
         weights = [module.weight for module in own.modules() if hasattr(module, "lora")]
         size = sum(weight.numel() * weight.element_size() for weight in weights)
         calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         times: dict[str, list[float]] = {name: [] for name in calls}
         for turn in range(args.turns + 2):
             for name, (call, undo) in calls.items():
-                taken = harness.seconds(call)
+                taken = harness.seconds(call, args.device)
                 undo()
                 if turn >= 2:
                     times[name].append(taken)
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows[f"{dtype}: {name}"] = {
                 **row,
                 "bytes a second": 2 * size / row["seconds"],
-                "peak over weights": harness.peak_bytes(call) / size,
+                "peak over weights": harness.peak_bytes(call, args.device) / size,
             }
             undo()
     harness.report(

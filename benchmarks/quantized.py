@@ -40,7 +40,7 @@ def contenders(shape: harness.Shape, kind: str, r: int, targets: str, device: st
 
     with tempfile.TemporaryDirectory() as folder:
         if kind != "float32":
-            harness.base(shape).save_pretrained(folder)
+            harness.base(shape, device).save_pretrained(folder)
         models = {
             "floor": base().requires_grad_(False),
             "ours": harness.ours(base(), r, targets),

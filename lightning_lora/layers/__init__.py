@@ -24,6 +24,7 @@ from lightning_lora.layers.dora import DORA
 from lightning_lora.layers.embedding import LoraEmbedding
 from lightning_lora.layers.linear import LoraConv1D, LoraLinear
 from lightning_lora.layers.offloading import offloading_hook, onloaded
+from lightning_lora.layers.own_linear import LoraOwnLinear
 from lightning_lora.layers.parameters import LoraParameters
 from lightning_lora.layers.quantized import QuantizedStorage, register_quantized_storage, storage_of
 from lightning_lora.layers.quantized_linear import LoraQuantizedLinear, dequantized
@@ -62,6 +63,7 @@ __all__ = [
 _layer_kinds: list[type[LoraLayer]] = [
     LoraQuantizedLinear,
     LoraLinear,
+    LoraOwnLinear,
     LoraEmbedding,
     LoraConv,
     LoraMultiheadAttention,

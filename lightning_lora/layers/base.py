@@ -96,6 +96,7 @@ class LoraLayer(nn.Module):
     supported: ClassVar[str] = ""  # the modules that it adapts, for errors
     group: ClassVar[str] = "linear"  # of config.LAYER_GROUPS, the one by which settings mean it; "" for none
     reads_packed: ClassVar[bool] = False  # whether it can read weights that are quantized
+    unadapted: ClassVar[type[nn.Module]]  # the class before; an attribute, which every version of torch can trace
     kinds_like: "ClassVar[type[LoraLayer] | None]" = None  # the kind of layer whose kinds of adapters it can have too
 
     lora: nn.ModuleDict
@@ -460,7 +461,8 @@ def adapted_class(layer_class: type[LoraLayer], base: type[nn.Module]) -> type[L
         return super(adapted, self).forward(*args, **kwargs)
 
     forward.__signature__ = inspect.signature(layer_class.forward)  # type: ignore[attr-defined]  # for torch.export
-    names = {"__module__": layer_class.__module__, "_is_adapted": True}
+    # torch.fx takes modules of torch's own packages for leaves.
+    names = {"__module__": base.__module__, "_is_adapted": True, "unadapted": base}
     adapted: type[LoraLayer] = type(f"Lora{base.__name__}", (layer_class, base), {**names, "forward": forward})
     return adapted
 
@@ -504,7 +506,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def base_class(layer: LoraLayer) -> type[nn.Module]:
     """The class that an adapted layer had before."""
-    return _adapted(layer).__bases__[1]
+    return type(layer).unadapted
 
 
 def class_without_adapter(layer: LoraLayer) -> type[nn.Module]:

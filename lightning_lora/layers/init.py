@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.rng import seeded
 from lightning_lora.sharding import copy_full_
 
 
@@ -105,8 +106,7 @@ def from_weight(weight: Tensor, kind: str, r: int, scaling: float, seed: int, na
     if kind == "pissa":
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
     else:
-        with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-            torch.manual_seed(generator_for(seed, name).initial_seed())
+        with seeded(generator_for(seed, name).initial_seed(), weight.device):
             left, values, right = torch.svd_lowrank(weight, r, niter=int(kind.removeprefix("pissa_niter_")))
             right = right.t()
     root = (values[:r] / scaling).sqrt()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_lora.eval_mode import evaluating
 from lightning_lora.layers import LoraAdapter, LoraLayer
 from lightning_lora.model.record import Injection, injections
+from lightning_lora.rng import seeded
 
 KIND = "eva"
 TAU = 0.99
@@ -253,8 +254,7 @@ def _largest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if min(matrix.shape) <= 2 * count:
         _, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return values[:count], right[:count]
-    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-        torch.manual_seed(0)
+    with seeded(0, matrix.device):
         _, values, right = torch.svd_lowrank(matrix, count, niter=4)
     return values, right.t()
 

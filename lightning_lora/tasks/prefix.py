@@ -5,6 +5,7 @@ nothing of LoRA, and LoRA nothing of it: a module beside the pretrained model is
 in full and stores with the adapter.
 """
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,6 +13,14 @@ from torch import Tensor, nn
 
 from lightning_lora.eval_mode import evaluating
 from lightning_lora.tasks.causal_lm import CausalLM
+
+
+def cache_name(model: Any) -> str:
+    """What a model calls the keys and values of tokens before its own, as an argument and in its output.
+
+    It is ``past_key_values``, and ``cache`` in those versions of transformers that have renamed it.
+    """
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 class Prefix(nn.Module):
@@ -27,7 +36,8 @@ class Prefix(nn.Module):
     def __init__(self, model: Any, input_ids: Tensor) -> None:
         super().__init__()
         with torch.no_grad(), evaluating(model):
-            cache = model(input_ids[None].to(model.device), use_cache=True).past_key_values
+            output = model(input_ids[None].to(model.device), use_cache=True)
+        cache = getattr(output, cache_name(model))
         layers = [torch.cat([layer.keys, layer.values]) for layer in cache.layers]
         # Shape (layers, keys and values, heads, tokens, dimensions of a head).
         self.keys_values = nn.Parameter(torch.stack(layers).float())
@@ -70,12 +80,14 @@ class PrefixCausalLM(CausalLM):
         self.save_hyperparameters()
         self.prefix_text = prefix_text
         self.prefix: Any = None
+        self._cache_name = ""
 
     def build(self, dtype: torch.dtype) -> Any:
         """Load the model, and make the prefix of it."""
         model = super().build(dtype)
         ids = self.tokenizer(self.prefix_text, return_tensors="pt")["input_ids"][0]
         self.prefix = Prefix(model, ids)
+        self._cache_name = cache_name(model)  # before a strategy puts a wrapper around it
         return model
 
     def shard(self) -> None:
@@ -103,19 +115,20 @@ class PrefixCausalLM(CausalLM):
             )
         cache = self.prefix.cache(len(batch["input_ids"]), self.model.dtype)
         batch = {**batch, "attention_mask": self._behind_prefix(batch["attention_mask"])}
-        return self.model(**batch, past_key_values=cache)
+        return self.model(**batch, **{self._cache_name: cache})
 
     def _behind_prefix(self, rows: Tensor) -> Tensor:
         """Rows of a mask, or of token ids, with ones in the place of the prefix."""
         return torch.cat([rows.new_ones(len(rows), self.prefix.tokens), rows], dim=1)
 
     def _continue(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> list[str]:
+        cache = self.prefix.cache(len(input_ids), self.model.dtype)
         with evaluating(self.model):
             # The ids in the prefix's place are never looked at: their keys and values are there already.
             output = self.model.generate(
                 input_ids=self._behind_prefix(input_ids),
                 attention_mask=self._behind_prefix(attention_mask),
-                past_key_values=self.prefix.cache(len(input_ids), self.model.dtype),
+                **{self._cache_name: cache},
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 temperature=None,

@@ -6,9 +6,25 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import tiny_llama
 from torch import nn
 
-from benchmarks import chart, checkpoint, harness, imports, inference, inject, memory, merge, quantized, scaling, step
+from benchmarks import (
+    chart,
+    checkpoint,
+    end_of_fit,
+    harness,
+    held,
+    imports,
+    inference,
+    inject,
+    memory,
+    merge,
+    quantized,
+    scaling,
+    step,
+    throughput,
+)
 from lightning_lora.model.quantization import quantized_layers
 
 
@@ -27,6 +43,19 @@ def test_step(tmp_path: Path) -> None:
     for row in rows.values():
         assert row.keys() == {"median", "low", "high", "seconds", "of full"}
         assert row["low"] <= row["median"] <= row["high"]
+
+
+def test_a_step_of_compiled_blocks_without_full_fine_tuning(tmp_path: Path) -> None:
+    models = harness.contenders(harness.SHAPES["tiny"], 2, ["all"], full=False)
+    assert list(models) == ["floor", "ours, all", "PEFT, all"]
+    for model in models.values():
+        assert len(step.compiled_parts(model, "blocks")) == 2
+        assert step.compiled_parts(model, "model") == [model]
+        assert step.compiled_parts(model, None) == []
+    arguments = ["--shape", "tiny", "--tokens", "8", "--turns", "2", "--targets", "qv", "--without-full"]
+    rows = figures(step.main, tmp_path / "step.json", *arguments)
+    assert list(rows) == ["floor", "ours, qv", "PEFT, qv"]
+    assert all("of full" not in row for row in rows.values())
 
 
 def test_memory(tmp_path: Path) -> None:
@@ -92,6 +121,41 @@ def test_merge(tmp_path: Path) -> None:
     assert list(rows) == ["bfloat16: copy", "bfloat16: ours", "bfloat16: PEFT"]
     assert rows["bfloat16: copy"]["peak over weights"] == pytest.approx(1.0, abs=0.05)
     assert all(row["bytes a second"] > 0 for row in rows.values())
+
+
+def test_the_end_of_a_run(tmp_path: Path) -> None:
+    rows = figures(end_of_fit.main, tmp_path / "end_of_fit.json", "--shape", "tiny")
+    assert list(rows) == ["merge", "merge and export"]
+    # At least the merged weights themselves are made, and never two more copies of them.
+    assert all(1.0 <= row["peak over weights"] < 2.5 for row in rows.values())
+
+
+def test_what_a_run_holds_is_what_was_predicted(tmp_path: Path) -> None:
+    (row,) = figures(held.main, tmp_path / "held.json", "--shape", "small", "--tokens", "8").values()
+    assert row["held bytes"] == pytest.approx(row["predicted bytes"], rel=1e-3)
+    assert row["peak bytes"] > row["held bytes"]
+
+
+def test_throughput(tmp_path: Path) -> None:
+    arguments = ["--shape", "tiny", "--rows", "2", "--length", "8", "--turns", "1", "--steps", "2"]
+    rows = figures(throughput.main, tmp_path / "throughput.json", *arguments)
+    assert set(rows) == {name + where for name in ("ours", "PEFT") for where in throughput.LOSSES}
+    for row in rows.values():
+        assert row["tokens a second"] == pytest.approx(16 / row["seconds"])
+
+
+def test_the_loss_at_learned_positions_is_the_loss() -> None:
+    rows = torch.arange(16).view(2, 8)
+    labels = rows.clone()
+    labels[:, :5] = -100
+    for model in (tiny_llama(), harness.theirs(tiny_llama(), 2, "all")):
+        gradients = []
+        for loss in throughput.LOSSES.values():
+            model.zero_grad()
+            found = loss(model, rows, labels)
+            found.backward()
+            gradients.append([found.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_inference(tmp_path: Path) -> None:

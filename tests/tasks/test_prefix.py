@@ -1,5 +1,6 @@
 """Prefix tuning by itself, and together with an adapter."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRA, eject, load_from_checkpoint, unmerge
 from lightning_lora.tasks import CausalLM, PrefixCausalLM
+from lightning_lora.tasks.prefix import cache_name
 
 WORDS = "w1 w2 w3 w4"
 IDS = torch.tensor([[11, 12, 13, 14, 15], [21, 22, 23, 24, 25]])
@@ -34,6 +36,23 @@ def test_an_untrained_prefix_is_the_words_themselves(tmp_path: Path) -> None:
         plain.configure_model()
         text = plain._continue(torch.cat([words, IDS[:1]], 1), torch.ones(1, 9, dtype=torch.long), 6)
         assert module._continue(IDS[:1], torch.ones_like(IDS[:1]), 6) == text
+
+
+def test_the_cache_has_the_name_that_the_model_has_for_it(tmp_path: Path) -> None:
+    class Now(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, past_key_values: object = None) -> None: ...
+
+    class Later(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, cache: object = None) -> None: ...
+
+    assert cache_name(Now()) == "past_key_values"
+    assert cache_name(Later()) == "cache"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = built(tmp_path)
+        module(**BATCH)
+        module._continue(IDS, torch.ones_like(IDS), 2)
+    assert not [str(one.message) for one in caught if "past_key_values" in str(one.message)]
 
 
 def test_padding_on_the_left_changes_nothing(tmp_path: Path) -> None:
