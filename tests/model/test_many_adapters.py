@@ -70,6 +70,7 @@ def operations(module: nn.Module, folder: Path) -> dict[str, Callable[[], Any]]:
         "delete": lambda: delete_adapter(module, "new"),
         "add one that trains a module in full": lambda: add_adapter(module, saved, "full"),
         "choose that": lambda: set_adapter(module, "full"),
+        "save that": lambda: save_adapter(module, folder / "full", "full"),
         "delete that": lambda: delete_adapter(module, "full"),
         "choose": lambda: set_adapter(module, "a1"),
         "ask": lambda: active_adapters(module),
