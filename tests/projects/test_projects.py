@@ -197,18 +197,17 @@ class Losses(L.Callback):
 
 
 def outputs(module: L.LightningModule, data: Any) -> list[Tensor]:
-    """What the module's own training step makes of the data, in eval mode: its loss."""
+    """The module's loss on each batch in eval mode, or what it predicts where its own step wants a Trainer."""
     module.eval()
-    module.trainer = L.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False)
     torch.manual_seed(0)
+    module.log = lambda *_, **__: None  # type: ignore[method-assign, assignment]
     with torch.no_grad():
-        module.log = lambda *_, **__: None  # type: ignore[method-assign, assignment]
-        module.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
-        try:
+        if isinstance(next(iter(data))[0], dict):
+            found = [module(batch[0])["prediction"] for batch in data]
+        else:
             found = [module.training_step(batch, i) for i, batch in enumerate(data)]
-        finally:
-            del module.log, module.log_dict
-    return [each["loss"] if isinstance(each, dict) else each for each in found]
+    del module.log
+    return found
 
 
 @pytest.mark.parametrize("name", PROJECTS)
@@ -239,7 +238,7 @@ def test_a_project(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(plain, data), merged)
     version = importlib.metadata.version(package)
     before, after = (sum(part) / len(part) for part in (first, last))
-    apart = max(float((one - other).abs()) for one, other in zip(merged, trained))
+    apart = max(float((one - other).abs().max()) for one, other in zip(merged, trained))
     row = f"| {name} | {package} {version} | {before:.3f} | {after:.3f} | {apart:.0e} |"
     print(row)
     if page := os.environ.get("PROJECTS_TABLE"):
