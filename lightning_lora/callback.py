@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_lora.config import LoraConfig
 from lightning_lora.formats.merged import ADAPTER_DIR, MERGED_DIR, save_merged
 from lightning_lora.formats.model_card import facts_of
+from lightning_lora.formats.open_file import path_or_url
 from lightning_lora.formats.peft import load_adapter, read_adapter, write_adapter
 from lightning_lora.model.base_dtype import cast_base
 from lightning_lora.model.checks import require_clear_freeze
@@ -29,10 +30,20 @@ from lightning_lora.model.removed import MERGED, REMOVED, forget_removed, how_me
 from lightning_lora.model.summary import print_summary
 from lightning_lora.sharding import is_sharded
 from lightning_lora.signature import takes
-from lightning_lora.trainer import base_changes, gradient_checks, quantized_base, requeue, resume, weight_averaging
+from lightning_lora.trainer import (
+    base_changes,
+    gradient_checks,
+    quantized_base,
+    requeue,
+    resume,
+    step_reads,
+    weight_averaging,
+)
 from lightning_lora.trainer.best_checkpoint import load_best, require_best
 from lightning_lora.trainer.eva_calibration import calibrate_eva
+from lightning_lora.trainer.finite_steps import ON_NAN, FiniteSteps
 from lightning_lora.trainer.frozen_parameters import drop_frozen
+from lightning_lora.trainer.precision import warn_of_emulation
 from lightning_lora.trainer.process_launchers import no_way_back, spawns
 from lightning_lora.trainer.pytorch_lightning import original_class, rebuild, serve_both_packages
 from lightning_lora.trainer.sharded_strategy import checkpoints_of
@@ -55,6 +66,7 @@ class _Arguments(LoraConfig):
     adapter_name: str = "default"
     summary: bool = True
     base_dtype: str | None = None
+    on_nan: str = "raise"
 
 
 class LoRA(Callback):
@@ -97,6 +109,9 @@ class LoRA(Callback):
         base_dtype: Type that the frozen base's weights are cast to, once and for good, such as ``"bfloat16"``: half the
             memory of float32. What is trained stays as it is, and so does what is outside of ``module``. Inputs in
             floating-point numbers must have this type too, unless the precision is mixed. ``None`` leaves the base.
+        on_nan: What a NaN or an infinity in loss or gradients does, before the optimizer steps: ``"raise"`` ends the
+            run with an error that names the layers and the last checkpoint, ``"warn"`` leaves out that step, and
+            ``"ignore"`` does not look. Steps that a gradient scaler leaves out, as under ``"16-mixed"``, are normal.
 
     Raises:
         ValueError: If a setting is out of range or of no known kind.
@@ -110,19 +125,24 @@ class LoRA(Callback):
             raise ValueError("LoRA got both a config and settings of its own: put all of them into the config.")
         if given.merge not in _MERGE_MODES:
             raise ValueError(f"merge is {given.merge!r}, but it must be one of {', '.join(map(repr, _MERGE_MODES))}.")
+        if given.on_nan not in ON_NAN:
+            raise ValueError(f"on_nan is {given.on_nan!r}, but it must be one of {', '.join(map(repr, ON_NAN))}.")
         self.config = given.config or own
         self.merge = given.merge
         self.export_dir = Path(given.export_dir) if given.export_dir is not None else None
-        self.adapter = Path(given.adapter) if given.adapter is not None else None
+        self.adapter = path_or_url(given.adapter) if given.adapter is not None else None
         self.module = given.module
         self.adapter_name = given.adapter_name
         self.summary = given.summary
         self.base_dtype = _floating_dtype(given.base_dtype)
+        self.on_nan = given.on_nan
         self._injected_now = False
         self._came: str | None = None
         self._running = False
         self._gradients: gradient_checks.GradientWatch | None = None
         self._base: base_changes.BaseWatch | None = None
+        self._reads: step_reads.StepReads | None = None
+        self._finite: FiniteSteps | None = None
         serve_both_packages(self)
 
     @property
@@ -146,7 +166,7 @@ class LoRA(Callback):
             resume.install(trainer)
         self._injected_now = self._running = False
         self._came = None
-        install(trainer.strategy, checkpoints)
+        install(trainer.strategy, checkpoints, keeps_finite=self.on_nan != "ignore")
         quantized_base.leave_to_building(trainer)
         _after_configure_model(pl_module, self)
         if weight_averaging.must_be_injected_early(trainer, pl_module, self):
@@ -172,7 +192,7 @@ class LoRA(Callback):
         if self.base_dtype is not None:
             cast_base(root, self.base_dtype, "mixed" in str(pl_module.trainer.precision))
         if self._injected_now:
-            if self.adapter is not None and self.adapter.is_dir():
+            if isinstance(self.adapter, Path) and self.adapter.is_dir():
                 read_adapter(self._injection(root), self.adapter)
             elif self.adapter is not None:
                 load_adapter(pl_module, self.adapter)
@@ -203,17 +223,21 @@ class LoRA(Callback):
             resume.rebuild_dataloader(trainer)
         gradient_checks.enable_through_checkpointing(pl_module)
         weight_averaging.keep_base_exact(trainer, pl_module)
+        if self is _lora_callbacks(trainer)[0]:
+            warn_of_emulation(trainer)
         if self.summary and self is _lora_callbacks(trainer)[0]:
             rank_zero_only(print_summary)(pl_module)
         if self is _lora_callbacks(trainer)[-1]:  # it looks for all, since all adapters have their start by now
             self._gradients = gradient_checks.GradientWatch(pl_module, trainer.optimizers)
             self._base = base_changes.BaseWatch(pl_module, trainer.optimizers)
+            self._reads = step_reads.StepReads(pl_module)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Let a SLURM job be requeued between steps alone."""
+        """Let a SLURM job be requeued between steps alone, and look at each step, now that none is a trial."""
         if self is _lora_callbacks(trainer)[0]:
             requeue.requeue_waits(trainer)
+            self._finite = FiniteSteps(trainer, self.on_nan) if self.on_nan != "ignore" else None
 
     @override
     def on_train_batch_start(
@@ -221,14 +245,31 @@ class LoRA(Callback):
     ) -> None:
         if self._base is not None:
             self._base.require_frozen()
+        if self._reads is not None:
+            self._reads.start()
+
+    @override
+    def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: torch.Tensor) -> None:
+        if self._finite is not None:
+            self._finite.before_backward(loss)
 
     @override
     def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Never train silently on nothing: gradients must reach the adapters before their optimizer's first step."""
+        if self._reads is not None:
+            self._reads.require_none()
         if self._gradients is not None:
             self._gradients.after_backward()
             if self._gradients.is_over:
                 self._gradients = None
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Let no NaN and no infinity into the adapters."""
+        if self._finite is not None:
+            self._finite.before_optimizer_step(optimizer)
 
     @override
     def on_save_checkpoint(
@@ -241,6 +282,8 @@ class LoRA(Callback):
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
         """A moment from which a run can go on."""
+        if self._reads is not None:
+            self._reads.stop()
         requeue.requeue_if_asked(trainer)
 
     @override
@@ -256,8 +299,10 @@ class LoRA(Callback):
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """The last one."""
+        """The last one. What the last step has made is about to be saved, exported and merged."""
         requeue.requeue_if_asked(trainer)
+        if self._finite is not None:
+            self._finite.finish()
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -318,6 +363,11 @@ class LoRA(Callback):
                     f"The Trainer's LoRA callbacks have merge={self.merge!r} and merge={other.merge!r}, but all "
                     "adapters of a model are folded in together: give them the same merge."
                 )
+            if other.on_nan != self.on_nan:
+                raise ValueError(
+                    f"The Trainer's LoRA callbacks have on_nan={self.on_nan!r} and on_nan={other.on_nan!r}, but they "
+                    "look at the same steps: give them the same on_nan."
+                )
 
     def _require_ends(self, trainer: "pl.Trainer") -> None:
         """What the end of the run needs is looked for at its beginning."""
@@ -347,7 +397,10 @@ class LoRA(Callback):
         quantized_base.as_before(pl_module.trainer, pl_module)
         if self._gradients is not None:
             self._gradients.stop()
-        self._gradients = self._base = None
+        for watch in (self._reads, self._finite):
+            if watch is not None:
+                watch.stop()
+        self._gradients = self._base = self._reads = self._finite = None
         gradient_checks.disable_through_checkpointing(pl_module)
 
     def _export_adapter(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -383,7 +436,7 @@ class LoRA(Callback):
             ) from error
 
     def __reduce__(self) -> Any:
-        return rebuild, (original_class(self),), {**self.__dict__, "_gradients": None, "_base": None}
+        return rebuild, (original_class(self),), {**self.__dict__, "_gradients": None, "_base": None, "_finite": None}
 
 
 def _floating_dtype(name: str | None) -> torch.dtype | None:

@@ -10,6 +10,7 @@ from lightning_lora.patterns import fullmatch, require_expression
 from lightning_lora.plain import plain
 
 ALL_LINEAR = "all-linear"
+LAYER_GROUPS = ("linear", "conv", "recurrent")  # words for "all-linear" and what is added to it
 AUTO = "auto"
 LOFTQ = re.compile(r"loftq(?:_(4|8)(?:_niter_([1-9]\d*))?)?")
 _BIAS_MODES = ("none", "all", "lora_only")
@@ -31,7 +32,9 @@ class LoraConfig:
         lora_dropout: Probability of dropping an input element of the adapter path while training, in ``[0, 1)``.
         target_modules: Which layers to adapt. A list holds module names, each matched exactly, as a dotted suffix
             (``"q_proj"``) or as a glob (``"*.layers.[01].*_proj"``); a string is one regular expression that must match
-            the whole name; ``"all-linear"`` is every supported linear layer but the output head.
+            the whole name; ``"all-linear"`` is every supported linear layer but the output head, and
+            ``"all-linear+conv"`` and ``"all-linear+recurrent"`` (or both, ``"all-linear+conv+recurrent"``) are every
+            convolution, or LSTM, GRU and RNN, too. A name of a module that holds layers means the layers inside of it.
         fused_qkv: Of targets that compute query, key and value in one (``c_attn``, ``query_key_value``, ``qkv_proj``,
             ...), the parts to adapt, such as ``["q", "v"]``, each with an A and B of its own; ``None`` adapts such a
             layer as a whole, like any other.
@@ -205,7 +208,15 @@ class LoraConfig:
 
     def _check_patterns(self, name: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, str) and value not in (ALL_LINEAR, AUTO):
+        if isinstance(value, str) and value.startswith(ALL_LINEAR):
+            unknown = [word for word in value.removeprefix(ALL_LINEAR).split("+")[1:] if word not in LAYER_GROUPS]
+            if unknown or name != "target_modules" or value.split("+")[0] != ALL_LINEAR:
+                added = " and ".join(repr(f"+{group}") for group in LAYER_GROUPS[1:])
+                raise ValueError(
+                    f"{name} is {value!r}, but {ALL_LINEAR!r} is for target_modules, and what can be added to it is "
+                    f"{added}."
+                )
+        elif isinstance(value, str) and value != AUTO:
             if name == "modules_to_save":
                 raise ValueError(f"modules_to_save is {value!r}, but it must be a list of names, 'auto' or None.")
             require_expression(value, name)
@@ -223,6 +234,12 @@ class LoraConfig:
                     "of at least 0 and there once, or a dict of such lists by the name of the embedding: correct it, "
                     "or pass None for none."
                 )
+
+    @property
+    def layer_groups(self) -> frozenset[str]:
+        """The groups of layers that ``"all-linear"`` and what is added to it mean; none where layers are named."""
+        is_word = isinstance(self.target_modules, str) and self.target_modules.startswith(ALL_LINEAR)
+        return frozenset(self.target_modules.removeprefix("all-").split("+")) if is_word else frozenset()  # type: ignore[union-attr]
 
     @property
     def kind(self) -> str:

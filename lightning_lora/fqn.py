@@ -1,6 +1,8 @@
-"""Names of modules and parameters."""
+"""Names of modules and parameters, and the walk over those of a base."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from torch import nn
 
 # What torch.compile, FSDP and activation checkpointing put into them.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -9,6 +11,24 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 def clean_fqn(name: str) -> str:
     """A dotted name without the parts that compiling, sharding or checkpointing put in."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model as ``named_modules`` has them, but those of adapters, which may be thousands a layer."""
+    seen: set[nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if remove_duplicate and module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        adapters = getattr(type(module), "adapters_in", None)  # of an adapted layer
+        waiting.extend(
+            (f"{name}.{inner}" if name else inner, child)
+            for inner, child in reversed(module._modules.items())
+            if child is not None and inner != adapters
+        )
 
 
 def is_submodule(name: str, other: str) -> bool:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
 from torch.distributed.fsdp._common_utils import TrainingState  # which the type of the public attribute is
+from torch.distributed.fsdp._runtime_utils import _reshard as _free_full_values  # in torch 2.1 to 2.13
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightning_lora.fqn import clean_fqn
+from lightning_lora.fqn import base_modules, clean_fqn
 
 _MIXED = 1_000_000
 _FLAT = ("_param_infos", "_shapes", "_shard_param_infos", "_shared_param_infos")
@@ -138,9 +139,9 @@ def _reshard(modules: Iterable[nn.Module]) -> None:
                     "are, so they cannot be read, stored or exchanged now: do it outside of the forward pass, or let "
                     "auto_wrap_policy give their module a unit of its own."
                 )
-            # There is no public way but to gather it, which it is, and let go of it.
-            with FSDP.summon_full_params(unit, recurse=False, writeback=False):
-                pass
+            # The public way, summon_full_params, keeps the full values of what was gathered before it, and the next
+            # forward pass would compute with these, whatever becomes of the shards.
+            _free_full_values(unit, unit._handle, True)
 
 
 def _unit_of(module: nn.Module) -> nn.Module | None:
@@ -171,7 +172,7 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether processes share the parameters of a model."""
     # A look at every parameter would be slow where there is one process, and a batch may ask.
     return dist.is_initialized() and any(
-        is_shard(module, name) for module in model.modules() for name in module._parameters
+        is_shard(module, name) for _, module in base_modules(model) for name in module._parameters
     )
 
 
@@ -189,13 +190,18 @@ def full_shape(module: nn.Module, name: str) -> torch.Size:
     return torch.Size([tensor.numel()]) if tensor.is_nested else tensor.shape
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def named_tensors(model: nn.Module, of_base: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
     """Every parameter and persistent buffer under each of its names: its clean name, its module and its name there.
 
     They are shards then, where processes share them, also after a forward pass that left units unsharded.
+
+    Args:
+        model: The model.
+        of_base: Whether to leave out those of adapters.
     """
-    _reshard(model.modules())
-    for module_name, module in model.named_modules(remove_duplicate=False):
+    _reshard(module for _, module in base_modules(model)) if of_base else _reshard(model.modules())
+    modules = base_modules(model, False) if of_base else model.named_modules(remove_duplicate=False)
+    for module_name, module in modules:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 yield clean_fqn(f"{module_name}.{name}".lstrip(".")), module, name

@@ -52,6 +52,7 @@ LAYERS = {
     "`nn.Conv3d`": (lambda: nn.Conv3d(8, 8, 3), torch.randn(2, 8, 5, 5, 5)),
     "convolutions with groups": (lambda: nn.Conv2d(8, 8, 3, groups=2), torch.randn(2, 8, 9, 9)),
     "`nn.MultiheadAttention`": (lambda: Attending(8, 2), torch.randn(4, 2, 8)),
+    "`nn.LSTM`, `nn.GRU`, `nn.RNN`, cells": (lambda: nn.GRUCell(8, 8), torch.randn(2, 8)),
     "parts of fused q, k, v (`fused_qkv`)": (Fused, torch.randn(2, 8), {"target_modules": ["qkv"], "fused_qkv": ["q"]}),
     "stacked experts (`target_parameters`)": (
         Experts,
@@ -71,7 +72,6 @@ VARIANTS = {
     "EVA": {"init_lora_weights": "eva"},
     "LoRA-FA": {"freeze_A": True},
     "VeRA": {"use_vera": True},
-    '"all-linear"': None,
 }
 
 
@@ -81,9 +81,6 @@ def works(layer: str, variant: str) -> bool:
     torch.manual_seed(0)
     module = nn.Sequential(make())
     settings = VARIANTS[variant]
-    if settings is None:
-        layer_class = layer_class_for(getattr(module[0], "qkv", module[0]))
-        return layer_class is not None and layer_class.is_linear and "target_parameters" not in layer
     before = module(x)
     try:
         inject(module, LoraConfig(**{"r": 2, "target_modules": ["0"], **settings, **dict(*targets)}))
@@ -106,10 +103,18 @@ def works(layer: str, variant: str) -> bool:
     return True
 
 
+def word_for(layer: str) -> str:
+    module = LAYERS[layer][0]()
+    layer_class = layer_class_for(getattr(module, "qkv", module))
+    group = "" if layer_class is None or "target_parameters" in layer else layer_class.group
+    return {"": "", "linear": '`"all-linear"`'}.get(group, f'`"all-linear+{group}"`')
+
+
 def test_the_table_of_layers_and_variants_is_true() -> None:
-    lines = [f"| layer | {' | '.join(VARIANTS)} |", "|---" * (1 + len(VARIANTS)) + "|"]
+    lines = [f"| layer | {' | '.join(VARIANTS)} | meant by |", "|---" * (2 + len(VARIANTS)) + "|"]
     for layer in LAYERS:
-        lines.append(f"| {layer} | {' | '.join('yes' if works(layer, variant) else '' for variant in VARIANTS)} |")
+        cells = ["yes" if works(layer, variant) else "" for variant in VARIANTS]
+        lines.append(f"| {' | '.join([layer, *cells, word_for(layer)])} |")
     table = re.sub(r" +", " ", "\n".join(lines))
     assert table in re.sub(r" +", " ", VARIANTS_PAGE), f"The table of docs/variants.md should be:\n{table}"
 

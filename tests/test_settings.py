@@ -20,7 +20,7 @@ from lightning_lora.cli.main import main
 from lightning_lora.signature import takes
 
 FIELDS = dataclasses.fields(LoraConfig)
-OWN = ["config", "merge", "export_dir", "adapter", "module", "adapter_name", "summary", "base_dtype"]
+OWN = ["config", "merge", "export_dir", "adapter", "module", "adapter_name", "summary", "base_dtype", "on_nan"]
 
 
 def words(text: str) -> str:

@@ -4,5 +4,6 @@ from lightning_lora.callbacks.base_as_reference import BaseAsReference
 from lightning_lora.callbacks.before_after import BeforeAfter
 from lightning_lora.callbacks.learning_curve import LearningCurve
 from lightning_lora.callbacks.prediction_writer import PredictionWriter
+from lightning_lora.callbacks.throughput import Throughput
 
-__all__ = ["BaseAsReference", "BeforeAfter", "LearningCurve", "PredictionWriter"]
+__all__ = ["BaseAsReference", "BeforeAfter", "LearningCurve", "PredictionWriter", "Throughput"]

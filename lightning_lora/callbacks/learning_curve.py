@@ -8,6 +8,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from lightning_lora.callbacks.throughput import METRICS
+
 Curves = dict[str, list[tuple[int, float]]]
 
 
@@ -85,14 +87,15 @@ def _joined(earlier: Curves, later: Curves, start: int) -> Curves:
 
 
 def plot(curves: Curves, path: Path) -> None:
-    """Draw losses in one panel and other metrics in a second, if there are any."""
+    """Draw losses in one panel and other metrics but speed in a second, if there are any."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         rank_zero_info(f"No picture of the learning curve beside {path.parent}: run pip install matplotlib for one.")
         return
     panels = [
-        {name: points for name, points in curves.items() if ("loss" in name) == wanted} for wanted in (True, False)
+        {name: points for name, points in curves.items() if ("loss" in name) == wanted and name not in METRICS}
+        for wanted in (True, False)
     ]
     panels = [panel for panel in panels if panel]
     if not panels:

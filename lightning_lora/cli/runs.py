@@ -4,17 +4,30 @@ import inspect
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from pydoc import locate
+from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT  # what Trainer's own signature names
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_lora import shipped_recipes
 from lightning_lora.callback import LoRA
 from lightning_lora.callbacks.prediction_writer import PredictionWriter
 from lightning_lora.cli.help import RUNS
+from lightning_lora.cli.quiet import quiet
+from lightning_lora.trainer.precision import fitting_precision
 
 _CONFIG = ("--config", "-c")
+
+
+class RecipeTrainer(Trainer):
+    """Lightning's Trainer, for which the command line chooses the precision that fits the machine unless one is set."""
+
+    def __init__(self, *, precision: _PRECISION_INPUT | Literal["auto"] | None = "auto", **settings: Any) -> None:
+        super().__init__(precision=None if precision == "auto" else precision, **settings)
 
 
 class LoraCLI(LightningCLI):
@@ -37,14 +50,31 @@ class LoraCLI(LightningCLI):
             "--output", type=str | None, default=None, help="For predict: the JSONL file that predictions go to"
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Note where the arguments come from."""
+        self._args = args
+        super().parse_arguments(parser, args)
+
     def before_instantiate_classes(self) -> None:
-        """Put ``--lora`` and ``--output`` where they belong, so that the saved config is complete without them."""
+        """Put ``--lora`` and ``--output`` where they belong, and choose a precision: the saved config is complete."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.lora:
             _change_lora(config.trainer.callbacks or [], config.lora)
             config.lora = None
         if config.output is not None and self.subcommand != "predict":
             raise ValueError(f"Found --output with {self.subcommand}, expected it with predict. Take it out.")
+        if config.trainer.precision == "auto":
+            self._choose_precision(config.trainer)
+
+    def _choose_precision(self, trainer: Any) -> None:
+        if not isinstance(trainer.accelerator, str) or _has_own_precision(trainer):
+            trainer.precision = None  # Lightning's default, or what the plugin says
+            return
+        trainer.precision, reason = fitting_precision(trainer.accelerator)
+        rank_zero_info(f"precision: {trainer.precision}, since {reason}. --trainer.precision sets another.")
+        if self._args is None:
+            # The processes that Lightning starts by this command line must not come to another decision.
+            sys.argv += ["--trainer.precision", trainer.precision]
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """The trainer, with a writer of predictions if there is a file for them."""
@@ -89,15 +119,26 @@ def run(args: ArgsType = None) -> None:
         sys.argv[1:] = given
     else:
         args = given
-    LoraCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={name: {"usage": f"lightning-lora {name} --config NAME [options]"} for name in RUNS},
-        args=args,
-    )
+    with quiet():
+        LoraCLI(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=RecipeTrainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={name: {"usage": f"lightning-lora {name} --config NAME [options]"} for name in RUNS},
+            args=args,
+        )
+
+
+def _has_own_precision(trainer: Any) -> bool:
+    """Whether a plugin in the config says what to compute in, so that ``precision`` must not."""
+    given = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins]
+    classes = [locate(plugin.class_path) for plugin in given if hasattr(plugin, "class_path")]
+    own = any(isinstance(found, type) and issubclass(found, Precision) for found in classes)
+    strategy: Any = getattr(trainer.strategy, "init_args", None) or {}
+    return own or strategy.get("precision_plugin") is not None
 
 
 def _change_lora(callbacks: list[Any], settings: dict[str, Any]) -> None:

@@ -14,12 +14,12 @@ from lightning_lora.formats.dcp import is_directory, read_directory
 from lightning_lora.formats.metadata import check_metadata, config_of, require_known_format
 from lightning_lora.formats.open_file import Objects, is_skipped, open_file, readable
 from lightning_lora.formats.schema import require_type
-from lightning_lora.formats.sizes import has_own_values, require_sizes, rows_in_checkpoint
+from lightning_lora.formats.sizes import has_own_values, require_finite, require_sizes, rows_in_checkpoint
 from lightning_lora.fqn import clean_fqn
 from lightning_lora.model.inject import inject
 from lightning_lora.model.record import Injection, injections
 from lightning_lora.model.removed import remove_adapter
-from lightning_lora.model.state_dict import CheckpointError, base_absent, check_adapters, tensor_names
+from lightning_lora.model.state_dict import CheckpointError, base_absent, check_adapters, tensor_names, trained_only
 from lightning_lora.model.targets import modules_by_name
 
 KEY = "lightning_lora"
@@ -43,6 +43,7 @@ def check_checkpoint(module: pl.LightningModule, checkpoint: Mapping[str, Any], 
     own_names = {clean_fqn(name): name for name in tensor_names(module)}
     state_dict = {own_names.get(clean_fqn(name), name): value for name, value in saved.items()}
     check_adapters(module, state_dict, source)
+    require_finite(trained_only(module, state_dict), source)
     return state_dict
 
 

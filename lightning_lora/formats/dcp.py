@@ -3,20 +3,23 @@
 Each process writes a share of the tensors, which here are whole ones, and ``meta.pt`` holds what else a checkpoint has.
 """
 
-import pickle
+import json
+import math
+import os
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
-from lightning_lora.formats.open_file import Objects, open_file
+from lightning_lora.formats.dcp_index import Chunk, read_index
+from lightning_lora.formats.open_file import Objects, open_file, open_part
+from lightning_lora.formats.schema import require_type
 
+CHECKSUMS_FILE = "checksums.json"  # each file's size and CRC-32; also the mark of a directory that is complete
 META_FILE = "meta.pt"  # as Lightning 2.6 names it
+INDEX_FILE = ".metadata"  # as torch names it
 _MODEL = ("model.", "state_dict.")  # as FSDPStrategy and ModelParallelStrategy call the model
 _OPTIMIZER = "optimizer_{}."
 
@@ -45,11 +48,50 @@ def _is_stored(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
+def write_checksums(directory: Path) -> None:
+    """Add to a directory that all processes have written to what tells later whether its files are as they were."""
+    sums = {path.name: _size_and_crc(path) for path in sorted(directory.iterdir()) if path.name != CHECKSUMS_FILE}
+    (directory / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+
+
+def _require_intact(directory: Path) -> None:
+    path = directory / CHECKSUMS_FILE
+    if not path.exists():  # written without this package, or by an earlier version
+        return
+    try:
+        sums = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RuntimeError(f"{CHECKSUMS_FILE} in it is damaged ({error}).") from error
+    require_type(sums, dict[str, list[int]], str(path))
+    for name, expected in sums.items():
+        if not (directory / _plain(name)).is_file() or _size_and_crc(directory / name) != expected:
+            raise RuntimeError(f"{name!r} in it is missing, or not what was written: its checksum is another one.")
+
+
+def _size_and_crc(path: Path) -> list[int]:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return [path.stat().st_size, crc]
+
+
+def _plain(name: str) -> str:
+    """A name of a file in the directory itself.
+
+    Raises:
+        RuntimeError: If it leads elsewhere.
+    """
+    if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name:
+        raise RuntimeError(f"its index names {name!r}, which is no file in it.")
+    return name
+
+
 def read_directory(path: str | Path, objects: Objects = "refuse") -> dict[str, Any]:
     """Read a sharded checkpoint as one of a single file: with ``state_dict`` and ``optimizer_states``, on the CPU.
 
-    ``torch.distributed.checkpoint`` keeps the list of the tensors as a pickled object, so the directory must be of a
-    source that you trust.
+    ``torch.distributed.checkpoint`` keeps the list of the tensors as a pickled object, of which only the values are
+    read: no object in it is made. Files outside of the directory are not opened.
 
     Args:
         path: The directory.
@@ -59,30 +101,47 @@ def read_directory(path: str | Path, objects: Objects = "refuse") -> dict[str, A
         RuntimeError: If files of it are damaged or missing.
     """
     path = Path(path)
+    _require_intact(path)
     checkpoint: dict[str, Any] = open_file(path / META_FILE, objects)
-    try:
-        reader = FileSystemReader(path)
-        stored = reader.read_metadata().state_dict_metadata
-        tensors = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in stored.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        load(tensors, storage_reader=reader, no_dist=True)
-    except (CheckpointException, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise RuntimeError(f"its tensors are incomplete ({error!r}).") from error
+    require_type(checkpoint, dict[str, Any], str(path / META_FILE))
+    tensors = {name: _read_tensor(path, name, chunks) for name, chunks in read_index(path / INDEX_FILE).items()}
     checkpoint["state_dict"] = {
         name.removeprefix(prefix): tensor
         for prefix in _MODEL
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
-    own = checkpoint.get("lightning_lora", {})
-    if "optimizers" in own:
+    own = checkpoint.get("lightning_lora")
+    if isinstance(own, dict) and "optimizers" in own:
+        require_type(own["optimizers"], list[Any], str(path / META_FILE), "lightning_lora.optimizers")
         checkpoint["optimizer_states"] = [
             _join_optimizer(rest, _OPTIMIZER.format(number), tensors) for number, rest in enumerate(own["optimizers"])
         ]
     return checkpoint
+
+
+def _read_tensor(directory: Path, name: str, chunks: list[Chunk]) -> Tensor:
+    """Put a tensor together out of its chunks, each of which is a whole file of ``torch.save`` in a larger one."""
+    parts = [_read_chunk(directory, name, chunk) for chunk in chunks]
+    shape = chunks[0].shape
+    if sum(part.numel() for part in parts) != math.prod(shape):  # before memory is taken for what the index says
+        raise RuntimeError(f"its tensors are incomplete: the parts of {name!r} do not make up {shape}.")
+    tensor = torch.empty(shape, dtype=parts[0].dtype)
+    for chunk, part in zip(chunks, parts):
+        tensor[tuple(slice(at, at + size) for at, size in zip(chunk.at, chunk.size))] = part
+    return tensor
+
+
+def _read_chunk(directory: Path, name: str, chunk: Chunk) -> Tensor:
+    try:
+        part: Any = open_part(directory / _plain(chunk.file), chunk.offset, chunk.length)
+    except OSError as error:
+        raise RuntimeError(f"its tensors are incomplete ({error!r}).") from error
+    fits = isinstance(part, Tensor) and part.layout is torch.strided and not part.is_meta
+    if not fits or tuple(part.shape) != chunk.size or part.dtype != chunk.dtype:
+        raise RuntimeError(f"{chunk.file!r} in it does not hold {name!r} as its index says.")
+    found: Tensor = part
+    return found
 
 
 def _join_optimizer(rest: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.formats.schema import require_type
+from lightning_lora.fqn import listed
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint
 from lightning_lora.model.quantization import described
 from lightning_lora.model.record import Injection, named_injections
@@ -26,6 +27,8 @@ class Entry(TypedDict):
     config: dict[str, Any]
     base_fingerprint: str
     base_samples: NotRequired[str | None]
+    base_sketches: NotRequired[str | None]
+    base_config: NotRequired[dict[str, Any] | None]
     beneath: NotRequired[list[dict[str, Any]]]
 
 
@@ -54,7 +57,8 @@ def _entry(name: str, injection: Injection) -> dict[str, Any]:
         "adapter_name": injection.adapter_name,
         "config": injection.config.to_dict(),
         "base_fingerprint": base.short,
-        **({"base_samples": base.samples} if base.samples is not None else {}),
+        **({"base_samples": base.samples, "base_sketches": base.sketches} if base.samples is not None else {}),
+        **({"base_config": base.config} if base.config else {}),
         **({"quantization": injection.quantization} if injection.quantization else {}),
         **({"beneath": injection.beneath} if injection.beneath else {}),
     }
@@ -95,12 +99,17 @@ def check_metadata(model: nn.Module, meta: Mapping[str, Any], source: str, other
             )
         beneath = ", ".join(f"{each['adapter_name']!r}" for each in entry.get("beneath", []))
         require_same_base(
-            Base(Fingerprint(entry["base_fingerprint"], entry.get("base_samples")), entry.get("quantization", [])),
+            Base(_fingerprint_in(entry), entry.get("quantization", [])),
             Base(fingerprint(injection), injection.quantization),
             source,
             f"Into that base, the adapter {beneath} had been merged for good. " if beneath else "",
             other_format,
         )
+
+
+def _fingerprint_in(entry: Mapping[str, Any]) -> Fingerprint:
+    names = ("base_fingerprint", "base_samples", "base_sketches", "base_config")
+    return Fingerprint(*map(entry.get, names))  # type: ignore[arg-type]
 
 
 class Base(NamedTuple):
@@ -133,6 +142,9 @@ def require_same_base(saved: Base, here: Base, source: str, more: str = "", othe
     """
     try:
         if saved.fingerprint.fits(here.fingerprint):
+            if _settings(saved.quantization) == _settings(here.quantization):
+                computed = bool(here.quantization)
+                _require_unedited(saved.fingerprint.edits(here.fingerprint, computed), source)
             return
     except ValueError as error:
         raise CheckpointError(f"{source} is damaged: {error} Take another copy of it. Nothing was loaded.") from error
@@ -155,6 +167,20 @@ def require_same_base(saved: Base, here: Base, source: str, more: str = "", othe
         + (", quantized as they were" if differs else "")
         + f"; if this very model was merged before, unmerge it first. {more}Nothing was loaded."
     )
+
+
+def _require_unedited(edits: list[str], source: str) -> None:
+    """Require the very base, but for how positions are counted, which may be extended on purpose: that is said."""
+    positions = [edit for edit in edits if edit.startswith("rope")]
+    others = [edit for edit in edits if edit not in positions]
+    if others:
+        raise CheckpointError(
+            f"{source} was trained on a base that was not quite this one, which has its tensors and other values in "
+            f"{listed(others)}. Build the model from the pretrained weights and settings that the adapter was trained "
+            "on. Nothing was loaded."
+        )
+    if positions:
+        rank_zero_warn(f"{source} was trained on a base with other positions: {listed(positions)}.")
 
 
 def _settings(quantization: list[dict[str, Any]]) -> list[dict[str, Any]]:

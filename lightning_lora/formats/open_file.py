@@ -1,5 +1,6 @@
 """How far a checkpoint's file is opened: its tensors and plain types, or the objects in it too, which can run code."""
 
+import io
 import pickle
 import re
 import struct
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
@@ -35,6 +37,11 @@ class _Skipped:
 _SKIPPED: _Skipped = object.__new__(_Skipped)
 
 
+def path_or_url(path: str | Path) -> str | Path:
+    """A path as a ``Path``, and a URL as it is, which ``Path`` would change."""
+    return path if "://" in str(path) else Path(path)
+
+
 def open_file(path: str | Path, objects: Objects) -> Any:
     """Read a file that ``torch.save`` wrote, onto the CPU.
 
@@ -45,7 +52,7 @@ def open_file(path: str | Path, objects: Objects) -> Any:
             ``"skip"`` leaves out such objects and runs nothing: torch's restricted reader reads the file, and finds
             for each name that it does not know one object that does nothing.
     """
-    with get_filesystem(path).open(str(path), "rb") as file:
+    with _opened(path) as file:
         _require_intact(file)
         if objects != "skip":
             return torch.load(file, map_location="cpu", weights_only=objects == "refuse")
@@ -57,14 +64,24 @@ def open_file(path: str | Path, objects: Objects) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def require_intact(path: str | Path) -> None:
-    """Require what ``torch.save`` wrote to be what it wrote, by its checksums, which ``torch.load`` does not look at.
+@contextmanager
+def _opened(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to read in any order, which not every server can do."""
+    filesystem = get_filesystem(path)
+    if isinstance(filesystem, LocalFileSystem):
+        with filesystem.open(str(path), "rb") as file:
+            yield file
+    else:
+        yield io.BytesIO(filesystem.cat_file(str(path)))
 
-    Raises:
-        RuntimeError: Naming the part that is not.
-    """
-    with get_filesystem(path).open(str(path), "rb") as file:
-        _require_intact(file)
+
+def open_part(path: str | Path, offset: int, length: int) -> Any:
+    """The same for what ``torch.save`` wrote into a part of a larger file, without objects."""
+    with Path(path).open("rb") as file:
+        file.seek(offset)
+        part = io.BytesIO(file.read(length))
+    _require_intact(part)
+    return torch.load(part, map_location="cpu", weights_only=True)
 
 
 def _require_intact(file: IO[bytes]) -> None:
@@ -119,7 +136,7 @@ def readable(path: str | Path, way_out: str | None = None) -> Iterator[None]:
 def _names_in(path: str | Path) -> list[str]:
     """The names that a file has beside those of tensors and plain types."""
     try:
-        with get_filesystem(path).open(str(path), "rb") as file:
+        with _opened(path) as file:
             found = get_unsafe_globals_in_checkpoint(file)
     except Exception:  # a damaged file may break anywhere
         return []

@@ -18,7 +18,7 @@ from lightning_lora.formats.checkpoint import KEY, inject_from_checkpoint, read_
 from lightning_lora.formats.dcp import is_directory
 from lightning_lora.formats.metadata import Base, check_metadata, require_same_base
 from lightning_lora.formats.model_card import has_own_card, write_card
-from lightning_lora.formats.open_file import Objects
+from lightning_lora.formats.open_file import Objects, path_or_url
 from lightning_lora.formats.peft_config import peft_adapters, peft_config
 from lightning_lora.formats.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftFiles, read_files, write_weights
 from lightning_lora.formats.peft_variants import as_plain_lora, same_but_for_rounding
@@ -27,8 +27,9 @@ from lightning_lora.formats.publish import whole_directory
 from lightning_lora.formats.sizes import require_finite, require_sizes, rows_in_peft
 from lightning_lora.fqn import listed
 from lightning_lora.layers import Adapter, kind_of
+from lightning_lora.layers.base import base_class
 from lightning_lora.layers.offloading import onloaded
-from lightning_lora.model.fingerprint import Fingerprint, base_tensors, fingerprint_of
+from lightning_lora.model.fingerprint import fingerprint_in
 from lightning_lora.model.inject import inject
 from lightning_lora.model.multi_adapter import adapters, add_adapter, delete_adapter
 from lightning_lora.model.record import Injection, injections
@@ -38,8 +39,9 @@ from lightning_lora.model.state_dict import (
     adapter_tensors,
     check_tensors,
     load_adapter_state_dict,
+    trained_only,
 )
-from lightning_lora.model.targets import modules_by_name, pretrained_models
+from lightning_lora.model.targets import matches, modules_by_name, pretrained_models
 from lightning_lora.sharding import full_tensor, is_writer, load_full, named_tensors, unsharded
 
 Layout = Literal["peft", "portable"]
@@ -64,6 +66,7 @@ def save_adapter(
     Raises:
         ValueError: If the model has no such adapter, or several to choose from, or if it has more than the portable
             layout can hold: DoRA, VeRA, biases, ``modules_to_save``, token rows or stacked parameters.
+        CheckpointError: If the adapter holds a NaN or an infinity.
     """
     with restored(model):
         return write_adapter(_find_injection(model, adapter_name), Path(directory), layout=layout)
@@ -104,7 +107,9 @@ def write_adapter(
     prefix = _peft_root(injection)
     _warn_of_what_peft_leaves_out(injection, directory)
     tensors = _tensors_of(injection, prefix)
-    base = _fingerprint(injection, prefix)
+    trained = {name: tensor for name, tensor in tensors.items() if name not in _buffers_of(injection, prefix)}
+    require_finite(trained, "The adapter", f"Nothing was written to {directory}.")
+    base = fingerprint_in(injection, prefix)
     if not is_writer(injection.root):
         return directory
     start = str(injection.config.init_lora_weights) if injection.config.quantizes_base else None
@@ -145,7 +150,7 @@ def load_adapter(
 
     Args:
         model: The base model, or the LightningModule that holds it.
-        path: The directory or the ``.ckpt`` file.
+        path: The directory or the ``.ckpt`` file, which may be a URL that fsspec opens.
         adapter_name: Of a directory. By default, that of the only adapter, or ``"default"``.
         weights_only: Of a checkpoint, the adapter alone is read, and objects beside it, such as hyperparameters may be,
             are left out unopened. ``False`` opens them too, which can run code; it helps where they cannot be left out.
@@ -158,10 +163,10 @@ def load_adapter(
     Raises:
         CheckpointError: If the files are damaged, or do not fit the model or its base. Nothing is loaded then.
     """
-    path = Path(path)
+    path = path_or_url(path)
     before = list(adapters(model))
     with _refused_as_a_whole(model, path):
-        if not path.is_dir() or is_directory(path):
+        if isinstance(path, str) or not path.is_dir() or is_directory(path):
             objects: Objects = "open" if weights_only is False else "skip"
             _load_checkpoint(model, path, not before, objects, other_format)
             return model
@@ -184,7 +189,7 @@ def load_adapter(
 
 
 @contextmanager
-def _refused_as_a_whole(model: nn.Module, path: Path) -> Iterator[None]:
+def _refused_as_a_whole(model: nn.Module, path: str | Path) -> Iterator[None]:
     """Leave a model as it came if what is loaded does not fit it, and say so in errors of one kind."""
     before = list(adapters(model))
     try:
@@ -218,7 +223,7 @@ def _put(
     _require_same_kind(injection, files.directory, saved)
     if files.fingerprint is not None:
         theirs = Base(files.fingerprint, files.quantization)
-        here = Base(_fingerprint(injection, _peft_root(injection)), injection.quantization)
+        here = Base(fingerprint_in(injection, _peft_root(injection)), injection.quantization)
         require_same_base(theirs, here, str(files.directory), other_format=other_format)
     _put_tensors(injection, tensors, str(files.directory))
 
@@ -281,7 +286,9 @@ def _put_tensors(injection: Injection, tensors: dict[str, Tensor], source: str) 
 
 @contextmanager
 def _full_adapters(injection: Injection) -> Iterator[None]:
-    modules = [module for _, layer in injection.layers() for module in layer.lora.modules()]
+    name = injection.adapter_name
+    adapters = [layer.lora[name] for _, layer in injection.layers() if name in layer.lora]
+    modules = [module for adapter in adapters for module in adapter.modules()]
     with unsharded(modules), onloaded(modules):
         yield
 
@@ -312,6 +319,14 @@ def _require_same_kind(injection: Injection, directory: Path, saved: LoraConfig)
             f"{directory} holds {theirs}, and this model's adapter is {kinds[1]}: use the use_vera and seed "
             "(projection_prng_key), or adapter_kind, with which it was saved. Nothing was loaded."
         )
+    for name, layer in injection.layers():
+        read = layer.peft_targets(name[len(prefix) :]).get("target_parameters", [])
+        if not all(matches(parameter, saved.target_parameters) for parameter in read):
+            raise CheckpointError(
+                f"{directory} has an adapter on the calls of {name!r}, to whose output PEFT adds it. This "
+                f"{base_class(layer).__name__} computes something else than x W^T + b, so that would not be what is "
+                "merged. Train one here, which adapts the weight where it is read. Nothing was loaded."
+            )
     problems: dict[type[Adapter], str] = {}  # the first of each class
     for adapter in adapters:
         if problem := adapter.mismatch(saved, adapter.layer_name[len(prefix) :]):
@@ -320,12 +335,12 @@ def _require_same_kind(injection: Injection, directory: Path, saved: LoraConfig)
         raise CheckpointError(f"{directory} does not fit: {'; '.join(problems.values())}. Nothing was loaded.")
 
 
-def _load_checkpoint(model: nn.Module, path: Path, fresh: bool, objects: Objects, other_format: bool) -> None:
+def _load_checkpoint(model: nn.Module, path: str | Path, fresh: bool, objects: Objects, other_format: bool) -> None:
     checkpoint = read_checkpoint(path, objects, "load_adapter(..., weights_only=False)")
     if fresh:
         inject_from_checkpoint(model, checkpoint, str(path))
     check_metadata(model, checkpoint[KEY], str(path), other_format)
-    require_finite(checkpoint["state_dict"], str(path))
+    require_finite(trained_only(model, checkpoint["state_dict"]), str(path))
     expected = adapter_tensors(model)
     load_adapter_state_dict(model, {k: v for k, v in checkpoint["state_dict"].items() if k in expected})
 
@@ -345,14 +360,6 @@ def _find_injection(model: nn.Module, adapter_name: str | None) -> Injection:
             )
         )
     return found[0].seen_from(model)
-
-
-def _fingerprint(injection: Injection, prefix: str) -> Fingerprint:
-    """The base's fingerprint under the names that it has in the model that PEFT would wrap."""
-    tensors = base_tensors(injection)
-    return fingerprint_of(
-        each._replace(name=each.name[len(prefix) :]) for each in tensors if each.name.startswith(prefix)
-    )
 
 
 def _peft_state_dict(injection: Injection, plain: bool = False) -> dict[str, Tensor]:
@@ -375,7 +382,7 @@ def _saved_in_full(injection: Injection) -> dict[str, tuple[nn.Module, str, Tens
         for inner, peft_inner in layer.peft_wrapped().items()
     }
     names = {*injection.trained, *(name for name in injection.aside if injection.saves(name))}
-    for name, module, inner in named_tensors(injection.root):
+    for name, module, inner in named_tensors(injection.root, of_base=True) if names else ():
         if name in names:
             owner, _, attribute = name.rpartition(".")
             found[f"{wrapped.get(owner, owner)}.{attribute}".lstrip(".")] = (
@@ -384,6 +391,12 @@ def _saved_in_full(injection: Injection) -> dict[str, tuple[nn.Module, str, Tens
                 None if injection.in_place else injection.aside[name],
             )
     return found
+
+
+def _buffers_of(injection: Injection, prefix: str) -> set[str]:
+    """The names in the file of buffers, which may hold an infinity, as masks do."""
+    saved = _saved_in_full(injection).items()
+    return {PREFIX + name[len(prefix) :] for name, (module, inner, _) in saved if inner in module._buffers}
 
 
 def _peft_root(injection: Injection) -> str:

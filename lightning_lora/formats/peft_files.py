@@ -21,6 +21,7 @@ from lightning_lora.config import quantization
 from lightning_lora.formats.peft_keys import LOFTQ_ITERATIONS
 from lightning_lora.formats.schema import require_type
 from lightning_lora.model.fingerprint import Fingerprint
+from lightning_lora.model.finite import DTYPES
 from lightning_lora.model.state_dict import CheckpointError
 
 CONFIG_FILE = "adapter_config.json"
@@ -28,6 +29,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _PICKLED_FILE = "adapter_model.bin"
 _FINGERPRINT, _SAMPLES = "lightning_lora_base_fingerprint", "lightning_lora_base_samples"
+_SKETCHES, _CONFIG = "lightning_lora_base_sketches", "lightning_lora_base_config"
 _QUANTIZATION = "lightning_lora_base_quantization"
 _BASE = "lightning_lora_base"
 _CHECKSUMS = "lightning_lora_checksums"
@@ -62,7 +64,10 @@ class PeftFiles:
     @property
     def fingerprint(self) -> Fingerprint | None:
         """The base's, if this package wrote the files."""
-        return Fingerprint(self.meta[_FINGERPRINT], self.meta.get(_SAMPLES)) if _FINGERPRINT in self.meta else None
+        if _FINGERPRINT not in self.meta:
+            return None
+        config = json.loads(self.meta[_CONFIG]) if _CONFIG in self.meta else None
+        return Fingerprint(self.meta[_FINGERPRINT], self.meta.get(_SAMPLES), self.meta.get(_SKETCHES), config)
 
     @property
     def quantization(self) -> list[dict[str, Any]]:
@@ -91,7 +96,7 @@ def read_files(directory: Path) -> PeftFiles:
         tensors = {name: file.get_tensor(name) for name in names}
         meta = dict(file.metadata() or {})
     _require_undamaged(tensors, meta, path)
-    _require_quantization(meta, path)
+    _require_plain(meta, path)
     start = meta.get(_BASE)
     if start is not None and (quantization(start) or (0, LOFTQ_ITERATIONS + 1))[1] > LOFTQ_ITERATIONS:
         raise CheckpointError(
@@ -125,6 +130,10 @@ def write_weights(
     meta = {"format": "pt", _FINGERPRINT: fingerprint.short}
     if fingerprint.samples is not None:
         meta[_SAMPLES] = fingerprint.samples
+    if fingerprint.sketches is not None:
+        meta[_SKETCHES] = fingerprint.sketches
+    if fingerprint.config:
+        meta[_CONFIG] = json.dumps(fingerprint.config, sort_keys=True)
     if start is not None:
         meta[_BASE] = start
     if quantized:
@@ -176,10 +185,10 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _require_undamaged(tensors: Mapping[str, Tensor], meta: Mapping[str, str], path: Path) -> None:
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if tensor.dtype not in DTYPES:
             raise CheckpointError(
-                f"{path} holds {name!r} as {tensor.dtype}, and an adapter's tensors are of floating-point numbers: it "
-                "is damaged, or no adapter. Nothing was loaded."
+                f"{path} holds {name!r} as {tensor.dtype}, and an adapter's tensors are floating-point numbers of 16 "
+                "bits or more: it is damaged, or no adapter. Nothing was loaded."
             )
     if _CHECKSUMS not in meta:  # an older file, or PEFT's
         return
@@ -196,12 +205,13 @@ def _require_undamaged(tensors: Mapping[str, Tensor], meta: Mapping[str, str], p
         )
 
 
-def _require_quantization(meta: Mapping[str, str], path: Path) -> None:
-    try:
-        found: Any = json.loads(meta.get(_QUANTIZATION, "[]"))
-    except (ValueError, RecursionError):
-        found = None
-    require_type(found, list[dict[str, Any]], str(path), _QUANTIZATION)
+def _require_plain(meta: Mapping[str, str], path: Path) -> None:
+    for name, hint, default in ((_QUANTIZATION, list[dict[str, Any]], "[]"), (_CONFIG, dict[str, Any], "{}")):
+        try:
+            found: Any = json.loads(meta.get(name, default))
+        except (ValueError, RecursionError):
+            found = None
+        require_type(found, hint, str(path), name)
 
 
 def _checksum(tensor: Tensor) -> int:

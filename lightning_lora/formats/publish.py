@@ -3,20 +3,43 @@
 import ctypes
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 
+_STALE = 3600.0  # seconds
 _AT_CWD, _EXCHANGE = -100, 2  # renameat2(2): AT_FDCWD, RENAME_EXCHANGE
 
 
 def partial_path(target: Path) -> Path:
-    """The name under which something is written: one that Lightning takes for no checkpoint.
+    """The name under which this process writes something, once what killed processes have left of it is removed.
 
-    It is the same on all ranks, and in the next try, which so replaces what a killed process has left.
+    It is no other process's, so that two runs may write to one place, and one that Lightning takes for no checkpoint.
     """
-    return target.with_name(f".{target.name}.partial")
+    host = socket.gethostname()
+    for path in target.parent.glob(f".{escape(target.name)}.*.partial"):
+        with suppress(OSError):  # another process may remove it meanwhile
+            if _is_left_behind(path, host):
+                remove(path)
+    return target.with_name(f".{target.name}.{host}-{os.getpid()}.partial")
+
+
+def _is_left_behind(path: Path, host: str) -> bool:
+    """Whether the process that wrote this is gone: one of this machine, or, elsewhere, one that no longer writes."""
+    writer, _, number = path.name.removesuffix(".partial").rpartition("-")
+    if not writer.endswith(f".{host}") or not number.isdecimal() or os.name == "nt":
+        return time.time() - path.stat().st_mtime > _STALE
+    try:
+        os.kill(int(number), 0)  # sends nothing
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return int(number) == os.getpid()
 
 
 @contextmanager
@@ -37,7 +60,7 @@ def whole_directory(directory: Path, stale: tuple[str, ...] = ()) -> Iterator[Pa
     is_movable = not target.is_mount() and not Path.cwd().is_relative_to(target)
     parent = next(each for each in target.parents if each.exists())
     by_file = target.is_dir() and not (is_movable and os.access(parent, os.W_OK))
-    partial = target / ".partial" if by_file else partial_path(target)
+    partial = partial_path(target / "files" if by_file else target)
     remove(partial)
     partial.mkdir(parents=True)
     try:
@@ -87,7 +110,9 @@ def publish(partial: Path, target: Path) -> None:
     """
     for path in (partial, *partial.rglob("*")):
         _flush(path)
-    if partial.is_dir() and os.path.lexists(target):
+    if not partial.is_dir():
+        os.replace(partial, target)
+    elif not _rename_to_free(partial, target):
         if not _exchange(partial, target):
             previous = target.with_name(f".{target.name}.previous")
             remove(previous)
@@ -95,9 +120,20 @@ def publish(partial: Path, target: Path) -> None:
             os.replace(partial, target)
             remove(previous)
         remove(partial)  # the old one, if they were exchanged
-    else:
-        os.replace(partial, target)
     _flush(target.parent)
+
+
+def _rename_to_free(partial: Path, target: Path) -> bool:
+    """Give a directory its name, if nothing has it."""
+    if os.path.lexists(target):
+        return False
+    try:
+        os.rename(partial, target)
+    except OSError:
+        if not os.path.lexists(target):  # else another process was faster
+            raise
+        return False
+    return True
 
 
 def _exchange(one: Path, other: Path) -> bool:

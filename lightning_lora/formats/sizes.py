@@ -11,7 +11,7 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.formats.peft_files import OF_LAYER, PREFIX
 from lightning_lora.fqn import clean_fqn, listed
 from lightning_lora.layers import LoraParameters
-from lightning_lora.layers.base import is_finite
+from lightning_lora.model.finite import DTYPES, not_finite
 from lightning_lora.model.state_dict import CheckpointError
 from lightning_lora.model.targets import find_modules_to_save, find_targets, parameters_in
 
@@ -100,16 +100,30 @@ def has_own_values(value: Any) -> bool:
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
-def require_finite(tensors: Mapping[str, Any], source: str) -> None:
+def require_finite(tensors: Mapping[str, Any], source: str, done: str = "Nothing was loaded.") -> None:
     """Require tensors without a NaN and without an infinity.
 
+    Args:
+        tensors: By name; what is no ordinary tensor is left to others.
+        source: What holds them, for errors.
+        done: What became of them, for errors.
+
     Raises:
-        CheckpointError: Naming the first that has one.
+        CheckpointError: If some have one.
     """
-    for name, tensor in tensors.items():
-        has_values = isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
-        if has_values and has_own_values(tensor) and tensor.is_floating_point() and not is_finite(tensor):
-            raise CheckpointError(
-                f"{source} holds a NaN or an infinity in {name!r}: the training diverged, or the file is damaged. Take "
-                "an earlier one. Nothing was loaded."
-            )
+    found = not_finite(
+        {
+            name: tensor
+            for name, tensor in tensors.items()
+            if isinstance(tensor, Tensor)
+            and tensor.layout is torch.strided
+            and tensor.dtype in DTYPES
+            and not tensor.is_meta
+            and has_own_values(tensor)
+        }
+    )
+    if found:
+        raise CheckpointError(
+            f"{source} holds a NaN or an infinity in {listed(list(map(repr, found)))}: the training diverged, or the "
+            f"file is damaged. Take an earlier one. {done}"
+        )

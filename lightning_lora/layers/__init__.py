@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from lightning_lora.config import LoraConfig
+from lightning_lora.fqn import base_modules
 from lightning_lora.layers.adapter import Adapter, LoraAdapter
 from lightning_lora.layers.attention import LoraMultiheadAttention
 from lightning_lora.layers.base import (
@@ -23,9 +24,11 @@ from lightning_lora.layers.dora import DORA
 from lightning_lora.layers.embedding import LoraEmbedding
 from lightning_lora.layers.linear import LoraConv1D, LoraLinear
 from lightning_lora.layers.offloading import offloading_hook, onloaded
+from lightning_lora.layers.own_linear import LoraOwnLinear
 from lightning_lora.layers.parameters import LoraParameters
 from lightning_lora.layers.quantized import QuantizedStorage, register_quantized_storage, storage_of
 from lightning_lora.layers.quantized_linear import LoraQuantizedLinear, dequantized
+from lightning_lora.layers.recurrent import LoraRecurrent
 from lightning_lora.layers.tokens import LoraTokens
 from lightning_lora.layers.vera import VERA
 
@@ -60,10 +63,12 @@ __all__ = [
 _layer_kinds: list[type[LoraLayer]] = [
     LoraQuantizedLinear,
     LoraLinear,
+    LoraOwnLinear,
     LoraEmbedding,
     LoraConv,
     LoraMultiheadAttention,
     LoraConv1D,
+    LoraRecurrent,
 ]
 # Of a name in _PLAIN, each layer class has its own adapter class.
 _PLAIN = "lora"
@@ -153,6 +158,6 @@ def new_adapter(target: Target, config: LoraConfig, adapter_name: str) -> nn.Mod
     """An adapter for one module that can have it, ready to be put in."""
     adapter_class = adapter_class_for(target.layer_class, config)
     assert adapter_class is not None
-    with onloaded(target.module.modules()):
+    with onloaded(module for _, module in base_modules(target.module)):
         adapter = target.layer_class.new_adapter(adapter_class, target, config, adapter_name)
     return adapter.train(target.module.training)

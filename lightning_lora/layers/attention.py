@@ -12,7 +12,7 @@ class LoraMultiheadAttention(LoraParameters):
     """``nn.MultiheadAttention``: the projections of query, key and value, fused or split, and the output projection."""
 
     supported = "torch.nn.MultiheadAttention"
-    is_linear = True
+    group = "linear"
     by_parameter = False
 
     @classmethod

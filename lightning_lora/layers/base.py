@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # of which torch 2.13 has no public name
 
 from lightning_lora.config import LoraConfig
+from lightning_lora.fqn import base_modules
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.functional import add_low_rank_by_sample
 from lightning_lora.layers.offloading import Shown, onloaded, swap_offloaded
@@ -90,9 +91,10 @@ class LoraLayer(nn.Module):
     """
 
     adapter_class: ClassVar[type[Adapter]]  # its plain kind of adapter, "lora"
+    adapters_in: ClassVar[str] = "lora"  # the name of the child that holds the adapters
     has_one_kind: ClassVar[bool] = False  # whatever kind the settings ask for
     supported: ClassVar[str] = ""  # the modules that it adapts, for errors
-    is_linear: ClassVar[bool] = True  # one that "all-linear" means
+    group: ClassVar[str] = "linear"  # of config.LAYER_GROUPS, the one by which settings mean it; "" for none
     reads_packed: ClassVar[bool] = False  # whether it can read weights that are quantized
     unadapted: ClassVar[type[nn.Module]]  # the class before; an attribute, which every version of torch can trace
     kinds_like: "ClassVar[type[LoraLayer] | None]" = None  # the kind of layer whose kinds of adapters it can have too
@@ -149,7 +151,7 @@ class LoraLayer(nn.Module):
             return reason
         if config.needs_matrix and not getattr(cls.adapter_class, "is_matrix", False):
             return f"init_lora_weights={config.init_lora_weights!r} is not for this kind of layer"
-        if not cls.is_linear and has_own_forward(target.module):
+        if cls.group != "linear" and has_own_forward(target.module):
             return "the object has a forward of its own, which may compute something else with its weight"
         return None
 
@@ -275,6 +277,11 @@ class LoraLayer(nn.Module):
     def active(self, names: Iterable[str]) -> None:
         self.__dict__["_active"] = tuple(names)
 
+    def modules_at_work(self) -> list[nn.Module]:
+        """This layer with what is in it, and the active adapters."""
+        active = [self.lora[name] for name in self._active if name in self.lora]
+        return [module for _, module in base_modules(self)] + [m for adapter in active for m in adapter.modules()]
+
     @property
     def merged(self) -> bool:
         """Whether the active adapters are merged into the weights."""
@@ -293,7 +300,8 @@ class LoraLayer(nn.Module):
             ValueError: If one holds a NaN or an infinity.
         """
         merged = {}
-        with unsharded(self.modules()), onloaded(self.modules()):
+        modules = self.modules_at_work()
+        with unsharded(modules), onloaded(modules):
             for name, parameter in self.adapted_parameters().items():
                 if not _is_readable(parameter):
                     raise ValueError(
@@ -453,7 +461,8 @@ def adapted_class(layer_class: type[LoraLayer], base: type[nn.Module]) -> type[L
         return super(adapted, self).forward(*args, **kwargs)
 
     forward.__signature__ = inspect.signature(layer_class.forward)  # type: ignore[attr-defined]  # for torch.export
-    names = {"__module__": layer_class.__module__, "_is_adapted": True, "unadapted": base}
+    # torch.fx takes modules of torch's own packages for leaves.
+    names = {"__module__": base.__module__, "_is_adapted": True, "unadapted": base}
     adapted: type[LoraLayer] = type(f"Lora{base.__name__}", (layer_class, base), {**names, "forward": forward})
     return adapted
 

@@ -77,7 +77,7 @@ class LoraConv(LoraLayer):
 
     adapter_class = ConvAdapter
     supported = "torch.nn.Conv1d, Conv2d and Conv3d"
-    is_linear = False
+    group = "conv"
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:

@@ -55,7 +55,7 @@ class LoraEmbedding(LoraLayer):
 
     adapter_class = EmbeddingAdapter
     supported = "torch.nn.Embedding"
-    is_linear = False
+    group = ""
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:

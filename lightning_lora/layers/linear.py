@@ -11,6 +11,7 @@ from lightning_lora.layers.adapter import LoraAdapter
 from lightning_lora.layers.base import LoraLayer, base_class, is_hooked
 from lightning_lora.layers.functional import add_low_rank, low_rank_linear, low_rank_product
 from lightning_lora.layers.init import from_weight, orthogonal, require_part
+from lightning_lora.layers.linear_by_trial import computes_linear
 from lightning_lora.layers.loftq import loftq
 from lightning_lora.sharding import copy_full_
 
@@ -112,7 +113,7 @@ class Conv1DAdapter(LinearAdapter):
 
 
 class LoraLinear(LoraLayer):
-    """``nn.Linear`` and its subclasses, and other classes that compute the same."""
+    """``nn.Linear``, and other classes that compute the same, whether they are subclasses of it or not."""
 
     adapter_class = LinearAdapter
     supported = "torch.nn.Linear"
@@ -120,7 +121,8 @@ class LoraLinear(LoraLayer):
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
         was_taken = isinstance(module, LoraLinear) and module.adapter_class is LinearAdapter  # and not a part of it
-        return isinstance(module, Linear) or was_taken or _computes_linear(module)
+        is_plain = isinstance(module, Linear) and type(module).forward is Linear.forward
+        return is_plain or was_taken or computes_linear(module)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not self._is_plain(x):
@@ -154,25 +156,6 @@ class LoraLinear(LoraLayer):
             and not is_hooked(adapter)
             and (x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type))
         )
-
-
-def _computes_linear(module: nn.Module) -> bool:
-    """Whether a layer of another class, as torch_geometric's, is a linear one: by its attributes, and by trying it."""
-    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
-    sizes = [(getattr(module, f"out_{of}", None), getattr(module, f"in_{of}", None)) for of in ("features", "channels")]
-    # A shape is a tuple; and none of a lazy parameter.
-    if type(weight) is not nn.Parameter or weight.dim() != 2 or weight.is_meta or tuple(weight.shape) not in sizes:
-        return False
-    if module._modules or module._buffers or not weight.is_floating_point():
-        return False
-    x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
-    try:
-        with torch.no_grad():
-            out = type(module).forward(module, x)
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
-        return False  # it takes other inputs
-    expected = nn.functional.linear(x, weight, bias)
-    return isinstance(out, Tensor) and out.shape == expected.shape and torch.allclose(out, expected, equal_nan=True)
 
 
 class LoraConv1D(LoraLayer):

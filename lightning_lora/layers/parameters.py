@@ -78,7 +78,7 @@ class LoraParameters(LoraLayer):
     """Any module of which parameters are adapted. Each of its adapters is a ``ModuleDict`` of one by parameter."""
 
     adapter_class = ParameterAdapter
-    is_linear = False
+    group = ""
     by_parameter: ClassVar[bool] = True  # whether settings name the parameters, and not the module
 
     @classmethod

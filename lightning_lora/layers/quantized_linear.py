@@ -152,7 +152,8 @@ class LoraQuantizedLinear(LoraLinear):
     @torch.no_grad()
     def merged_weights(self, form: MergedForm = MergedForm()) -> dict[str, Tensor]:  # noqa: B008
         """As of any layer, but whole where processes share the packed weight."""
-        with unsharded(self.modules()), onloaded(self.modules()):
+        modules = self.modules_at_work()
+        with unsharded(modules), onloaded(modules):
             dtype = form.dtype or self._storage.dtype(self, self.packed) or form.otherwise
             total = self.folded("weight", self.base_weight())
             rounded = self.rounded(total, dtype)

@@ -100,7 +100,7 @@ class LoraTokens(LoraLayer):
 
     adapter_class = TokenAdapter
     has_one_kind = True
-    is_linear = False
+    group = ""
 
     @classmethod
     def new_adapter(

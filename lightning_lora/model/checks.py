@@ -6,11 +6,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from lightning_lora.config import ALL_LINEAR, LoraConfig
-from lightning_lora.fqn import clean_fqn, is_submodule, listed
+from lightning_lora.config import LoraConfig
+from lightning_lora.fqn import base_modules, clean_fqn, is_submodule, listed
 from lightning_lora.layers import Adapter, LoraLayer, Target, adapter_class_for
 from lightning_lora.model.quantization import quantized_layers
-from lightning_lora.model.record import Injection, base_parameters, injections, injections_of, parameters_by_name
+from lightning_lora.model.record import (
+    Injection,
+    adapted_layers,
+    base_parameters,
+    injections,
+    injections_of,
+    parameters_by_name,
+)
 from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets, modules_by_name
 
 
@@ -26,7 +33,7 @@ def require_name(adapter_name: str) -> None:
 
 def require_unwrapped(model: nn.Module) -> None:
     """Require a model that PEFT has put no adapter into, which this one would adapt and freeze."""
-    for name, module in model.named_modules():
+    for name, module in base_modules(model):
         # By name, so that PEFT need not be imported.
         if type(module).__module__.startswith(("peft.peft_model", "peft.tuners", "peft.mixed_model")):
             raise TargetError(
@@ -51,10 +58,13 @@ def require_room(targets: dict[str, Target], config: LoraConfig, adapter_name: s
             "settings, or give each adapter a name or layers of its own. Nothing was changed."
         )
     new = {name: adapter_class_for(targets[name].layer_class, config) for name in layers}
+    # Where there are several, they share the layer already.
     apart = [
         name
         for name, layer in layers.items()
-        if not all(adapter.shares_layer for adapter in (new[name], *_parts(layer)) if adapter is not None)
+        if not all(
+            adapter.shares_layer for adapter in (new[name], *_parts(layer, list(layer.lora)[:1])) if adapter is not None
+        )
     ]
     if apart:
         raise TargetError(
@@ -92,10 +102,13 @@ def _parts(layer: LoraLayer, names: Iterable[str] | None = None) -> Iterator[Ada
 
 def require_initialized(model: nn.Module) -> None:
     """Require that all parameters and buffers are there."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+    for module_name, module in base_modules(model):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if not isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+                continue
+            full_name = clean_fqn(f"{module_name}.{name}".lstrip("."))
             raise TargetError(
-                f"{clean_fqn(name)!r} belongs to a lazy layer and has no values yet: run a batch through the model "
+                f"{full_name!r} belongs to a lazy layer and has no values yet: run a batch through the model "
                 "first, in configure_model at the latest. Nothing was changed."
             )
 
@@ -107,7 +120,7 @@ def require_clear_freeze(model: nn.Module, config: LoraConfig) -> None:
         TargetError: If it would.
     """
     known = {id(each): each for each in (*injections_of(model), *injections(model))}.values()
-    if any(isinstance(module, LoraLayer) for module in model.modules()) and not known:
+    if adapted_layers(model) and not known:
         return  # adapters of a larger module, which has frozen this one
     frozen_here = {id(p) for each in known for p in _parameters_of(each.root, each.frozen)}
     trains = {clean_fqn(name): p.requires_grad or id(p) in frozen_here for name, p in base_parameters(model)}
@@ -124,7 +137,7 @@ def require_clear_freeze(model: nn.Module, config: LoraConfig) -> None:
     beside = [name for name in targets if name not in frozen and name not in packed]
     if isinstance(config.target_modules, list):
         frozen = [name for name in frozen if name not in config.target_modules]  # which are meant
-    if config.target_modules == ALL_LINEAR:
+    if config.layer_groups:
         beside += [name for name, train in trains.items() if train and not any(is_submodule(name, s) for s in saved)]
     if frozen and beside:
         whole = _outermost_frozen(model, trains, frozen)
@@ -155,7 +168,7 @@ def _outermost_frozen(model: nn.Module, trains: dict[str, bool], names: Iterable
 
 def warn_of_ties(model: nn.Module, targets: dict[str, Target]) -> None:
     holders: dict[int, list[str]] = {}
-    for module_name, module in model.named_modules():
+    for module_name, module in base_modules(model):
         for name, parameter in module._parameters.items():
             holders.setdefault(id(parameter), []).append(clean_fqn(f"{module_name}.{name}".lstrip(".")))
     for name, target in targets.items():

@@ -7,7 +7,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_lora.layers import MergedForm
-from lightning_lora.model.merge import layers_of, merge_layers
+from lightning_lora.model.merge import merge_layers
+from lightning_lora.model.record import adapted_layers, roots_of
 from lightning_lora.model.removed import keep_removed, remove_all, require_adapters
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -42,13 +43,13 @@ def eject(
             "It is left as it is, without an adapter."
         )
     if merge:
-        merge_layers(model, layers_of(found), MergedForm(dtype, requantize))
+        merge_layers(model, adapted_layers(model), MergedForm(dtype, requantize))
     else:
-        for layer in layers_of(found):
+        for layer in adapted_layers(model):
             layer.unmerge()
         for injection in reversed(found):
             injection.switch(False)
-    for root in {id(injection.root): injection.root for injection in found}.values():
+    for root in roots_of(found):
         removed = remove_all(root)
         if merge:
             keep_removed(root, removed)

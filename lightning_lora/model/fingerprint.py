@@ -5,15 +5,17 @@ import dataclasses
 import hashlib
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_lora.layers import LoraLayer, LoraQuantizedLinear, dequantized, storage_of
+from lightning_lora.layers import LoraQuantizedLinear, dequantized, storage_of
 from lightning_lora.layers.offloading import offloaded
-from lightning_lora.model.record import Injection, injections_of
+from lightning_lora.model.base_config import changed_settings, configs_of
+from lightning_lora.model.record import Injection, adapted_layers, injections_of, parameters_by_name
+from lightning_lora.model.sketch import Sketch, sketch
 from lightning_lora.sharding import full_tensor, named_tensors
 
 _SAMPLES, _FEWEST, _ALL = 16, 4, 4096  # of a tensor, of one among very many, of all together
@@ -25,6 +27,8 @@ _CHECKSUM = len(_FORMATS)  # of what is no floating point
 # By how much one base in two formats may differ, relative to a value; and float16 has a smallest step.
 _ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 _SMALLEST_STEP = 2.0**-24
+# By how much all values of a tensor may differ, relative to its norm, where samples are equal, and where not quite.
+_EXACT, _ROUNDED = 1e-5, 2.0**-6
 _NOISE = 2.0**-16  # in float32, relative to the largest sample of a tensor: what other hardware computes
 
 
@@ -49,10 +53,16 @@ class Fingerprint:
     Attributes:
         short: A short number of it, which rounding may change.
         samples: Names, shapes and samples of the tensors, as text; files of version 0.1 had none.
+        sketches: What is known of all values of each tensor, as text, in the order of the samples.
+        config: What the configs of transformers models say that changes what they compute.
+        names: Of the tensors, in this order, of a base at hand.
     """
 
     short: str
     samples: str | None = None
+    sketches: str | None = None
+    config: dict[str, Any] | None = None
+    names: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def __str__(self) -> str:
         return self.short
@@ -67,6 +77,24 @@ class Fingerprint:
             return self.short == other.short
         (names, values), (other_names, other_values) = _decode(self.samples), _decode(other.samples)
         return names == other_names and len(values) == len(other_values) and all(map(_agree, values, other_values))
+
+    def edits(self, here: "Fingerprint", computed: bool = False) -> list[str]:
+        """Which tensors and settings of a base at hand are not those of this one, which it :meth:`fits`.
+
+        Every value was looked at where both have sketches; a change within what rounding does is not seen. Values that
+        are ``computed``, as those of quantized weights are, may be rounded otherwise on other hardware.
+        """
+        found = changed_settings(self.config or {}, here.config or {})
+        if None in (self.samples, here.samples, self.sketches, here.sketches):
+            return found
+        (_, values), (_, values_here) = _decode(self.samples or ""), _decode(here.samples or "")
+        sketches, sketches_here = _decode_sketches(self.sketches), _decode_sketches(here.sketches)
+        if not len(values) == len(values_here) == len(sketches) == len(sketches_here) == len(here.names):
+            raise ValueError("The sketches of the base are damaged.")
+        for name, one, two, known, seen in zip(here.names, values, values_here, sketches, sketches_here):
+            if not known.is_near(seen, _EXACT if one == two and not computed else _ROUNDED):
+                found.append(repr(name))
+        return list(dict.fromkeys(found))
 
     def apart(self, other: "Fingerprint") -> "Apart | None":
         """How far two bases are apart that have the same tensors, by name and shape; ``None`` if they have not."""
@@ -101,18 +129,28 @@ class Apart(NamedTuple):
 def fingerprint(injection: Injection) -> Fingerprint:
     """What tells the frozen base under an injection from others, computed once.
 
-    It covers the name and shape of every frozen parameter and persistent buffer, and up to 16 values spread evenly over
-    each: so a base is told from another at no cost to speak of. A copy of it in another precision is the same base.
+    It covers the name and shape of every frozen parameter and persistent buffer, up to 16 values spread evenly over
+    each, by which one base is told from another, and in three numbers all values, by which an edited one is. A copy of
+    it in another precision is the same base.
     """
     if injection.fingerprint is None:
-        if any(tensor.is_meta for tensor in injection.root.parameters()):
+        if any(tensor.is_meta for tensor in parameters_by_name(injection.root).values()):
             return Fingerprint(_UNKNOWN)
-        injection.fingerprint = fingerprint_of(base_tensors(injection))
+        injection.fingerprint = fingerprint_in(injection)
     found: Fingerprint = injection.fingerprint
     return found
 
 
-def fingerprint_of(tensors: Iterable[BaseTensor]) -> Fingerprint:
+def fingerprint_in(injection: Injection, prefix: str = "") -> Fingerprint:
+    """The same of the part whose names begin with a prefix, without it, computed now."""
+    tensors = (each for each in base_tensors(injection) if each.name.startswith(prefix))
+    named = (each._replace(name=each.name[len(prefix) :]) for each in tensors)
+    found = fingerprint_of(named, configs_of(injection.root.get_submodule(prefix.rstrip("."))))
+    # A base that the start has quantized was computed, and may be another one in a few values on other hardware.
+    return dataclasses.replace(found, sketches=None) if injection.config.quantizes_base else found
+
+
+def fingerprint_of(tensors: Iterable[BaseTensor], config: dict[str, Any] | None = None) -> Fingerprint:
     """The fingerprint of named tensors, of which only one is held at a time; see :func:`fingerprint`."""
     taken = sorted((_take(each) for each in tensors), key=lambda sample: (sample.name, sample.shape))
     digest = hashlib.sha256()
@@ -122,7 +160,14 @@ def fingerprint_of(tensors: Iterable[BaseTensor]) -> Fingerprint:
     for sample in taken:
         digest.update(sample.rounded)
     parts = [part for sample in taken for part in sample.parts]
-    return Fingerprint(digest.hexdigest()[:16], f"{names.hexdigest()[:16]}:{base64.b64encode(_encode(parts)).decode()}")
+    sketches = np.array([each for sample in taken for each in sample.sketches], dtype="<f4").tobytes()
+    return Fingerprint(
+        digest.hexdigest()[:16],
+        f"{names.hexdigest()[:16]}:{base64.b64encode(_encode(parts)).decode()}",
+        base64.b64encode(sketches).decode(),
+        config,
+        tuple(sample.name for sample in taken for _ in sample.parts),
+    )
 
 
 class _Part(NamedTuple):
@@ -135,6 +180,7 @@ class _Sample(NamedTuple):
     shape: str
     rounded: bytes  # as version 0.1 took them
     parts: list[_Part]
+    sketches: list[Sketch]
 
 
 def _take(base: BaseTensor) -> _Sample:
@@ -142,7 +188,7 @@ def _take(base: BaseTensor) -> _Sample:
     shape = [tuple(part.shape) for part in parts] if base.tensor.is_nested else tuple(base.tensor.shape)
     rounded = b"".join(spread(part).to(torch.bfloat16).view(torch.int16).numpy().tobytes() for part in parts)
     taken = [_Part(part.dtype, spread(_kept_rows(part, base.replaced))) for part in parts]
-    return _Sample(base.name, str(shape), rounded, taken)
+    return _Sample(base.name, str(shape), rounded, taken, [sketch(_without(part, base.replaced)) for part in parts])
 
 
 def _plain(tensor: Tensor) -> list[Tensor]:
@@ -159,6 +205,17 @@ def _plain(tensor: Tensor) -> list[Tensor]:
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), *_plain(tensor.values())]
     return [torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor]
+
+
+def _without(tensor: Tensor, rows: tuple[int, ...]) -> Tensor:
+    return tensor.index_fill(0, torch.tensor(rows, device=tensor.device), 0) if rows else tensor
+
+
+def _decode_sketches(text: str | None) -> list[Sketch]:
+    numbers = np.frombuffer(base64.b64decode(text or ""), dtype="<f4").astype(float)
+    if len(numbers) % 3:
+        raise ValueError("The sketches of the base are damaged.")
+    return [Sketch(*three) for three in numbers.reshape(-1, 3).tolist()]
 
 
 def _kept_rows(tensor: Tensor, replaced: tuple[int, ...]) -> Tensor:
@@ -258,8 +315,8 @@ def base_tensors(injection: Injection) -> Iterator[BaseTensor]:
     Where processes share them, each is made full as it comes.
     """
     root = injection.root
-    tensors = list(named_tensors(root))  # which reshards, so that the objects below are those named here
-    layers = [module for module in root.modules() if isinstance(module, LoraLayer)]
+    tensors = list(named_tensors(root, of_base=True))  # which reshards, so that the objects below are those named here
+    layers = adapted_layers(root)
     # By what is there, for a module may have several names.
     of_base = {id(layer.adapted_parameters()[inner]): base for layer in layers for inner, base in layer._aside.items()}
     beside = injections_of(root)
@@ -275,7 +332,6 @@ def base_tensors(injection: Injection) -> Iterator[BaseTensor]:
     }
     # What this injection trains is none of its base; what another one trains is.
     trained = {id(tensor) for tensor in injection.tensors(injection.trained).values()}
-    trained |= {id(parameter) for layer in layers for parameter in layer.lora.parameters()}
     for name, module, inner in tensors:
         key, is_buffer = id(getattr(module, inner)), inner in module._buffers
         if key not in trained and not (is_buffer and injection.saves(name)):

@@ -10,7 +10,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.fqn import clean_fqn
 from lightning_lora.layers import Adapter, LoraLayer, Target, adapted_class, change_class, new_adapter
 from lightning_lora.layers.offloading import offloading_hook
 from lightning_lora.model.checks import require_initialized, require_name, require_room, require_unwrapped, warn_of_ties
@@ -27,7 +26,7 @@ from lightning_lora.model.record import (
     parameters_by_name,
 )
 from lightning_lora.model.shard_adapters import require_shardable, shard_adapters
-from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets, parameters_in
+from lightning_lora.model.targets import TargetError, find_modules_to_save, find_targets, modules_by_name, parameters_in
 from lightning_lora.model.token_targets import find_token_targets
 from lightning_lora.sharding import named_tensors
 
@@ -56,8 +55,8 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     require_unwrapped(model)
     adopt(model)
     present = injections_of(model)
-    wanted = (config, adapter_name)
-    if any((found.config, found.adapter_name) == wanted and not found.is_part for found in present):
+    same_name = [found for found in present if found.adapter_name == adapter_name]
+    if any(found.config == config and not found.is_part for found in same_name):
         return model
     require_initialized(model)
     targets = find_targets(model, config)
@@ -130,6 +129,8 @@ def _names_to_train(
     names = parameters_in(saved)
     if bias == "lora_only":
         names += [f"{name}.bias" for name, module in targets.items() if getattr(module, "bias", None) is not None]
+    if not names and bias != "all":
+        return []
     parameters = parameters_by_name(model)
     if bias == "all":
         names += [name for name in parameters if name.split(".")[-1] == "bias"]
@@ -140,7 +141,9 @@ def _names_to_train(
 
 def _require_loaded(model: nn.Module, names: Iterable[str]) -> None:
     wanted = set(names)
-    named = ((name, module) for name, module, _ in named_tensors(model) if name in wanted)
+    if not wanted:
+        return
+    named = ((name, module) for name, module, _ in named_tensors(model, of_base=True) if name in wanted)
     elsewhere = [name for name, module in named if offloading_hook(module) is not None]
     if elsewhere:
         raise TargetError(
@@ -152,6 +155,8 @@ def _require_loaded(model: nn.Module, names: Iterable[str]) -> None:
 def _train_in_full(injection: Injection, names: list[str]) -> None:
     """Train the parameters of these names and keep the base's values, and those of their modules' buffers."""
     injection.trained = names
+    if not names and not injection.saved:
+        return
     parameters = parameters_by_name(injection.root)
     tied = _tied_elsewhere(injection.root, names)
     untied = {name: tied[id(parameters[name])] for name in names if id(parameters[name]) in tied}
@@ -166,7 +171,12 @@ def _train_in_full(injection: Injection, names: list[str]) -> None:
         copy = parameter.detach().clone()
         # What is tied to other parts of the base gets a parameter of its own, since they stay as they are.
         copies[key] = nn.Parameter(copy) if key in tied else copy
-    buffers = {clean_fqn(name): buffer for name, buffer in injection.root.named_buffers()}
+    buffers = {
+        f"{name}.{inner}".lstrip("."): buffer
+        for name, module in modules_by_name(injection.root).items()
+        for inner, buffer in module._buffers.items()
+        if buffer is not None
+    }
     injection.put_aside(
         {name: copies[id(parameters[name])] for name in names}
         | {name: buffer.detach().clone() for name, buffer in buffers.items() if injection.saves(name)}
@@ -181,7 +191,7 @@ def _tied_elsewhere(root: nn.Module, names: list[str]) -> dict[int, str]:
     holders: dict[int, dict[tuple[int, str], str]] = {}  # a module may have several names itself
     wanted: set[tuple[int, str]] = set()
     chosen = set(names)
-    for name, module, inner in named_tensors(root):
+    for name, module, inner in named_tensors(root, of_base=True):
         holders.setdefault(id(getattr(module, inner)), {}).setdefault((id(module), inner), name)
         if name in chosen:
             wanted.add((id(module), inner))

@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 
-from lightning_lora.fqn import clean_fqn
+from lightning_lora.fqn import base_modules, clean_fqn
 from lightning_lora.layers import LoraLayer, LoraQuantizedLinear, MergedForm, storage_of
 from lightning_lora.model.multi_adapter import set_adapter
-from lightning_lora.model.record import Injection, injections, outside_adapters
+from lightning_lora.model.record import adapted_layers, injections, roots_of
 from lightning_lora.model.removed import is_removed, let_go_if_changed, require_adapters, require_whole, restore
 from lightning_lora.sharding import is_sharded
 
@@ -51,10 +51,10 @@ def merge(
     """
     if is_removed(model) and not injections(model):
         return model
-    found = require_adapters(model, "to merge")
+    require_adapters(model, "to merge")
     if adapter_names is not None:
         set_adapter(model, adapter_names)
-    merge_layers(model, layers_of(found), MergedForm(dtype, requantize))
+    merge_layers(model, adapted_layers(model), MergedForm(dtype, requantize))
     return model
 
 
@@ -74,17 +74,12 @@ def unmerge(model: ModuleT) -> ModuleT:
     """
     require_whole(model, if_merged=True)
     restore(model)
-    for root in {id(injection.root): injection.root for injection in injections(model)}.values():
+    for root in roots_of(injections(model)):
         let_go_if_changed(root)
-    for layer in layers_of(injections(model)):
+    for layer in adapted_layers(model):
         if layer.merged:
             layer.unmerge()
     return model
-
-
-def layers_of(found: Iterable[Injection]) -> list[LoraLayer]:
-    """The adapted layers of some injections, each once."""
-    return list({id(layer): layer for injection in found for _, layer in injection.layers()}.values())
 
 
 @torch.inference_mode(False)  # in which weights would become ones that can never be trained again
@@ -123,7 +118,7 @@ def merge_layers(model: nn.Module, layers: list[LoraLayer], form: MergedForm) ->
 def surrounding_dtype(model: nn.Module) -> torch.dtype:
     """The type of most of a model's numbers outside of quantized weights and adapters."""
     counts: Counter[torch.dtype] = Counter({torch.float32: 0})
-    for _, module in outside_adapters(model):
+    for _, module in base_modules(model):
         packed = "weight" if storage_of(module) is not None else None
         for name, parameter in module._parameters.items():
             if parameter is not None and name != packed and parameter.is_floating_point():
@@ -133,7 +128,7 @@ def surrounding_dtype(model: nn.Module) -> torch.dtype:
 
 def _tell_what_is_kept(model: nn.Module, packed: dict[int, Tensor]) -> None:
     """Say how much of the update is left in weights that were quantized again, given by the identity of layers."""
-    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraQuantizedLinear))
+    layers = ((name, layer) for name, layer in base_modules(model) if isinstance(layer, LoraQuantizedLinear))
     kept = {clean_fqn(name): layer.kept(packed[id(layer)]) for name, layer in layers if id(layer) in packed}
     least = min(kept, key=lambda name: kept[name])
     text = (
@@ -157,9 +152,9 @@ def _require_own_weights(model: nn.Module, layers: list[LoraLayer]) -> None:
     Raises:
         ValueError: If it cannot be taken off.
     """
-    inside = {id(layer) for layer in layers}
-    for layer_name, layer in model.named_modules():
-        for name in layer.adapted_parameters() if id(layer) in inside else ():
+    inside = set(map(id, layers))
+    for layer_name, layer in base_modules(model):
+        for name in layer.adapted_parameters() if isinstance(layer, LoraLayer) and id(layer) in inside else ():
             owner_name, _, attribute = name.rpartition(".")
             owner = layer.get_submodule(owner_name)
             if attribute in owner._parameters:
@@ -197,10 +192,10 @@ def _for(parameter: nn.Parameter, values: Tensor, elsewhere: dict[int, str]) -> 
 def _tied_elsewhere(model: nn.Module, layers: list[LoraLayer]) -> dict[int, str]:
     """By identity, the adapted parameters that another module has too, and its name."""
     adapted = {id(parameter): layer for layer in layers for parameter in layer.adapted_parameters().values()}
-    inside = {id(inner): id(layer.lora) for layer in layers for inner in layer.modules()}
+    inside = {id(inner): id(layer.lora) for layer in layers for _, inner in base_modules(layer)}
     return {
         id(parameter): clean_fqn(name)
-        for name, module in model.named_modules()
+        for name, module in base_modules(model)
         for parameter in module._parameters.values()
         if id(parameter) in adapted and inside.get(id(module)) != id(adapted[id(parameter)].lora)
     }

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers import LoraLayer, rows_of
 from lightning_lora.model.inject import inject
-from lightning_lora.model.record import Injection, injections, outside_adapters
+from lightning_lora.model.record import Injection, adapted_layers, injections
 from lightning_lora.model.removed import is_removed, remove_adapter, require_whole
 from lightning_lora.sharding import is_sharded
 
@@ -78,7 +78,7 @@ def set_adapter(model: ModuleT, adapter_names: str | Sequence[str] | None) -> Mo
     # First all of the base's own back, then the chosen ones in, which may be for the same modules.
     for chosen in (False, True):
         for injection in found:
-            if (injection.adapter_name in names) is chosen:
+            if injection.in_place is not chosen and (injection.adapter_name in names) is chosen:
                 injection.switch(chosen)
     return model
 
@@ -146,7 +146,7 @@ def adapters_for(model: ModuleT, adapter_names: Sequence[str | None]) -> Iterato
             "adapters_for needs the whole model in every process, since each may have other samples: use set_adapter, "
             "or run it on one device."
         )
-    known = dict.fromkeys(injection.adapter_name for injection in found)
+    known = dict.fromkeys([injection.adapter_name for injection in found])
     rows = rows_of(adapter_names, [name for name in known if name in names])
     with _activated(model, []):
         for layer in layers:
@@ -175,13 +175,12 @@ def _activated(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]
 
 def _parts(model: nn.Module) -> tuple[list[LoraLayer], list[Injection]]:
     """The adapted layers of a model, and its injections."""
-    layers = [module for _, module in outside_adapters(model) if isinstance(module, LoraLayer)]
-    return layers, injections(model)
+    return adapted_layers(model), injections(model)
 
 
 def _checked(adapter_names: str | Sequence[str] | None, found: list[Injection]) -> list[str]:
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or [])
-    known = list(dict.fromkeys(injection.adapter_name for injection in found))
+    known = dict.fromkeys([injection.adapter_name for injection in found])
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(

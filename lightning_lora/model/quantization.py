@@ -5,15 +5,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.fqn import clean_fqn
+from lightning_lora.fqn import base_modules, clean_fqn
 from lightning_lora.layers import LoraQuantizedLinear, QuantizedStorage, storage_of
-from lightning_lora.model.record import outside_adapters
 from lightning_lora.model.targets import TargetError
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, QuantizedStorage, Tensor]]:
     """The quantized layers of a model, also of merged ones: name, module, what reads it, and the packed weight."""
-    for name, module in outside_adapters(model):
+    for name, module in base_modules(model):
         storage = module._storage if isinstance(module, LoraQuantizedLinear) else storage_of(module)
         if storage is not None:
             packed = module.packed if isinstance(module, LoraQuantizedLinear) else module._parameters["weight"]

@@ -91,10 +91,14 @@ class _Finding(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        gives_values = any(isinstance(each, Tensor) for each in _flat([result]))
-        if gives_values and self.depth == 0:
-            self.found |= any(each is self._tensor for each in _flat([*args, *(kwargs or {}).values()]))
+        # Dynamo of torch 2.13 would trace what looks on, and make something else of the results.
+        if not torch.compiler.is_compiling() and self.depth == 0:
+            self._look([*args, *(kwargs or {}).values()], result)
         return result
+
+    def _look(self, given: list[Any], result: Any) -> None:
+        if any(isinstance(each, Tensor) for each in _flat([result])):
+            self.found |= any(each is self._tensor for each in _flat(given))
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Any]:

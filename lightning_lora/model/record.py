@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.fqn import clean_fqn, is_submodule
+from lightning_lora.fqn import base_modules, clean_fqn, is_submodule
 from lightning_lora.layers import LoraLayer
 from lightning_lora.model.targets import modules_by_name
 from lightning_lora.sharding import note_units, shard_of, swap_parameters
@@ -87,7 +87,7 @@ class Injection:
         """Note the adapted layers, by name."""
         for name, layer in layers.items():
             self._layers[name] = weakref.ref(layer)
-            layer.__dict__[_ON_LAYERS] = [*_noted_on(layer), (self, name)]
+            layer.__dict__.setdefault(_ON_LAYERS, {})[self] = name
 
     def layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """The adapted layers that are there still, by name."""
@@ -99,7 +99,7 @@ class Injection:
     def forget_layers(self) -> None:
         """Leave no note on the layers."""
         for _, layer in self.layers():
-            layer.__dict__[_ON_LAYERS] = [note for note in _noted_on(layer) if note[0] is not self]
+            _noted_on(layer).pop(self, None)
 
     def settle(self, root: nn.Module) -> None:
         """In a copy, find the copied modules."""
@@ -208,8 +208,7 @@ class Injection:
         if not names:
             return []
         # A module may have several names, and all of them count here.
-        named = self.root.named_modules(remove_duplicate=False)
-        modules = {clean_fqn(name): module for name, module in named}
+        modules = {clean_fqn(name): module for name, module in base_modules(self.root, False)}
         return [(name, modules[_owner(name)], name.rpartition(".")[2]) for name in names]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -243,12 +242,12 @@ def _tensor_names(root: nn.Module) -> Iterator[str]:
 
 def injections_on(layer: nn.Module) -> list[Injection]:
     """The injections that an adapted layer has adapters of."""
-    return [injection for injection, _ in _noted_on(layer)]
+    return list(_noted_on(layer))
 
 
-def _noted_on(layer: nn.Module) -> list[tuple[Injection, str]]:
+def _noted_on(layer: nn.Module) -> dict[Injection, str]:
     """The injections of an adapted layer, with the name that it has in the root of each."""
-    found: list[tuple[Injection, str]] = layer.__dict__.get(_ON_LAYERS, [])
+    found: dict[Injection, str] = layer.__dict__.get(_ON_LAYERS, {})
     return found
 
 
@@ -275,10 +274,15 @@ def _take_from_root(injection: Injection) -> None:
 def injections_of(model: nn.Module) -> list[Injection]:
     """What was injected with this very module as the root."""
     found: list[Injection] = model.__dict__.get(_ATTRIBUTE, [])
-    for injection in found:
-        if injection.living_root() is None:
-            injection.settle(model)
+    for injection in [each for each in found if each._root is None or each._root() is None]:
+        injection.settle(model)
     return found
+
+
+def roots_of(found: Iterable[Injection]) -> list[nn.Module]:
+    """The roots of injections, each once."""
+    references = {each._root for each in found if each._root is not None}
+    return list({id(root): root for root in [reference() for reference in references] if root is not None}.values())
 
 
 def named_injections(model: nn.Module) -> Iterator[tuple[str, Injection]]:
@@ -286,7 +290,9 @@ def named_injections(model: nn.Module) -> Iterator[tuple[str, Injection]]:
 
     Those that were made on a module around this one have here the names of this one; see :func:`injections`.
     """
-    yield from ((name, injection.seen_from(model)) for name, injection in _find(model))
+    here, around = _find(model)
+    yield from here
+    yield from (("", injection.seen_from(model)) for injection in around)
 
 
 def injections(model: nn.Module) -> list[Injection]:
@@ -296,21 +302,22 @@ def injections(model: nn.Module) -> list[Injection]:
     made for one run is: then the injection has this model for its root from now on. A root that lives, such as that
     LightningModule during the run, stays the root, and the injection is one of this model too if all its layers are.
     """
-    return [injection for _, injection in _find(model)]
+    here, around = _find(model)
+    return [injection for _, injection in here] + around
 
 
 def broken_injections(model: nn.Module) -> list[Injection]:
     """The injections of which some layers are in a model, and others elsewhere."""
     return [
         injection
-        for injection in _strays(outside_adapters(model))
+        for injection in _strays(base_modules(model))
         if not _is_whole(injection, _layers_of(injection, model))
     ]
 
 
 def adopt(model: nn.Module) -> None:
     """Be the root of injections whose layers are all in this model, unless they were made on one in or around it."""
-    modules = list(outside_adapters(model))
+    modules = list(base_modules(model))
     for injection in _strays(modules):
         root = injection.living_root()
         if _is_whole(injection, _layers_of(injection, model)) and (root is None or not is_in(model, root)):
@@ -323,41 +330,47 @@ def adopt(model: nn.Module) -> None:
                 injection.is_found = False
 
 
-def _find(model: nn.Module) -> Iterator[tuple[str, Injection]]:
+def _find(model: nn.Module) -> tuple[list[tuple[str, Injection]], list[Injection]]:
+    """The injections with their root in a model, by its name, and those with a root around it."""
     note_units(model)
-    modules = list(outside_adapters(model))
+    modules = list(base_modules(model))
     strays = _strays(modules)  # first, so that those without a root get one
     for injection in strays:
         if injection.living_root() is None and _is_whole(injection, _layers_of(injection, model)):
             _move(injection, model)
+    here: list[tuple[str, Injection]] = []
     for name, module in modules:
         if _ATTRIBUTE in module.__dict__:
-            yield from ((clean_fqn(name), injection) for injection in injections_of(module))
-    for injection in strays:
-        if injection.living_root() is not model and _is_whole(injection, _layers_of(injection, model)):
-            yield "", injection
+            clean = clean_fqn(name)
+            here += [(clean, injection) for injection in injections_of(module)]
+    around = [
+        injection
+        for injection in strays
+        if injection.living_root() is not model and _is_whole(injection, _layers_of(injection, model))
+    ]
+    return here, around
 
 
 def _strays(modules: Iterable[tuple[str, nn.Module]]) -> list[Injection]:
     """The injections of the layers among a model's modules whose roots are not among them."""
-    noted: dict[int, Injection] = {}
-    rooted: set[int] = set()
+    noted: dict[Injection, None] = {}
+    rooted: set[Injection] = set()
+    modules = list(modules)
     for _, module in modules:
         if _ATTRIBUTE in module.__dict__:
-            rooted.update(map(id, injections_of(module)))
-        if isinstance(module, LoraLayer):
-            noted.update((id(injection), injection) for injection, _ in _noted_on(module))
-    return [injection for key, injection in noted.items() if key not in rooted]
+            rooted.update(injections_of(module))
+    for _, module in modules:
+        if isinstance(module, LoraLayer) and not _noted_on(module).keys() <= rooted:
+            noted.update((injection, None) for injection in _noted_on(module) if injection not in rooted)
+    return list(noted)
 
 
 def _layers_of(injection: Injection, model: nn.Module) -> list[tuple[str, LoraLayer, str]]:
     """The layers of an injection in a model, with their names there and in its root, in the order that it has them."""
     found = [
-        (clean_fqn(name), module, old)
-        for name, module in outside_adapters(model)
-        if isinstance(module, LoraLayer)
-        for noted, old in _noted_on(module)
-        if noted is injection
+        (clean_fqn(name), module, _noted_on(module)[injection])
+        for name, module in base_modules(model)
+        if isinstance(module, LoraLayer) and injection in _noted_on(module)
     ]
     order = {name: position for position, name in enumerate(injection.targets)}
     return sorted(found, key=lambda each: order.get(each[2], 0))
@@ -370,7 +383,7 @@ def _is_whole(injection: Injection, found: list[tuple[str, LoraLayer, str]]) -> 
 
 def is_in(module: nn.Module, model: nn.Module) -> bool:
     """Whether a module is another one or a part of it."""
-    return any(module is inner for inner in model.modules())
+    return any(module is inner for _, inner in base_modules(model))
 
 
 def _move(injection: Injection, root: nn.Module) -> None:
@@ -388,31 +401,25 @@ def give_root(injection: Injection, root: nn.Module) -> None:
     injection.add_layers({name: layer for name, layer, _ in layers})
 
 
-def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a model by name, as ``named_modules`` has them, but not into adapters, which are most of them."""
-    seen: set[nn.Module] = set()
-    waiting = [("", model)]
-    while waiting:
-        name, module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        yield name, module
-        children = {inner: child for inner, child in module._modules.items() if child is not None}
-        if isinstance(module, LoraLayer):
-            children.pop("lora", None)
-        waiting.extend((f"{name}.{inner}".lstrip("."), child) for inner, child in reversed(children.items()))
-
-
 def base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters that no injection trains, under each of their names."""
     in_place = (found for found in injections(model) if found.in_place)
     trained = {id(tensor) for found in in_place for tensor in found.tensors(found.trained).values()}
-    trained |= {id(p) for m in model.modules() if isinstance(m, LoraLayer) for p in m.lora.parameters()}
-    named = model.named_parameters(remove_duplicate=False)
-    return [(name, parameter) for name, parameter in named if id(parameter) not in trained]
+    return [(name, parameter) for name, parameter in _base_parameters(model) if id(parameter) not in trained]
+
+
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, module in base_modules(model, False):
+        for inner, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{name}.{inner}".lstrip("."), parameter
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters of a model under each of their clean names."""
-    return {clean_fqn(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    """All parameters of a model but adapters' under each of their clean names."""
+    return {clean_fqn(name): parameter for name, parameter in _base_parameters(model)}
+
+
+def adapted_layers(model: nn.Module) -> list[LoraLayer]:
+    """The adapted layers in a model."""
+    return [module for _, module in base_modules(model) if isinstance(module, LoraLayer)]

@@ -9,10 +9,12 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_lora.fqn import base_modules
 from lightning_lora.layers import LoraLayer, change_class
 from lightning_lora.model.freeze import freeze, hand_over, thaw
 from lightning_lora.model.record import (
     Injection,
+    adapted_layers,
     broken_injections,
     drop_record,
     give_root,
@@ -56,10 +58,14 @@ def remove_all(root: nn.Module) -> _Removed:
     """Give all adapted layers of a root their classes back, and thaw the base; weights stay as they are."""
     found = list(injections_of(root))
     layers: dict[int, LoraLayer] = {}
+    known = set(found)
     for injection in found:  # which grows by those that share layers with these and have another root
         for _, layer in injection.layers():
-            layers[id(layer)] = layer
-            found += [other for other in injections_on(layer) if other not in found]
+            if id(layer) not in layers:
+                layers[id(layer)] = layer
+                others = [other for other in injections_on(layer) if other not in known]
+                found += others
+                known.update(others)
     removed = _Removed(found, [_remove_class(layer) for layer in layers.values()])
     for injection in removed.injections:
         thaw(injection)
@@ -86,7 +92,7 @@ def _removed_in(model: nn.Module, whole: bool = True) -> list[_Removed]:
     """What was taken out of a model, or also of one of which it is a part."""
     if not _removed:
         return []
-    inside = set(model.modules())
+    inside = {module for _, module in base_modules(model)}
     found = {id(removed): removed for module in inside if (removed := _removed.get(module)) is not None}
     return [removed for removed in found.values() if not whole or all(p.layer() in inside for p in removed.alive())]
 
@@ -147,8 +153,8 @@ def how_merged(root: nn.Module) -> str | None:
     """How adapters are merged into this very module, with layers adapted still or not; ``None`` if they are not."""
     if _removed_at(root):
         return REMOVED
-    layers = (layer for injection in injections_of(root) for _, layer in injection.layers())
-    return MERGED if any(layer.merged for layer in layers) else None
+    merged = injections_of(root) and any(layer.merged for layer in adapted_layers(root))
+    return MERGED if merged else None
 
 
 def forget_removed(root: nn.Module) -> list[dict[str, Any]]:
@@ -191,8 +197,7 @@ def restore(model: nn.Module) -> None:
 
 def let_go_if_changed(root: nn.Module) -> None:
     """Take all adapters out of a model whose merged weights were changed since: there is no way back to its base."""
-    layers = {id(layer): layer for injection in injections_of(root) for _, layer in injection.layers()}
-    if all(layer.is_as_merged() for layer in layers.values()):
+    if not injections_of(root) or all(layer.is_as_merged() for layer in adapted_layers(root)):
         return
     names = ", ".join(repr(injection.adapter_name) for injection in injections_of(root))
     remove_all(root)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement
 
 from lightning_lora.config import LoraConfig
+from lightning_lora.fqn import base_modules
 from lightning_lora.layers import LoraLayer, Target, adapter_class_for
 from lightning_lora.layers.linear import LinearAdapter
 from lightning_lora.model.targets import TargetError
@@ -29,7 +30,7 @@ def require_shardable(model: nn.Module, config: LoraConfig, targets: Iterable[Ta
     Raises:
         TargetError: If the model is sharded in a way that they cannot follow.
     """
-    if any(isinstance(module, FSDP) for module in model.modules()):
+    if any(isinstance(module, FSDP) for _, module in base_modules(model)):
         raise TargetError(
             "The model is wrapped in FullyShardedDataParallel, whose flat parameters no adapter can join: inject "
             "before it is wrapped, or leave the wrapping to FSDPStrategy. Nothing was changed."
@@ -81,7 +82,7 @@ def shard_adapters(model: nn.Module, layers: Iterable[LoraLayer], adapter_name: 
 
 def _owners(model: nn.Module) -> set[nn.Module]:
     """All modules under ``fully_shard``."""
-    return {inner for module in model.modules() if isinstance(module, FSDPModule) for inner in module.modules()}
+    return {inner for _, module in base_modules(model) if isinstance(module, FSDPModule) for inner in module.modules()}
 
 
 def _tensor_parallel_dims(weight: DTensor, sharded: bool) -> list[int]:

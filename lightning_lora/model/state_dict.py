@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.fqn import clean_fqn, listed
-from lightning_lora.layers import LoraLayer
-from lightning_lora.model.record import Injection, named_injections
+from lightning_lora.model.finite import DTYPES
+from lightning_lora.model.record import Injection, adapted_layers, named_injections, roots_of
 from lightning_lora.model.targets import modules_by_name
 from lightning_lora.sharding import full_shape, full_tensor, is_sharded, load_full, named_tensors
 
@@ -46,6 +46,13 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
         scatter(model, state_dict)
     else:
         model.load_state_dict(dict(state_dict), strict=False)
+
+
+def trained_only(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave of a state dict of ``model`` the parameters that adapters train, whose values must be finite."""
+    owners = _owners(model).adapters
+    trained = {name for name, (module, inner) in owners.items() if module._parameters.get(inner) is not None}
+    return {name: value for name, value in state_dict.items() if clean_fqn(name) in trained}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -139,14 +146,15 @@ def _parents(name: str) -> Iterator[str]:
 
 def _owners(model: nn.Module) -> _Owners:
     found = [injection for _, injection in named_injections(model)]
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = adapted_layers(model)
     adapter = [getattr(module, inner) for layer in layers for _, module, inner in named_tensors(layer.lora)]
     adapter += [tensor for injection in found for tensor in injection.tensors(own_names(injection)).values()]
-    modules = {id(module) for injection in found for module in injection.root.modules()}
+    roots = roots_of(found)
+    modules = {id(module) for root in roots for module in root.modules()}
     whole = {
         id(module)
         for injection in found
-        if injection.in_place
+        if injection.in_place and injection.saved
         for name, saved in modules_by_name(injection.root).items()
         if injection.saves(name)
         for module in saved.modules()
@@ -155,8 +163,8 @@ def _owners(model: nn.Module) -> _Owners:
     holders: list[Mapping[str, Tensor | None]] = [
         *(layer._aside for layer in layers),
         *(injection.aside for injection in found),
-        *(module._parameters for injection in found for module in injection.root.modules()),
-        *(module._buffers for injection in found for module in injection.root.modules()),
+        *(module._parameters for root in roots for module in root.modules()),
+        *(module._buffers for root in roots for module in root.modules()),
     ]
     base = [tensor for holder in holders for tensor in holder.values() if tensor is not None]
     adapter_ids, base_ids = set(map(id, adapter)), set(map(id, base))
@@ -222,7 +230,7 @@ def _unlike(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> dict[st
             unlike["of another shape"].append(f"{name} ({tuple(other.shape)} found, {tuple(tensor.shape)} expected)")
         elif other.layout is not torch.strided or other.is_meta:
             unlike["of another type"].append(f"{name} (a tensor that is sparse or without values found)")
-        elif other.dtype != tensor.dtype and not (other.is_floating_point() and tensor.is_floating_point()):
+        elif other.dtype != tensor.dtype and not (other.dtype in DTYPES and tensor.is_floating_point()):
             unlike["of another type"].append(f"{name} ({other.dtype} found, {tensor.dtype} expected)")
     return unlike
 

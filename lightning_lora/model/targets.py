@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TypeAlias
 
@@ -10,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lightning_lora.config import ALL_LINEAR, AUTO, LoraConfig
-from lightning_lora.fqn import clean_fqn, is_submodule
+from lightning_lora.config import AUTO, LoraConfig
+from lightning_lora.fqn import base_modules, clean_fqn, is_submodule
 from lightning_lora.layers import (
     LoraLayer,
     LoraParameters,
@@ -35,8 +36,8 @@ class TargetError(ValueError):
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules of a model under their clean names, in the model's order."""
-    return {clean_fqn(name): module for name, module in model.named_modules()}
+    """All modules of a model but adapters under their clean names, in the model's order."""
+    return {clean_fqn(name): module for name, module in base_modules(model)}
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
@@ -104,24 +105,55 @@ def _find_layers(
     model: nn.Module, names: dict[str, nn.Module], saved: Collection[str], config: LoraConfig, reads: Reads
 ) -> dict[str, nn.Module]:
     """The modules that ``target_modules`` means."""
-    if config.target_modules == ALL_LINEAR:
+    if config.layer_groups:
         heads = _output_embeddings(model)
-        linear = {name: module for name, module in names.items() if _is_linear(module) and module not in heads}
-        linear = {name: module for name, module in linear.items() if _is_wanted(name, saved, config)}
-        left_out = {name: reason for name, module in linear.items() if (reason := _weightless_reason(module))}
+        layers = {name: module for name, module in names.items() if _group(module) and module not in heads}
+        layers = {name: module for name, module in layers.items() if _is_wanted(name, saved, config)}
+        meant = {name: module for name, module in layers.items() if _group(module) in config.layer_groups}
+        left_out = {name: reason for name, module in meant.items() if (reason := _left_out(name, module, config))}
         if left_out:
             shown = "; ".join(f"{name!r}: {reason}" for name, reason in left_out.items())
-            rank_zero_warn(f"{ALL_LINEAR} leaves out {shown}.")
-        linear = {name: module for name, module in linear.items() if name not in left_out}
-        linear = {name: module for name, module in linear.items() if not _is_read(name, module, config, reads)}
-        return {name: module for name, module in linear.items() if not _bypassed_by_parent(name, names, reads)}
+            rank_zero_warn(f"{config.target_modules} leaves out {shown}.")
+        _warn_of_other_groups(model, layers, config)
+        meant = {name: module for name, module in meant.items() if name not in left_out}
+        meant = {name: module for name, module in meant.items() if not _is_read(name, module, config, reads)}
+        return {name: module for name, module in meant.items() if not _bypassed_by_parent(name, names, reads)}
     found = {name: module for name, module in names.items() if matches(name, config.target_modules)}
+    found = dict(each for name, module in found.items() for each in _layers_in(name, module, names))
     return {name: module for name, module in found.items() if _is_wanted(name, saved, config)}
 
 
-def _weightless_reason(module: nn.Module) -> str | None:
+def _layers_in(name: str, module: nn.Module, names: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """A module that can be adapted, and of another one the layers inside of it, if there are any."""
+    can_be_adapted = isinstance(module, LoraLayer) or layer_class_for(module) is not None
+    inside = {inner: layer for inner, layer in names.items() if is_submodule(inner, name) and _group(layer)}
+    yield from {name: module}.items() if can_be_adapted or not inside else inside.items()
+
+
+def _left_out(name: str, module: nn.Module, config: LoraConfig) -> str | None:
+    """Why a layer that is meant with all others of its group is left out, if it is."""
     layer_class = layer_class_for(module)
-    return None if layer_class is None else weightless_reason(module, layer_class.parameters_of(module))
+    assert layer_class is not None
+    parameters = layer_class.parameters_of(module)
+    if (reason := weightless_reason(module, parameters)) is not None or layer_class.group == "linear":
+        return reason
+    return unsupported_reason(Target(name, module, None, layer_class, parameters), config)
+
+
+def _warn_of_other_groups(model: nn.Module, layers: dict[str, nn.Module], config: LoraConfig) -> None:
+    """Say so if most of a model is in layers that are not meant, and by what word they are."""
+    parameters = {p for _, module in base_modules(model) for p in module.parameters(recurse=False)}
+    total = sum(parameter.numel() for parameter in parameters)
+    held: Counter[str] = Counter()
+    for module in layers.values():
+        held[_group(module)] += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    words = [group for group in held if group not in config.layer_groups]
+    if sum(held[group] for group in words) > total / 2:
+        shown = " and ".join(f"{held[group] / total:.0%} are in {group} layers" for group in words)
+        rank_zero_warn(
+            f"{config.target_modules} leaves out most of the model: of its parameters, {shown}. "
+            f"target_modules={'+'.join([str(config.target_modules), *words])!r} adapts them too."
+        )
 
 
 def _is_read(name: str, module: nn.Module, config: LoraConfig, reads: Reads) -> bool:
@@ -146,10 +178,9 @@ def _find_parameters(
         for parameter in module._parameters:
             full_name = f"{name}.{parameter}".lstrip(".")
             meant = matches(full_name, config.target_parameters) or (
-                config.target_modules == ALL_LINEAR
+                _group(module) in config.layer_groups
                 and parameter == "weight"
                 and _is_read(name, module, config, reads)
-                and _is_linear(module)
                 and module not in heads
             )
             if meant and _is_wanted(name, saved, config):
@@ -201,7 +232,7 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> dict[str, nn.M
         return dict(_new_heads(model, config))
     found: dict[str, nn.Module | Tensor] = {}
     modules = modules_by_name(model)
-    tensors = {name: getattr(module, inner) for name, module, inner in named_tensors(model)}
+    tensors = {name: getattr(module, inner) for name, module, inner in named_tensors(model, of_base=True)}
     for pattern in config.modules_to_save:
         matching: dict[str, nn.Module | Tensor] = {}
         for named in (modules, tensors):
@@ -221,13 +252,20 @@ def parameters_in(saved: Mapping[str, nn.Module | Tensor]) -> list[str]:
     """The names of the parameters that :func:`find_modules_to_save` has found."""
     names = [name for name, each in saved.items() if isinstance(each, nn.Parameter)]
     modules = ((name, each) for name, each in saved.items() if isinstance(each, nn.Module))
-    return names + [clean_fqn(f"{name}.{inner}") for name, module in modules for inner, _ in module.named_parameters()]
+    for name, module in modules:
+        seen: set[nn.Parameter] = set()
+        for inner, each in base_modules(module):
+            for own, parameter in each._parameters.items():
+                if parameter is not None and parameter not in seen:
+                    seen.add(parameter)
+                    names.append(clean_fqn(".".join(filter(None, (name, inner, own)))))
+    return names
 
 
 def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost transformers models inside a module (which may be one itself), by name."""
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
+    for name, module in base_modules(model):
         # Told by their attributes, so that transformers need not be imported.
         is_pretrained = hasattr(type(module), "base_model_prefix") and hasattr(module, "get_output_embeddings")
         if is_pretrained and not any(is_submodule(name, outer) for outer in found):
@@ -235,9 +273,10 @@ def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _group(module: nn.Module) -> str:
+    """The group of layers that a module is of; empty for none."""
     layer_class = layer_class_for(module)
-    return layer_class is not None and layer_class.is_linear
+    return "" if layer_class is None else layer_class.group
 
 
 def _bypassed_by_parent(name: str, names: dict[str, nn.Module], reads: Reads) -> str | None:
@@ -278,10 +317,10 @@ def _new_heads(model: nn.Module, config: LoraConfig) -> Iterator[tuple[str, nn.M
 
 def _is_reference(hf_model: nn.Module, model: nn.Module) -> bool:
     """Whether a frozen model is there beside the one to train, and no backbone: if more is to train than it has."""
-    own = list(hf_model.parameters())
+    if any(parameter.requires_grad for parameter in hf_model.parameters()):
+        return False
     training = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    is_frozen = not any(parameter.requires_grad for parameter in own)
-    return is_frozen and training > sum(parameter.numel() for parameter in own)
+    return training > sum(parameter.numel() for parameter in hf_model.parameters())
 
 
 def _siblings_of(
@@ -298,7 +337,7 @@ def _siblings_of(
 
 
 def _if_trainable(name: str, module: nn.Module, config: LoraConfig) -> Iterator[tuple[str, nn.Module]]:
-    targeted = config.target_modules != ALL_LINEAR and any(
+    targeted = not config.layer_groups and any(
         matches(f"{name}.{inner}".rstrip("."), config.target_modules) for inner, _ in module.named_modules()
     )
     if not targeted and any(parameter.requires_grad for parameter in module.parameters()):
@@ -318,6 +357,11 @@ def _matches_one(name: str, pattern: str) -> bool:
     if any(character in pattern for character in "*?["):
         return fnmatch.fnmatchcase(name, pattern)
     return name == pattern or name.endswith(f".{pattern}")
+
+
+def _matches_around(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    return any(_matches_one(".".join(parts[:end]), pattern) for end in range(len(parts), 0, -1))
 
 
 def _in_chosen_layers(name: str, config: LoraConfig) -> bool:
@@ -352,7 +396,7 @@ def _nothing_matched(names: dict[str, nn.Module], config: LoraConfig) -> str:
         f"target_modules={config.target_modules!r} matches no module of the model{parameters}{chosen}{excluded}. "
         + (f"Near it are {', '.join(map(repr, near))}. " if near else "")
         + f"The layers that can be adapted, by the end of their names: {listing}. Name some of these"
-        + (', or pass "all-linear"' if config.target_modules != ALL_LINEAR else "")
+        + (', or pass "all-linear"' if not config.layer_groups else "")
         + ". If the model is built later, inject after it is built. Nothing was changed."
     )
 
@@ -365,7 +409,8 @@ def _warn_of_dead_patterns(modules: dict[str, nn.Module], parameters: dict[str, 
     ):
         if not isinstance(patterns, list):
             continue
-        dead = [pattern for pattern in patterns if not any(matches(name, [pattern]) for name in names)]
+        # Or a module around it, which means the layers inside of it.
+        dead = [pattern for pattern in patterns if not any(_matches_around(name, pattern) for name in names)]
         if dead:
             rank_zero_warn(
                 f"{setting} {', '.join(map(repr, dead))} matched nothing to adapt, while the other patterns matched "

@@ -1,8 +1,9 @@
-"""Ready-made LightningModules for the recipes."""
+"""Ready-made LightningModules for the recipes, and the losses of language models for modules of one's own."""
 
 from lightning_lora.tasks.causal_lm import CausalLM
 from lightning_lora.tasks.dpo import DPO
 from lightning_lora.tasks.image_classification import ImageClassification
+from lightning_lora.tasks.label_losses import label_losses, language_model_loss
 from lightning_lora.tasks.prefix import PrefixCausalLM
 from lightning_lora.tasks.seq2seq import Seq2Seq
 from lightning_lora.tasks.sequence_classification import SequenceClassification
@@ -16,4 +17,6 @@ __all__ = [
     "Seq2Seq",
     "SequenceClassification",
     "TokenClassification",
+    "label_losses",
+    "language_model_loss",
 ]

@@ -8,11 +8,12 @@ from torch import Tensor
 from lightning_lora.data.conversation import encode_question
 from lightning_lora.eval_mode import evaluating
 from lightning_lora.pretrained import QUANTIZE, load_causal_lm, load_tokenizer
-from lightning_lora.tasks.fine_tuning import FineTuning
+from lightning_lora.tasks.label_losses import label_tokens, language_model_loss
 from lightning_lora.tasks.packed import require_separation
+from lightning_lora.tasks.token_weighted import TokenWeighted
 
 
-class CausalLM(FineTuning):
+class CausalLM(TokenWeighted):
     """A causal language model of transformers, trained on batches of ``input_ids``, ``attention_mask`` and ``labels``.
 
     With ``position_ids`` in ``attention_mask``'s place, a batch holds packed rows; the first such batch makes sure that
@@ -73,7 +74,7 @@ class CausalLM(FineTuning):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch, logged as ``train_loss``."""
-        return self._loss(batch, "train_loss", sync_dist=False)
+        return self.weigh(self._loss(batch, "train_loss", sync_dist=False), label_tokens(self.model, batch["labels"]))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log ``val_loss``."""
@@ -87,9 +88,9 @@ class CausalLM(FineTuning):
         if "position_ids" in batch and not self._packing_checked:
             require_separation(self.model)
             self._packing_checked = True
-        loss: Tensor = self(**batch).loss
-        # The first token of a row is never predicted. Weighing by tokens makes the epoch mean one per token.
-        tokens = int((batch["labels"][:, 1:] != -100).sum())
+        loss = language_model_loss(self.model, batch, forward=self)
+        # Weighing by tokens makes the epoch mean one per token.
+        tokens = label_tokens(self.model, batch["labels"])
         self.log(name, loss, batch_size=tokens, prog_bar=True, sync_dist=sync_dist)
         return loss
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import logsigmoid
 
 from lightning_lora.eval_mode import evaluating
 from lightning_lora.tasks.causal_lm import CausalLM
+from lightning_lora.tasks.label_losses import label_losses
 
 
 class DPO(CausalLM):
@@ -48,6 +49,10 @@ class DPO(CausalLM):
         self.beta = beta
         self.reference: Callable[[], AbstractContextManager[Any]] | None = None
 
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch, logged as ``train_loss``."""
+        return self._loss(batch, "train_loss", sync_dist=False)
+
     def _loss(self, batch: dict[str, Tensor], name: str, sync_dist: bool) -> Tensor:
         rewards = self.beta * (self._log_probabilities(batch) - self._reference_log_probabilities(batch))
         chosen, rejected = rewards.chunk(2)
@@ -72,7 +77,4 @@ class DPO(CausalLM):
 
     def _log_probabilities(self, batch: dict[str, Tensor]) -> Tensor:
         """Sum of the log-probabilities of each row's label tokens, of shape ``(rows,)``."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits = self(**inputs).logits[:, :-1].float()
-        losses = cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=-100, reduction="none")
-        return -losses.sum(-1)
+        return -label_losses(self.model, batch, forward=self).sum(-1)

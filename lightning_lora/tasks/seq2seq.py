@@ -7,10 +7,11 @@ from torch import Tensor
 
 from lightning_lora.eval_mode import evaluating
 from lightning_lora.pretrained import load_tokenizer, resolve
-from lightning_lora.tasks.fine_tuning import FineTuning
+from lightning_lora.tasks.label_losses import label_tokens, language_model_loss
+from lightning_lora.tasks.token_weighted import TokenWeighted
 
 
-class Seq2Seq(FineTuning):
+class Seq2Seq(TokenWeighted):
     """An encoder-decoder of transformers; validation writes its texts and scores them by ROUGE and BLEU.
 
     Logged are ``train_loss``, ``val_loss``, ``val_rouge1``, ``val_rougeL`` (F-measures) and ``val_bleu``, and the same
@@ -80,9 +81,7 @@ class Seq2Seq(FineTuning):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch, logged as ``train_loss``."""
-        loss: Tensor = self.model(**batch).loss
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
+        return self.weigh(self._loss(batch, "train_loss", sync_dist=False), label_tokens(self.model, batch["labels"]))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log ``val_loss`` and the scores of the texts written."""
@@ -108,9 +107,15 @@ class Seq2Seq(FineTuning):
             )
         return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
 
+    def _loss(self, batch: dict[str, Tensor], name: str, sync_dist: bool) -> Tensor:
+        loss = language_model_loss(self.model, batch)
+        tokens = label_tokens(self.model, batch["labels"])
+        self.log(name, loss, batch_size=tokens, prog_bar=True, sync_dist=sync_dist)
+        return loss
+
     def _score(self, batch: dict[str, Tensor], name: str, metrics: Any) -> None:
         labels = batch["labels"]
-        self.log(name, self.model(**batch).loss, batch_size=int((labels != -100).sum()), prog_bar=True, sync_dist=True)
+        self._loss(batch, name, sync_dist=True)
         padded = labels.masked_fill(labels == -100, self.tokenizer.pad_token_id)
         expected = self.tokenizer.batch_decode(padded, skip_special_tokens=True)
         written = self.write(batch)

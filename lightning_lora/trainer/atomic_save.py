@@ -14,8 +14,12 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from lightning_lora.formats.dcp import write_checksums
 from lightning_lora.formats.publish import partial_path, publish, remove
 from lightning_lora.trainer.instance_mixin import mix_into
+from lightning_lora.trainer.pytorch_lightning import is_a
+
+_ASYNC = "AsyncCheckpointIO"
 
 
 @contextmanager
@@ -33,22 +37,40 @@ def writing(strategy: Any, filepath: str | Path) -> Iterator[str | Path]:
     """
     if writes_directories(strategy):
         target = Path(strategy.broadcast(filepath))
-        partial = partial_path(target)
-        if strategy.is_global_zero:
-            remove(partial)
+        partial = Path(strategy.broadcast(str(partial_path(target)) if strategy.is_global_zero else ""))
         strategy.barrier("lightning_lora.trainer.atomic_save")
         yield partial
         if strategy.is_global_zero:  # whose write ends when all ranks have written
+            write_checksums(partial)
             publish(partial, target)
         return
-    checkpoint_io = strategy.checkpoint_io
-    # Some wrap another, as AsyncCheckpointIO does.
-    while getattr(checkpoint_io, "checkpoint_io", None) is not None:
-        checkpoint_io = checkpoint_io.checkpoint_io
-    # By name, so that the class of the package pytorch_lightning counts too.
-    if type(checkpoint_io).__name__ == "TorchCheckpointIO":
-        mix_into(checkpoint_io, AtomicFiles)
+    if writes_plain_files(strategy):
+        mix_into(_layers_of(strategy.checkpoint_io)[-1], AtomicFiles)
     yield filepath
+
+
+def writes_plain_files(strategy: Any) -> bool:
+    """Whether a checkpoint is just the file at its path, which a ``CheckpointIO`` of the user's own need not write."""
+    # By name, so that the class of the package pytorch_lightning counts too.
+    *wrappers, innermost = [type(layer).__name__ for layer in _layers_of(strategy.checkpoint_io)]
+    return innermost == "TorchCheckpointIO" and all(name == _ASYNC for name in wrappers)
+
+
+def finish_writes(strategy: Any) -> None:
+    """Wait for what is written in the background, so that it can be read.
+
+    Raises:
+        BaseException: What such a write has raised.
+    """
+    for layer in _layers_of(strategy.checkpoint_io):
+        if is_a(layer, _ASYNC):
+            layer.teardown()  # it starts anew at the next write
+
+
+def _layers_of(checkpoint_io: Any) -> list[Any]:
+    """A ``CheckpointIO`` and those that it wraps, the innermost last."""
+    inner = getattr(checkpoint_io, "checkpoint_io", None)
+    return [checkpoint_io, *(_layers_of(inner) if inner is not None else [])]
 
 
 class AtomicFiles(ABC):  # noqa: B024

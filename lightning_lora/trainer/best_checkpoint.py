@@ -3,7 +3,7 @@
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_lora.formats.checkpoint import check_checkpoint
 from lightning_lora.model.state_dict import CheckpointError
@@ -15,16 +15,17 @@ def require_best(trainer: pl.Trainer) -> None:
     """Require, before a run, that it will keep one checkpoint that is the best.
 
     Raises:
-        ValueError: If none is kept by a monitored value, or several by different ones.
+        ValueError: If none is kept, or several by different monitored values.
     """
     keepers = _keepers(trainer)
     if not keepers:
-        what = (
-            "none of the Trainer's ModelCheckpoints keeps one by a monitored value"
-            if trainer.checkpoint_callbacks
-            else "the Trainer keeps none"
-        )
+        what = "none of the Trainer's ModelCheckpoints keeps one" if trainer.checkpoint_callbacks else "it keeps none"
         raise ValueError(f'LoRA(merge="best") needs a checkpoint of the best step, and {what}: {_ADD}.')
+    if keepers[0].monitor is None:
+        rank_zero_warn(
+            'LoRA(merge="best") will merge the newest checkpoint, which is the best_model_path of a ModelCheckpoint '
+            f"that monitors nothing: {_ADD}."
+        )
     kinds = list(dict.fromkeys(f"monitor={keeper.monitor!r}, mode={keeper.mode!r}" for keeper in keepers))
     if len(kinds) > 1:
         raise ValueError(
@@ -58,9 +59,9 @@ def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 def _keepers(trainer: pl.Trainer) -> list[Any]:
-    """The callbacks that keep checkpoints by a monitored value."""
-    found: list[Any] = [callback for callback in trainer.checkpoint_callbacks if getattr(callback, "monitor", None)]
-    return [callback for callback in found if callback.save_top_k != 0]
+    """The callbacks that keep checkpoints by a monitored value; if there is none, the first, as Lightning has it."""
+    found: list[Any] = [each for each in trainer.checkpoint_callbacks if getattr(each, "save_top_k", 0) != 0]
+    return [keeper for keeper in found if keeper.monitor] or found[:1]
 
 
 def _rank(keeper: Any) -> float:

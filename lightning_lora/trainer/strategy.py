@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lightning_lora.formats.checkpoint import KEY, check_checkpoint, read_checkpoint
 from lightning_lora.formats.dcp import is_directory, read_directory, split_optimizer
 from lightning_lora.formats.metadata import metadata
-from lightning_lora.formats.open_file import is_skipped, readable, require_intact
+from lightning_lora.formats.open_file import Objects, is_skipped, open_file, readable
+from lightning_lora.formats.sizes import require_finite
 from lightning_lora.model.removed import is_finished, restored
-from lightning_lora.model.state_dict import adapter_only, adapter_state_dict, base_absent
+from lightning_lora.model.state_dict import adapter_only, adapter_state_dict, base_absent, trained_only
 from lightning_lora.trainer import atomic_save
 from lightning_lora.trainer.instance_mixin import mix_into
 from lightning_lora.trainer.resume import RNG_KEY, run_rng_state
@@ -28,12 +30,13 @@ _WAY_OUT = "weights_only=False to this run of the Trainer"
 _SEAM = ("lightning_module_state_dict", "save_checkpoint", "load_checkpoint", "load_model_state_dict")
 
 
-def install(strategy: Any, mixin: "type[AdapterCheckpoints]") -> None:
+def install(strategy: Any, mixin: "type[AdapterCheckpoints]", keeps_finite: bool = True) -> None:
     """Make a Trainer's strategy save, check and load adapters alone, from now on.
 
     Args:
         strategy: The strategy.
         mixin: What it is to do differently.
+        keeps_finite: Whether an adapter that is not finite is refused when a checkpoint is to be written.
 
     Raises:
         RuntimeError: If this version of Lightning has changed the seam.
@@ -45,12 +48,14 @@ def install(strategy: Any, mixin: "type[AdapterCheckpoints]") -> None:
             "small: it was made for Lightning 2.6, so install that version."
         )
     mix_into(strategy, mixin)
+    strategy.keeps_finite = keeps_finite
 
 
 class AdapterCheckpoints(ABC):
     """What a strategy does differently once its Trainer has a ``LoRA`` callback."""
 
     lightning_module: Any
+    keeps_finite: bool
 
     @classmethod
     def require_compatible(cls, trainer: Any, lora: Any) -> None:
@@ -74,7 +79,18 @@ class AdapterCheckpoints(ABC):
             self._make_small(checkpoint)
         with atomic_save.writing(self, filepath) as path:
             super().save_checkpoint(checkpoint, path, *args, **kwargs)  # type: ignore[misc]
-        vars(self).setdefault(_OWN_FILES, set()).add(str(filepath))
+        own = vars(self).setdefault(_OWN_FILES, {})
+        own.pop(str(filepath), None)
+        own[str(filepath)] = None  # the latest last
+
+    def last_checkpoint(self) -> str | None:
+        """The latest checkpoint that this run has kept, or the one that it goes on from."""
+        latest: str | None = next(reversed(vars(self).get(_OWN_FILES, {})), self.lightning_module.trainer.ckpt_path)
+        return latest
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        super().remove_checkpoint(filepath)  # type: ignore[misc]
+        vars(self).get(_OWN_FILES, {}).pop(str(filepath), None)
 
     def _make_whole(self, checkpoint: dict[str, Any], filepath: str | Path) -> None:
         """Leave the checkpoint of a finished run, whose model is plain and merged, as it would be without LoRA."""
@@ -88,6 +104,9 @@ class AdapterCheckpoints(ABC):
     def _make_small(self, checkpoint: dict[str, Any]) -> None:
         """Leave the adapter alone in a checkpoint, and add what it takes to go on with it."""
         with restored(self.lightning_module):
+            if self.keeps_finite:
+                trained = trained_only(self.lightning_module, checkpoint["state_dict"])
+                require_finite(trained, "The adapter that was to be saved", "No checkpoint was written or replaced.")
             for holder, key in self.copies_in(checkpoint):
                 holder[key] = adapter_only(self.lightning_module, holder[key])
             checkpoint[KEY] = metadata(self.lightning_module)
@@ -101,13 +120,17 @@ class AdapterCheckpoints(ABC):
     def load_checkpoint(self, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         trusted = False in (*args, kwargs.get("weights_only"))
         vars(self)[_TRUSTS] = trusted
+        atomic_save.finish_writes(self)
         with readable(checkpoint_path, _WAY_OUT):
-            checkpoint = (
-                read_directory(checkpoint_path, "open" if trusted else "refuse")
-                if is_directory(checkpoint_path)
-                else self._read_intact(checkpoint_path, *args, **kwargs)
-            )
+            objects: Objects = "open" if trusted else "refuse"
+            if is_directory(checkpoint_path):
+                checkpoint = read_directory(checkpoint_path, objects)
+            elif atomic_save.writes_plain_files(self):
+                checkpoint = open_file(checkpoint_path, objects)  # Lightning would open objects in what a URL gives
+            else:
+                checkpoint = self.read_file(checkpoint_path, *args, **kwargs)
         checkpoint["state_dict"] = check_checkpoint(self.lightning_module, checkpoint, str(checkpoint_path))
+        require_finite(_moments(checkpoint), str(checkpoint_path))
         for holder, key in self.copies_in(checkpoint):  # which callbacks load strictly, base and all
             full = self.lightning_module.state_dict()
             kept = adapter_only(self.lightning_module, full)
@@ -120,17 +143,15 @@ class AdapterCheckpoints(ABC):
         Objects are opened in files that this very process has written, and where the run was told to open them.
         """
         trusted = str(path) in vars(self).get(_OWN_FILES, ()) or vars(self).get(_TRUSTS, False)
+        if not (is_directory(path) or atomic_save.writes_plain_files(self)):
+            return self.read_file(path, weights_only=False if trusted else None)
         checkpoint = read_checkpoint(path, "open" if trusted else "skip", _WAY_OUT)
         if is_skipped(checkpoint["state_dict"]):  # for the error
             read_checkpoint(path, "refuse", _WAY_OUT)
         return checkpoint
 
-    def _read_intact(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        require_intact(path)
-        return self.read_file(path, *args, **kwargs)
-
     def read_file(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What a checkpoint of a single file holds."""
+        """What a ``CheckpointIO`` of the user's own has kept."""
         return super().load_checkpoint(path, *args, **kwargs)  # type: ignore[misc,no-any-return]
 
     def copies_in(self, checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -148,6 +169,18 @@ class AdapterCheckpoints(ABC):
         # `load_checkpoint` has required the adapters. Outside of them, it is for Lightning to be strict or not.
         with base_absent(self.lightning_module):
             super().load_model_state_dict({**checkpoint, "state_dict": state_dict}, strict=strict)  # type: ignore[misc]
+
+
+def _moments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What optimizers have noted for parameters, by a name for errors."""
+    states = [found.get("state") for found in checkpoint.get("optimizer_states") or [] if isinstance(found, Mapping)]
+    return {
+        f"{key} of parameter {index} of optimizer {number}": value
+        for number, state in enumerate(states)
+        for index, entries in (state.items() if isinstance(state, Mapping) else ())
+        for key, value in (entries.items() if isinstance(entries, Mapping) else ())
+        if isinstance(value, Tensor) and value.dim() > 0
+    }
 
 
 def _holds(value: Any, names: Collection[str]) -> bool:

@@ -16,7 +16,7 @@ def test_a_process_killed_while_it_writes_a_directory(tmp_path: Path, strategy: 
     first, second = end_processes("killed_while_saving_shards", str(tmp_path), strategy)
     assert first.returncode == -signal.SIGKILL, first.output
     assert second.returncode is not None, second.output
-    assert (tmp_path / ".last.ckpt.partial" / "meta.pt").read_bytes() == b"half"
+    assert next(tmp_path.glob(".last.ckpt.*.partial/meta.pt")).read_bytes() == b"half"
     step = read_directory(tmp_path / "last.ckpt")["global_step"]  # of the first
     resumed = run_processes("sharded.fit", str(tmp_path), strategy, str(tmp_path / "last.ckpt"))
     for rank in resumed:

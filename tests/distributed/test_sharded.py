@@ -168,6 +168,7 @@ def test_runs_resume_under_other_strategies(path: Path, one: dict[str, Any], qui
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_table_of_strategies(path: Path, one: dict[str, Any], quick: dict[str, Any]) -> None:
     """Every strategy with every other one's checkpoints, and every way to build the model."""
     strategies = list(WORLDS)
@@ -309,7 +310,8 @@ def test_what_was_trained_comes_back_when_adapters_are_off_and_on_again() -> Non
             assert found["from the base"] < 1e-6, case
 
 
-def test_merging_lets_go_of_what_a_forward_pass_has_left_whole() -> None:
-    for found in run_processes("sharded.merge_after_a_forward_pass"):
+@pytest.mark.parametrize("kind", ["fsdp2", "FULL_SHARD", "SHARD_GRAD_OP"])
+def test_merging_lets_go_of_what_a_forward_pass_has_left_whole(kind: str) -> None:
+    for found in run_processes("sharded.merge_after_a_forward_pass", kind):
         assert found.pop("adapter") > 0.1
         assert max(found.values()) < 1e-5

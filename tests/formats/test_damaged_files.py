@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_lora import CheckpointError, LoRA, LoraConfig, adapters, inject, load_adapter, save_adapter
 from lightning_lora.formats.checkpoint import inject_from_checkpoint, load_from_checkpoint, read_checkpoint
-from lightning_lora.formats.open_file import require_intact
+from lightning_lora.formats.open_file import open_file
 from lightning_lora.formats.saved_adapter import read
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -259,7 +259,7 @@ def test_a_changed_bit_is_told(directory: Path, checkpoint: Path, tmp_path: Path
     torch.load(tmp_path / "bit.ckpt", weights_only=True)  # says nothing
     assert_refused_whole(Wrapped(), lambda model: load_adapter(model, tmp_path / "bit.ckpt"), "checksum is another")
     with pytest.raises(RuntimeError, match="checksum is another"):
-        require_intact(tmp_path / "bit.ckpt")
+        open_file(tmp_path / "bit.ckpt", "refuse")
 
 
 def test_files_without_checksums_are_read(directory: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_lora import LoraConfig, eject, inject, load_adapter, save_adapter
 from lightning_lora.formats import publish
 from lightning_lora.formats.merged import save_merged
-from lightning_lora.formats.publish import whole_directory
+from lightning_lora.formats.publish import partial_path, whole_directory
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a copy of the process")
 
@@ -158,3 +158,48 @@ def test_a_killed_write_is_no_adapter(tmp_path: Path) -> None:
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     assert not (tmp_path / "x").exists()
+
+
+@needs_fork
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    target = tmp_path / "last[1].ckpt"
+    mine = partial_path(target)
+    assert mine.parent == tmp_path and mine.name.startswith(".") and not mine.name.endswith(".ckpt")
+    host = mine.name.removeprefix(".last[1].ckpt.").rpartition("-")[0]
+    if (dead := os.fork()) == 0:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    of = {
+        "dead": f".last[1].ckpt.{host}-{dead}.partial",
+        "alive": f".last[1].ckpt.{host}-{os.getppid()}.partial",
+        "elsewhere": f".last[1].ckpt.other-host-{dead}.partial",
+        "elsewhere, long ago": f".last[1].ckpt.other-host-{dead + 1}.partial",
+        "another file's": f".last.ckpt.{host}-{dead}.partial",
+    }
+    for name in of.values():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").touch()
+    os.utime(tmp_path / of["elsewhere, long ago"], (0, 0))
+    mine.write_text("of an earlier process that had this number")
+    assert partial_path(target) == mine
+    left = {name for name, file in of.items() if (tmp_path / file).exists()}
+    assert left == {"alive", "elsewhere", "another file's"}
+    assert not mine.exists()
+
+
+@needs_fork
+def test_two_processes_write_to_one_place(tmp_path: Path) -> None:
+    children = []
+    for number in range(2):
+        if (child := os.fork()) == 0:
+            try:
+                for _ in range(30):
+                    write(tmp_path / "model", "one", "two", text=str(number))
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    found = contents(tmp_path / "model")
+    assert found.keys() == {"one", "two"} and len(set(found.values())) == 1
+    assert os.listdir(tmp_path) == ["model"]

@@ -29,8 +29,8 @@ class HalfMove:
         raise OSError("no space left")
 
 
-def fit(path: Path, ckpt_path: Any = None, merge: str | None = "last", **kw: Any) -> Any:
+def fit(path: Path, ckpt_path: Any = None, merge: str | None = "last", module: Any = None, **kw: Any) -> Any:
     keep = ModelCheckpoint(path, save_top_k=0, save_last=True, every_n_train_steps=2)
     trainer = toys.trainer(path, [LoRA(r=2, summary=False, merge=merge), keep], **kw)
-    trainer.fit(Toy(), loader(), ckpt_path=ckpt_path)
+    trainer.fit(module or Toy(), loader(), ckpt_path=ckpt_path)
     return trainer

@@ -37,9 +37,9 @@ def test_subclasses_hooks_and_references_survive() -> None:
         inject(model, LoraConfig(r=2, lora_alpha=3))
     assert isinstance(layer, Doubled)
     assert torch.equal(layer(x), base)
-    nn.init.normal_(layer.lora["default"].lora_B)
-    adapter = layer.lora["default"]
-    torch.testing.assert_close(model["b"](x), base + 1.5 * x @ adapter.lora_A.T @ adapter.lora_B.T)
+    adapter = layer.lora["default"]["weight"]
+    nn.init.normal_(adapter.lora_B)
+    torch.testing.assert_close(model["b"](x), base + 2 * 1.5 * x @ adapter.lora_A.T @ adapter.lora_B.T)
     assert calls == ["hook"] * 3
     eject(model)
     assert type(layer) is Doubled

@@ -99,3 +99,36 @@ def test_tied_weights_are_said_to_be_tied() -> None:
     model = tiny_llama(tie_word_embeddings=True)
     with pytest.warns(UserWarning, match=r"'lm_head' is tied to 'model\.embed_tokens\.weight'"):
         inject(model, LoraConfig(target_modules=["lm_head"]))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv1d(2, 2, 3), nn.BatchNorm1d(2), nn.ReLU())
+        self.mix = nn.ModuleDict({"conv": nn.Conv1d(2, 2, 1), "norm": nn.LayerNorm(2)})
+        self.table = nn.ModuleDict({"rows": nn.Embedding(3, 2)})
+
+
+def test_the_name_of_a_wrapper_means_the_layers_inside_of_it() -> None:
+    model = nn.ModuleList([Block(), Block()])
+    assert names(model, target_modules=["conv"]) == ["0.conv.0", "0.mix.conv", "1.conv.0", "1.mix.conv"]
+    assert names(
+        model, target_modules=["0.*"], exclude_modules=["*.mix.*", "*.norm", "*.2", "*.conv.1", "*table*"]
+    ) == ["0.conv.0"]
+    for nothing_inside in ("norm", "table"):
+        with pytest.raises(TargetError, match=nothing_inside):
+            find_targets(model, LoraConfig(target_modules=["conv", nothing_inside]))
+
+
+def test_what_a_word_means_but_cannot_be_adapted_is_left_out_and_named() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 3, 1, groups=3), nn.Conv1d(3, 2, 1), nn.Linear(2, 2))
+    with pytest.warns(UserWarning, match=r"all-linear\+conv leaves out '0': it has groups=3"):
+        assert names(model, r=2, target_modules="all-linear+conv") == ["1", "2"]
+
+
+@pytest.mark.parametrize("word", ["all-linear+cov", "all-linear+", "all-linear,conv"])
+def test_words_that_are_none(word: str) -> None:
+    with pytest.raises(ValueError, match=r"'\+conv' and '\+recurrent'"):
+        LoraConfig(target_modules=word)
+    with pytest.raises(ValueError, match="is for target_modules"):
+        LoraConfig(exclude_modules="all-linear")

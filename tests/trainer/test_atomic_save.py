@@ -12,6 +12,7 @@ from helpers.distributed.processes import end_processes
 from helpers.saving import HalfMove, fit
 from helpers.toys import Toy, assert_adapter_only, snapshot
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from torch.testing._internal.two_tensor import TwoTensor
 
 from lightning_lora.trainer import atomic_save
 
@@ -109,3 +110,25 @@ def test_a_directory_takes_the_place_of_another_when_it_is_complete(tmp_path: Pa
         (path / "0.distcp").write_text("2")
     assert {file.name for file in target.iterdir()} == {"0.distcp"}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+class KeepsSubclasses(torch.optim.SGD):
+    """Keeps its state in a subclass of tensors, as torchao's optimizers in 8 bits do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            self.state[parameter]["last"] = TwoTensor(parameter.detach().clone(), parameter.detach().clone())
+        return super().step(closure)
+
+
+class ToyOfSubclasses(Toy):
+    def configure_optimizers(self) -> Any:
+        return KeepsSubclasses(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("plugins", [[], [AsyncCheckpointIO(TorchCheckpointIO())]])
+def test_optimizers_that_keep_subclasses_of_tensors_resume(tmp_path: Path, plugins: list[Any]) -> None:
+    fit(tmp_path, module=ToyOfSubclasses(), plugins=plugins, max_steps=2)
+    with torch.serialization.safe_globals([TwoTensor]):
+        resumed = fit(tmp_path, "last", module=ToyOfSubclasses(), plugins=plugins, max_steps=4)
+    assert resumed.global_step == 4

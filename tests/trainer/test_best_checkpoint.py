@@ -81,9 +81,14 @@ def test_what_cannot_be_told_is_refused_when_fit_starts(tmp_path: Path) -> None:
         run(tmp_path, [1.0], {"monitor": "score"}, {"monitor": "other"})
     with pytest.raises(ValueError, match="monitor='score', mode='max'"):
         run(tmp_path, [1.0], {"monitor": "score"}, {"monitor": "score", "mode": "max"})
-    for unmonitored in ({}, {"monitor": "score", "save_top_k": 0}):
-        with pytest.raises(ValueError, match=r"none of the Trainer's ModelCheckpoints keeps one by a monitored value"):
-            run(tmp_path, [1.0], unmonitored)
+    with pytest.raises(ValueError, match=r"none of the Trainer's ModelCheckpoints keeps one: add"):
+        run(tmp_path, [1.0], {"monitor": "score", "save_top_k": 0})
+
+
+def test_where_nothing_is_monitored_the_newest_is_merged_and_that_is_said(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"will merge the newest checkpoint.*add ModelCheckpoint\(monitor="):
+        model, record = run(tmp_path, [1.0, 2.0, 3.0], {"every_n_epochs": 2})
+    assert_same_tensors({**adapter_state_dict(model), "scale": model.scale}, record.kept[1])
 
 
 def test_fast_dev_run_merges_the_last_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def killed_while_saving_shards(directory: str, strategy: str) -> dict[str, Any]:
     save, written = torch.save, []
 
     def save_half(content: Any, file: Any, **kw: Any) -> None:
-        if isinstance(file, Path) and file.parent.name == ".last.ckpt.partial":
+        if isinstance(file, Path) and file.parent.match(".last.ckpt.*.partial"):
             written.append(file)
             if len(written) == 2:
                 file.write_bytes(b"half")
@@ -210,3 +211,39 @@ def eva(directory: str) -> dict[str, Any]:
     trainer.fit(model, toys.loader(shuffle=True, batch_size=4))
     torch.save(model.state_dict(), Path(directory, f"end-{rank()}.pt"))
     return {}
+
+
+def diverging(directory: str, strategy: str) -> dict[str, Any]:
+    """Train while the second process alone meets a NaN: in its loss alone, or in its gradients too."""
+    from helpers.distributed import llama
+
+    class Diverging(llama.Llama):
+        def __init__(self, with_gradients: bool) -> None:
+            super().__init__()
+            self.with_gradients = with_gradients
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            if rank() == 0 or batch_idx != 1:
+                return loss
+            return loss * float("nan") if self.with_gradients else loss + float("nan")
+
+    def fit(with_gradients: bool, **settings: Any) -> Any:
+        model = Diverging(with_gradients)
+        lora = LoRA(r=2, summary=False, merge=None, **settings)
+        trainer = llama.trainer(Path(directory), strategy, [lora], max_steps=3, enable_checkpointing=False)
+        trainer.fit(model, llama.loader(strategy))
+        return model
+
+    told = {}
+    for name, with_gradients in (("alone", False), ("both", True)):
+        try:
+            fit(with_gradients)
+        except RuntimeError as error:
+            told[name] = str(error)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        state = adapter_state_dict(fit(True, on_nan="warn"))
+    warned = sum("Steps left out so far: 1" in str(each.message) for each in caught)
+    finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
+    return {**told, "warned": warned if rank() == 0 else 1, "finite": finite}

@@ -22,6 +22,7 @@ from helpers import toys
 from helpers.quantized import quantize
 from lightning_lora import LoraConfig, inject, param_groups
 from lightning_lora.sharding import load_full
+from lightning_lora.tasks import language_model_loss
 
 VOCABULARY, ROWS, LENGTH, GLOBAL_BATCH = 200, 32, 8, 8
 PLAN = {
@@ -116,7 +117,7 @@ class Llama(L.LightningModule):
             fully_shard(self.model, mesh=mesh["data_parallel"])
 
     def _loss(self, batch: list[Tensor]) -> Tensor:
-        return self.model(input_ids=batch[0], labels=batch[0]).loss
+        return language_model_loss(self.model, {"input_ids": batch[0], "labels": batch[0]})
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss = self._loss(batch)

@@ -11,16 +11,20 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader, TensorDataset
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from benchmarks.harness import peak_bytes
 from benchmarks.saving import CpuFSDP
 from helpers.distributed.llama import Llama, build, loader, rows, trainer
 from lightning_lora import LoRA, LoraConfig, adapter_state_dict, disabled, eject, inject, merge, set_adapter, unmerge
 from lightning_lora.formats.merged import save_merged
+from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.record import injections
-from lightning_lora.sharding import is_sharded
+from lightning_lora.sharding import is_sharded, register_sharding
 
 
 def fit(
@@ -63,7 +67,7 @@ class _Lora(LoRA):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_fit_start(trainer, pl_module)
         self._start["initial"] = _digest(adapter_state_dict(pl_module))
-        self._start["fingerprints"] = [injection.fingerprint.short for injection in injections(pl_module)]
+        self._start["fingerprints"] = [fingerprint(injection).short for injection in injections(pl_module)]
 
 
 def _digest(tensors: dict[str, Tensor]) -> dict[str, float]:
@@ -101,26 +105,45 @@ def fit_test_fit(directory: str, strategy: str) -> dict[str, Any]:
     return {**found, "losses": module.losses}
 
 
-def merge_after_a_forward_pass() -> dict[str, Any]:
-    """By how much the outputs of a model differ once its adapters are folded in, and once they are out again.
+def merge_after_a_forward_pass(kind: str) -> dict[str, Any]:
+    """By how much the outputs of a model differ from what they should be, once its adapters are folded in, off, or out.
 
-    A forward pass without gradients leaves the outermost unit of FSDP2 whole.
+    A forward pass without gradients leaves the outermost unit whole, and under ``SHARD_GRAD_OP`` all of them.
+
+    Args:
+        kind: "fsdp2" or a sharding strategy of FSDP.
     """
     dist.init_process_group("gloo")
-    model, mesh = build(), init_device_mesh("cpu", (dist.get_world_size(),))
+    model: nn.Module = build()
     inject(model, LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "embed_tokens", "lm_head"]))
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    if kind == "fsdp2":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    else:
+        model = FSDP(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}),
+            sharding_strategy=ShardingStrategy[kind],
+            device_id=torch.device("cpu"),
+            use_orig_params=True,
+        )
+        register_sharding(model)
     found = {}
     with torch.no_grad():
         ids = rows().tensors[0][:4]
         base, before = build()(ids).logits, model(ids).logits
+        with disabled(model):
+            found["disabled"] = float((model(ids).logits - base).abs().max())
+        found["enabled"] = float((model(ids).logits - before).abs().max())
         for name, change in (("merge", merge), ("unmerge", unmerge), ("eject", partial(eject, merge=True))):
             change(model)
-            model(ids)  # makes it whole again
-            model.reshard()
-            found[name] = float((model(ids).logits - before).abs().max())
+            after = model(ids).logits  # makes it whole again
+            if isinstance(model, FSDPModule):
+                model.reshard()
+                after = model(ids).logits
+            found[name] = float((after - before).abs().max())
     return {**found, "adapter": float((before - base).abs().max())}
 
 

@@ -1,0 +1,42 @@
+"""The screen of a recipe says nothing that a user can do nothing about, and what matters stays."""
+
+import logging
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from helpers.recipe_runs import RECIPES
+
+from lightning_lora.cli.quiet import quiet
+
+NOISE = ("LeafSpec", "skip_none", "model summary", "FLOPs", "litlogger", "Loading weights", "Writing model shards")
+
+
+def test_a_recipe_prints_no_noise(tmp_path: Path, tiny: list[str]) -> None:
+    arguments = ["fit", "--config", str(RECIPES / "chat_sft.yaml"), *tiny, "--trainer.precision", "bf16-mixed"]
+    command = [sys.executable, "-m", "lightning_lora", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    screen = done.stdout + done.stderr
+    assert [noise for noise in NOISE if noise in screen] == []
+    for shown in ("tokens_per_second", "minutes_left", "peak_memory_gb", "val_loss", "trainable"):
+        assert shown in screen.replace("\n", "")
+
+
+def test_other_warnings_and_notes_stay(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    with warnings.catch_warnings(record=True) as caught, caplog.at_level("INFO"):
+        warnings.simplefilter("always")
+        with quiet():
+            assert not transformers_logging.is_progress_bar_enabled()
+            warnings.warn("`isinstance(treespec, LeafSpec)` is deprecated", FutureWarning, stacklevel=1)
+            warnings.warn("something of one's own", UserWarning, stacklevel=1)
+            logger.info("💡 Tip: a service")
+            logger.info("GPU available: False")
+        logger.info("💡 Tip: after it")
+    assert [str(each.message) for each in caught] == ["something of one's own"]
+    assert caplog.messages == ["GPU available: False", "💡 Tip: after it"]
+    assert transformers_logging.is_progress_bar_enabled()

@@ -1,0 +1,157 @@
+"""A training step that computes with the weight of an adapted layer is refused, and one that only looks is not."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from helpers import toys
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_lora import LoRA, TargetError
+
+
+class Items(L.LightningModule):
+    """A recommender: items are embedded by calls, and what the step makes of their table is given."""
+
+    def __init__(self, use: "Callable[[Items, Tensor], Tensor | float]") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.items, self.encoder = nn.Embedding(10, 4), nn.Linear(4, 4)
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(self.items(x).mean(1))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        hidden = self(batch)
+        return hidden.square().sum() + self.use(self, hidden)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def scored(hidden: Tensor, table: Tensor) -> Tensor:
+    return (hidden @ table.mT).logsumexp(-1).sum()
+
+
+def under_another_name(module: Items, hidden: Tensor) -> Tensor:
+    table = module.items
+    return scored(hidden, table.weight)
+
+
+def without_gradient(module: Items, hidden: Tensor) -> float:
+    with torch.no_grad():
+        return float(scored(hidden, module.items.weight))
+
+
+def called_by_forward(module: Items, hidden: Tensor) -> Tensor:
+    return module.encoder.forward(hidden).sum()
+
+
+def switched_off(module: Items, hidden: Tensor) -> Tensor:
+    with lightning_lora_disabled(module):
+        return scored(hidden, module.items.weight)
+
+
+def lightning_lora_disabled(module: nn.Module) -> Any:
+    from lightning_lora import disabled
+
+    return disabled(module)
+
+
+COMPUTES: dict[str, Callable[[Items, Tensor], Any]] = {
+    "product": lambda m, h: scored(h, m.items.weight),
+    "another name": under_another_name,
+    "detached": lambda m, h: scored(h, m.items.weight.detach()),
+    "cast": lambda m, h: scored(h.double(), m.items.weight.double()),
+    "normalized": lambda m, h: scored(h, F.normalize(m.items.weight)),
+    "rows": lambda m, h: (h * m.items.weight[0]).sum(),
+    "stacked": lambda m, h: scored(h, torch.cat([m.items.weight, m.items.weight])),
+    "functional": lambda m, h: F.linear(h, m.encoder.weight).sum(),
+}
+LOOKS: dict[str, Callable[[Items, Tensor], Any]] = {
+    "norm": lambda m, h: m.items.weight.norm(),
+    "regularizer": lambda m, h: 0.1 * sum(p.square().sum() for p in m.parameters()),
+    "orthogonality": lambda m, h: (m.encoder.weight @ m.encoder.weight.mT - torch.eye(4)).square().sum(),
+    "dtype": lambda m, h: h.to(m.items.weight.dtype).type_as(m.items.weight).to(m.items.weight).sum(),
+    "shape": lambda m, h: (h + torch.zeros_like(m.encoder.weight).sum() + m.items.weight.new_ones(4)).sum(),
+    "no gradient": without_gradient,
+    "forward": called_by_forward,
+    "disabled": switched_off,
+    "bias": lambda m, h: (h * m.encoder.bias).sum(),
+}
+
+
+def fit(path: Path, module: L.LightningModule, **settings: Any) -> None:
+    lora = LoRA(**{"r": 2, "target_modules": ["items", "encoder"], "merge": None, "summary": False, **settings})
+    data = DataLoader(torch.arange(12).remainder(10).view(4, 3), batch_size=2)
+    toys.trainer(path, [lora], max_steps=3).fit(module, data)
+
+
+@pytest.mark.parametrize("use", COMPUTES)
+def test_what_computes_with_the_weight_is_refused_before_a_step(use: str, tmp_path: Path) -> None:
+    module = Items(COMPUTES[use])
+    with pytest.raises(TargetError, match=r"training step computes with '(items|encoder)\.weight'.*exclude_modules"):
+        fit(tmp_path, module)
+    assert not module.encoder.lora["default"].lora_B.any()  # type: ignore[union-attr, operator, index]
+    assert not torch.overrides._get_current_function_mode_stack()
+    fit(tmp_path, Items(COMPUTES[use]), target_modules=[{"functional": "items"}.get(use, "encoder")])
+
+
+@pytest.mark.parametrize("use", LOOKS)
+def test_what_looks_at_the_weight_trains(use: str, tmp_path: Path) -> None:
+    module = Items(LOOKS[use])
+    fit(tmp_path, module)
+    assert module.encoder.lora["default"].lora_B.any()  # type: ignore[union-attr, operator, index]
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    looks=st.lists(st.sampled_from(sorted(LOOKS)), max_size=3),
+    computes=st.lists(st.sampled_from(sorted(COMPUTES)), max_size=1),
+)
+def test_any_of_them_together(looks: list[str], computes: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    uses = [*(LOOKS[name] for name in looks), *(COMPUTES[name] for name in computes)]
+    module = Items(lambda m, h: sum(use(m, h) for use in uses))
+    path = tmp_path_factory.mktemp("run")
+    if computes:
+        with pytest.raises(TargetError, match="beside calling the layer"):
+            fit(path, module)
+    else:
+        fit(path, module)
+
+
+def test_tied_layers_and_an_error_in_the_step(tmp_path: Path) -> None:
+    def fails(module: Items, hidden: Tensor) -> Tensor:
+        raise KeyError("mine")
+
+    class Tied(Items):
+        def __init__(self) -> None:
+            super().__init__(lambda m, h: m.head(h).sum())
+            self.head = nn.Linear(4, 10, bias=False)
+            self.head.weight = self.items.weight
+
+    with pytest.raises(KeyError, match="mine"):
+        fit(tmp_path, Items(fails))
+    assert not torch.overrides._get_current_function_mode_stack()
+    with pytest.warns(UserWarning, match="is tied to 'head.weight'"):
+        fit(tmp_path, Tied())
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_compiled_part_computes_the_same_beside_it(backend: str, tmp_path: Path) -> None:
+    compiled = torch.compile(lambda hidden: hidden.sin().sum(), backend=backend)
+    weights = []
+    for part in (compiled, lambda hidden: hidden.sin().sum()):
+        module = Items(lambda m, h, part=part: part(h))
+        fit(tmp_path, module)
+        weights.append(module.encoder.lora["default"].lora_B)  # type: ignore[union-attr, operator, index]
+    torch.testing.assert_close(*weights)
