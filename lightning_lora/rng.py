@@ -44,8 +44,8 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
     ``torch.manual_seed`` would seed the generators of all other devices too, for good.
     """
-    on_cpu = device.type == "cpu"
-    state = torch.Generator(device).manual_seed(seed).get_state()
+    on_cpu = device.type in ("cpu", "meta")  # nothing is drawn on the meta device
+    state = torch.Generator("cpu" if on_cpu else device).manual_seed(seed).get_state()
     with torch.random.fork_rng([] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
         if on_cpu:
             torch.set_rng_state(state)

@@ -42,4 +42,4 @@ def test_the_wheel_holds_every_package_and_every_recipe() -> None:
     listed = set(yaml.safe_load("[" + text.split("packages = [")[1].split("]")[0] + "]"))
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "lightning_lora").rglob("__init__.py")}
     assert listed == found | {"lightning_lora.recipes"}
-    assert '"lightning_lora.recipes" = ["*.yaml", "data/*"]' in text
+    assert '"lightning_lora.recipes" = ["*.yaml", "data/*.jsonl", "data/README.md"]' in text

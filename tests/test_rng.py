@@ -88,6 +88,13 @@ def test_a_seed_is_for_its_block_and_its_device_alone(monkeypatch: pytest.Monkey
     assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(5)))
 
 
+def test_a_seed_for_what_has_no_values_yet_changes_nothing() -> None:
+    before = torch.get_rng_state()
+    with seeded(5, torch.device("meta")):
+        torch.rand(3, device="meta")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_seed_on_another_device_goes_to_its_own_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch.xpu is asked, whose generator a stand-in on the CPU plays."""
     held = {"state": torch.Generator().manual_seed(1).get_state()}

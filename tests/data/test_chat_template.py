@@ -39,6 +39,10 @@ R1, HEAD = "<bos><|User|>hi<|Assistant|>", "<|eot_id|><|start_header_id|>"
 GPT = "<|start|>user<|message|>hi<|end|><|start|>assistant"
 
 # The rows of each conversation; none where the template has no place for what is said.
+# Newer versions of transformers give a template that reads "thinking" what a message has as "reasoning_content".
+THOUGHTS_ARE_NAMED_BY_TRANSFORMERS = "WHY" in byte_tokenizer(
+    "{% for m in messages %}{{ m.thinking }}{% endfor %}"
+).apply_chat_template([{"role": "assistant", "content": "yo", "reasoning_content": "WHY"}], tokenize=False)
 EXPECTED: dict[tuple[str, str], list[str]] = {
     ("chatml", "single"): [f"{ML}«yo<|im_end|>»"],
     ("chatml", "multi"): [f"{ML}«yo<|im_end|>»{NEXT.removeprefix('<|im_end|>')}«no<|im_end|>»"],
@@ -115,7 +119,9 @@ EXPECTED: dict[tuple[str, str], list[str]] = {
     ],
     ("channels", "system"): [f"<|start|>developer<|message|>Be.<|end|>{GPT}«<|channel|>final<|message|>yo<|return|>»"],
     ("channels", "tools"): REFUSED,
-    ("channels", "reasoning"): [
+    ("channels", "reasoning"): REFUSED
+    if not THOUGHTS_ARE_NAMED_BY_TRANSFORMERS
+    else [
         f"{GPT}«<|channel|>analysis<|message|>WHY<|end|><|start|>assistant<|channel|>final<|message|>yo<|return|>»",
         f"{GPT}<|channel|>final<|message|>yo<|end|><|start|>user<|message|>more<|end|><|start|>assistant"
         "«<|channel|>analysis<|message|>SO<|end|><|start|>assistant<|channel|>final<|message|>no<|return|>»",
