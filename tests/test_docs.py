@@ -272,3 +272,10 @@ def test_the_house_is_as_the_page_says() -> None:
 def test_links_of_readme_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text())
     assert [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()] == []
+
+
+def test_every_fault_names_a_test_that_is_there() -> None:
+    tests = Path(__file__).parent
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (tests.parent / "docs" / "faults.md").read_text())
+    assert len(named) > 10
+    assert not [name for file, name in named if f"def {name}(" not in (tests / file).read_text()]

@@ -57,7 +57,13 @@ def facts_of(trainer: "pl.Trainer") -> dict[str, Any]:
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
         **{name: f"{float(value):.6g}" for name, value in sorted(trainer.callback_metrics.items())},
+        **{name: value for each in _callbacks_that_say(trainer) for name, value in each.card_facts().items()},
     }
+
+
+def _callbacks_that_say(trainer: "pl.Trainer") -> list[Any]:
+    """Callbacks with something of their own for the card: a method ``card_facts() -> dict``."""
+    return [callback for callback in trainer.callbacks if hasattr(callback, "card_facts")]  # type: ignore[attr-defined]
 
 
 def _table(rows: Mapping[str, Any]) -> str:

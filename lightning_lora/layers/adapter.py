@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers.init import fill_
+from lightning_lora.layers.spectrum import singular_values
 
 
 class Adapter(nn.Module):
@@ -49,6 +50,10 @@ class Adapter(nn.Module):
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor] | None:
         """The A and B of its rank whose product, scaled, is all that it adds; ``None`` if it is not of that form."""
+        return None
+
+    def update_spectrum(self) -> Tensor | None:
+        """The singular values of all that it adds, as ``(r,)`` on the CPU, the largest first; ``None`` if unknown."""
         return None
 
     def is_plain_lora(self) -> bool:
@@ -220,6 +225,10 @@ class LoraAdapter(Adapter):
         is_plain = self.peft_names.keys() == {"lora_A", "lora_B"}
         fits = is_plain and self.lora_B.shape[1] == self.r and len(self.lora_A) == self.r
         return (self.lora_A, self.lora_B) if fits else None
+
+    def update_spectrum(self) -> Tensor | None:
+        factors = self.low_rank_factors()
+        return None if factors is None else abs(self.scaling) * singular_values(factors)
 
     def mismatch(self, saved: LoraConfig, peft_layer_name: str) -> str | None:
         theirs = saved.scaling(peft_layer_name)

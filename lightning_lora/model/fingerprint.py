@@ -96,6 +96,10 @@ class Fingerprint:
                 found.append(repr(name))
         return list(dict.fromkeys(found))
 
+    def norms(self) -> dict[str, float]:
+        """The Frobenius norm of each tensor of a base at hand, by name."""
+        return {name: each.norm for name, each in zip(self.names, _decode_sketches(self.sketches))}
+
     def apart(self, other: "Fingerprint") -> "Apart | None":
         """How far two bases are apart that have the same tensors, by name and shape; ``None`` if they have not."""
         if self.samples is None or other.samples is None:

@@ -119,3 +119,9 @@ def test_a_sketch_of_what_is_not_finite() -> None:
     assert sketch(mask).is_near(sketch(mask.clone()), 1e-5)
     assert not sketch(mask).is_near(sketch(torch.zeros(2)), 1e-5)
     assert sketch(nn.Parameter(torch.empty(0))).norm == 0
+
+
+def test_a_sketch_tells_where_values_are() -> None:
+    values = torch.randn(3 * _LENGTH, generator=torch.Generator().manual_seed(1))
+    moved = [values.roll(shift) for shift in (1, _LENGTH, 2 * _LENGTH)]
+    assert not any(sketch(values).is_near(sketch(each), 1e-5) for each in moved)

@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_lora import LoRA, LoraConfig, inject, load_adapter, save_adapter
 from lightning_lora.model.finite import not_finite, total_norm
 from lightning_lora.model.state_dict import CheckpointError, adapter_state_dict
+from lightning_lora.trainer.finite_steps import FiniteSteps
 
 NAN, INF = float("nan"), float("inf")
 
@@ -145,6 +146,17 @@ def test_large_gradients_are_no_fault(tmp_path: Path) -> None:
     model = Diverging(1e30)  # of which float32 cannot hold the square
     fit(tmp_path, model)
     assert model.seen == 8
+
+
+@pytest.mark.parametrize(
+    "make", [Toy, lambda: Manual(step_with, factor=1.0), lambda: Manual(bare_step_after, factor=1.0)]
+)
+def test_each_step_is_looked_at_once(make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[Any] = []
+    real = FiniteSteps._look
+    monkeypatch.setattr(FiniteSteps, "_look", lambda self, optimizer: (looks.append(optimizer), real(self, optimizer)))
+    fit(tmp_path, make())
+    assert len(looks) == 8
 
 
 def test_only_the_loss(tmp_path: Path) -> None:

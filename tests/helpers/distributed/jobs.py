@@ -247,3 +247,31 @@ def diverging(directory: str, strategy: str) -> dict[str, Any]:
     warned = sum("Steps left out so far: 1" in str(each.message) for each in caught)
     finite = all(bool(tensor.isfinite().all()) for tensor in state.values())
     return {**told, "warned": warned if rank() == 0 else 1, "finite": finite}
+
+
+def monitored(directory: str, strategy: str) -> dict[str, Any]:
+    """Train with an ``AdapterMonitor`` and return what it logged last."""
+    from lightning.pytorch.loggers import CSVLogger
+
+    from helpers.distributed import llama
+    from lightning_lora.callbacks import AdapterMonitor
+
+    class Kept(CSVLogger):
+        figures: dict[str, float] = {}
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            self.figures = {name: value for name, value in metrics.items() if name.startswith("adapter/")}
+
+    logger = Kept(directory)
+    callbacks = [LoRA(r=2, summary=False, merge=None), AdapterMonitor(1)]
+    trainer = llama.trainer(
+        Path(directory),
+        strategy,
+        callbacks,
+        max_steps=4,
+        logger=logger,
+        log_every_n_steps=100,
+        enable_checkpointing=False,
+    )
+    trainer.fit(llama.Llama(), llama.loader(strategy))
+    return {"figures": logger.figures}

@@ -1,0 +1,40 @@
+"""Singular values and inner products of products of two narrow matrices, by matrices of the rank's size."""
+
+import torch
+from torch import Tensor
+
+Factors = tuple[Tensor, Tensor]  # A of shape (r, in, ...) and B of shape (out, r, ...), whose product is meant
+
+
+@torch.no_grad()
+def singular_values(factors: Factors) -> Tensor:
+    """Those of ``B A``, the largest first.
+
+    They are the roots of the eigenvalues of ``(B^T B)(A A^T)``, so that nothing larger than r x r is decomposed.
+
+    Returns:
+        Shape ``(r,)``, on the CPU, in float64.
+    """
+    gram_A, gram_B = _grams(factors, factors)
+    values, vectors = torch.linalg.eigh(gram_B)
+    root = vectors * values.clamp(min=0).sqrt()
+    squares: Tensor = torch.linalg.eigvalsh(root.mT @ gram_A @ root)
+    return squares.clamp(min=0).sqrt().flip(0)
+
+
+@torch.no_grad()
+def inner(one: Factors, two: Factors) -> float:
+    """The inner product of two products: the sum of the products of their elements."""
+    gram_A, gram_B = _grams(one, two)
+    return float((gram_A * gram_B).sum())
+
+
+def _grams(one: Factors, two: Factors) -> Factors:
+    """``A1 A2^T`` and ``B1^T B2``, on the CPU, with one transfer."""
+    (A1, B1), (A2, B2) = (tuple(_exact(factor.detach()).flatten(1) for factor in pair) for pair in (one, two))
+    gram_A, gram_B = torch.stack([A1 @ A2.mT, B1.mT @ B2]).cpu().double()
+    return gram_A, gram_B
+
+
+def _exact(factor: Tensor) -> Tensor:
+    return factor.float() if factor.device.type == "mps" else factor.double()  # which has no float64
