@@ -178,6 +178,12 @@ def _metadata_of(checkpoint: Mapping[str, Any], source: str) -> Mapping[str, Any
             "LoRA callback saved. Nothing was loaded."
         )
     meta: Mapping[str, Any] = checkpoint[KEY]
+    if isinstance(meta, Mapping) and meta.get("merged"):
+        raise CheckpointError(
+            f"{source} is no adapter checkpoint: it holds the whole model of a finished run, with its adapters merged "
+            "in. Load it without LoRA, as by MyModule.load_from_checkpoint, or take a checkpoint that the run wrote "
+            "before its end. Nothing was loaded."
+        )
     return meta
 
 

@@ -147,12 +147,12 @@ def _parts(model: nn.Module, dtype: torch.dtype | None) -> list[_Part]:
 def _plain(module: nn.Module, form: MergedForm, dtype: torch.dtype) -> Tensor:
     """A quantized layer's weight as an ordinary one, with the adapters that are at work merged in."""
     if isinstance(module, LoraLayer):
-        return module.merged_weights(form)["weight"]
+        return module.merged_as(form)["weight"]
     return dequantized(module).to(dtype)
 
 
 def _merged(layer: LoraLayer, name: str, form: MergedForm) -> Tensor:
-    return full_tensor(layer, name, layer.merged_weights(form)[name])
+    return full_tensor(layer, name, layer.merged_as(form)[name])
 
 
 def _files(parts: list[_Part], limit: int) -> Iterator[list[_Part]]:

@@ -36,6 +36,7 @@ class Metadata(TypedDict):
     """What is said of all."""
 
     format_version: NotRequired[int]
+    merged: NotRequired[bool]  # whether they are merged into weights that are there in full
     adapters: list[Entry]
 
 

@@ -288,13 +288,10 @@ class LoraLayer(nn.Module):
         return self._merged
 
     @torch.no_grad()
-    def merged_weights(self, form: MergedForm = MergedForm()) -> dict[str, Tensor]:
+    def merged_weights(self) -> dict[str, Tensor]:
         """By name, the parameters with all active adapters merged in, each rounded once to the parameter's dtype.
 
         Of a parameter that processes share, each gets its shard.
-
-        Args:
-            form: What quantized ones become.
 
         Raises:
             ValueError: If one holds a NaN or an infinity.
@@ -313,6 +310,10 @@ class LoraLayer(nn.Module):
                 if merged[name] is parameter:  # no adapter is active
                     merged[name] = parameter.detach().clone()
         return {name: shard_of(self, name, tensor) for name, tensor in merged.items()}
+
+    def merged_as(self, form: MergedForm) -> dict[str, Tensor]:
+        """The same, where quantized ones take on a form."""
+        return self.merged_weights()
 
     def folded(self, name: str, weight: Tensor) -> Tensor:
         """A parameter's values, in float32 or better, with all active adapters merged in."""

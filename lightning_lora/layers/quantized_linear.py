@@ -149,8 +149,11 @@ class LoraQuantizedLinear(LoraLinear):
     def _is_merged_plain(self) -> bool:
         return self._merged and type(self.weight) is nn.Parameter
 
+    def merged_weights(self) -> dict[str, Tensor]:
+        return self.merged_as(MergedForm())
+
     @torch.no_grad()
-    def merged_weights(self, form: MergedForm = MergedForm()) -> dict[str, Tensor]:  # noqa: B008
+    def merged_as(self, form: MergedForm) -> dict[str, Tensor]:
         """As of any layer, but whole where processes share the packed weight."""
         modules = self.modules_at_work()
         with unsharded(modules), onloaded(modules):
@@ -166,7 +169,7 @@ class LoraQuantizedLinear(LoraLinear):
         """How much of the active adapters' update another packed weight has, ``<W' - W, U> / |U|^2``.
 
         Args:
-            packed: Of :meth:`merged_weights` under ``requantize``.
+            packed: Of :meth:`merged_as` under ``requantize``.
 
         Returns:
             1 if it has all of it, as it has of none at all; 0 if it is lost.

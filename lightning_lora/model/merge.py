@@ -103,7 +103,7 @@ def merge_layers(model: nn.Module, layers: list[LoraLayer], form: MergedForm) ->
             "parameters, merging would change it too. Use merge=None, and merge the adapter on one device: "
             "load_adapter, then eject(model, merge=True). Nothing was changed."
         )
-    merged = {key: layer.merged_weights(form) for key, layer in leaders.items()}
+    merged = {key: layer.merged_as(form) for key, layer in leaders.items()}
     if quantized and form.requantize:
         _tell_what_is_kept(model, {id(layer): merged[id(layer.lora)]["weight"] for layer in quantized})
     for key, layer in leaders.items():

@@ -93,9 +93,11 @@ class AdapterCheckpoints(ABC):
         vars(self).get(_OWN_FILES, {}).pop(str(filepath), None)
 
     def _make_whole(self, checkpoint: dict[str, Any], filepath: str | Path) -> None:
-        """Leave the checkpoint of a finished run, whose model is plain and merged, as it would be without LoRA."""
+        """Leave the checkpoint of a finished run, whose model is plain and merged, whole, and say what is merged."""
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = []  # which are of the adapter
+        with restored(self.lightning_module):
+            checkpoint[KEY] = {**metadata(self.lightning_module), "merged": True}
         rank_zero_info(
             f"The run has ended and its model is merged, so {filepath} holds the whole model and can be loaded without "
             "LoRA. The adapter is in the checkpoints of the run, and save_adapter writes it."

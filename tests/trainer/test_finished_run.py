@@ -23,7 +23,7 @@ def test_a_finished_run_saves_the_merged_model(tmp_path: Path, merge: str, weigh
     trainer.save_checkpoint(tmp_path / "finished.ckpt", weights_only=weights_only)
     saved = torch.load(tmp_path / "finished.ckpt", weights_only=True)
     toys.assert_same_tensors(saved["state_dict"], model.state_dict())
-    assert KEY not in saved and not saved.get("optimizer_states")
+    assert saved[KEY]["merged"] and len(saved[KEY]["adapters"]) == 1 and not saved.get("optimizer_states")
     opened = Toy.load_from_checkpoint(tmp_path / "finished.ckpt")
     assert torch.equal(toys.outputs(opened), toys.outputs(model))
     # The adapter is where it was.
@@ -44,7 +44,8 @@ def test_a_run_without_lora_goes_on_from_it(tmp_path: Path) -> None:
 def test_a_run_with_lora_says_what_it_is(tmp_path: Path) -> None:
     _, trainer = fit(tmp_path)
     trainer.save_checkpoint(tmp_path / "finished.ckpt")
-    with pytest.raises(CheckpointError, match="finished run, whose model is merged"):
+    assert toys.outputs(Toy.load_from_checkpoint(tmp_path / "finished.ckpt")).isfinite().all()
+    with pytest.raises(CheckpointError, match="the whole model of a finished run, with its adapters merged in"):
         toys.trainer(tmp_path, [LoRA(r=2)]).fit(Toy(), loader(), ckpt_path=tmp_path / "finished.ckpt")
 
 
