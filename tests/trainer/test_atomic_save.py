@@ -104,7 +104,7 @@ def test_a_directory_takes_the_place_of_another_when_it_is_complete(tmp_path: Pa
         path.mkdir()
         (path / "left-over").write_text("")
         raise OSError("no space left")
-    assert {file.name for file in target.iterdir()} == {"0.distcp", "only-in-1"}
+    assert {file.name for file in target.iterdir()} == {"0.distcp", "only-in-1", "checksums.json"}
     with atomic_save.writing(Sharded(), target) as path:
         path.mkdir()
         (path / "0.distcp").write_text("2")
