@@ -108,7 +108,7 @@ def test_a_directory_takes_the_place_of_another_when_it_is_complete(tmp_path: Pa
     with atomic_save.writing(Sharded(), target) as path:
         path.mkdir()
         (path / "0.distcp").write_text("2")
-    assert {file.name for file in target.iterdir()} == {"0.distcp"}
+    assert {file.name for file in target.iterdir()} == {"0.distcp", "checksums.json"}
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
