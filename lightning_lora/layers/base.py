@@ -419,7 +419,8 @@ def class_problem(layer_class: type[LoraLayer], module: nn.Module) -> str | None
     """Why a module cannot take on the class of an adapted layer, ``None`` if it can."""
     base = type(module)
     try:
-        base.__new__(base).__class__ = adapted_class(layer_class, base)  # type: ignore[arg-type]
+        # Not by the class's own __new__, by which FSDP2's makes a layer that is not sharded.
+        object.__new__(base).__class__ = adapted_class(layer_class, base)  # type: ignore[arg-type]
     except TypeError as error:
         return (
             f"Python cannot give it another class ({error}): its class puts another kind of class, such as ABC, before "

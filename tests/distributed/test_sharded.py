@@ -310,6 +310,11 @@ def test_what_was_trained_comes_back_when_adapters_are_off_and_on_again() -> Non
             assert found["from the base"] < 1e-6, case
 
 
+def test_layers_that_are_units_of_their_own_can_be_adapted() -> None:
+    for found in run_processes("sharded.inject_into_sharded_layers"):
+        assert found == {"off": 0, "on": 0}
+
+
 @pytest.mark.parametrize("kind", ["fsdp2", "FULL_SHARD", "SHARD_GRAD_OP"])
 def test_merging_lets_go_of_what_a_forward_pass_has_left_whole(kind: str) -> None:
     for found in run_processes("sharded.merge_after_a_forward_pass", kind):

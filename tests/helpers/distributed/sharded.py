@@ -24,7 +24,7 @@ from lightning_lora import LoRA, LoraConfig, adapter_state_dict, disabled, eject
 from lightning_lora.formats.merged import save_merged
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.record import injections
-from lightning_lora.sharding import is_sharded, register_sharding
+from lightning_lora.sharding import full_tensor, is_sharded, register_sharding
 
 
 def fit(
@@ -145,6 +145,24 @@ def merge_after_a_forward_pass(kind: str) -> dict[str, Any]:
                 after = model(ids).logits
             found[name] = float((after - before).abs().max())
     return {**found, "adapter": float((before - base).abs().max())}
+
+
+def inject_into_sharded_layers() -> dict[str, Any]:
+    """What is left of trained biases once adapters in layers that are FSDP2 units themselves were off and on again."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    base, mesh = model[0].bias.detach().clone(), init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (*model, model):
+        fully_shard(module, mesh=mesh)
+    inject(model, LoraConfig(r=2, bias="lora_only", modules_to_save=None))
+    with torch.no_grad():
+        model[0].bias.add_(1)
+    set_adapter(model, None)
+    off = full_tensor(model[0], "bias")
+    set_adapter(model, "default")
+    on = adapter_state_dict(model)["0.bias"]
+    return {"off": float((off - base).abs().max()), "on": float((on - base - 1).abs().max())}
 
 
 class Switched(L.LightningModule):
