@@ -91,9 +91,9 @@ class _Computing(TorchFunctionMode):
     def _look(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         name = next(filter(None, map(self._read_in, _values(func, args, kwargs))), None)
         for out in _tensors([result]) if name is not None else ():
-            if out.requires_grad:
+            if out.grad_fn is not None:
                 self.found = name
-            elif out.dim() > 0 and out.is_floating_point():
+            elif not out.requires_grad and out.dim() > 0 and out.is_floating_point():  # and no parameter made of it
                 self._derived[id(out)] = out, name  # type: ignore[assignment]
 
     def _read_in(self, tensor: Tensor) -> str | None:

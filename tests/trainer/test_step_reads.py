@@ -85,6 +85,7 @@ LOOKS: dict[str, Callable[[Items, Tensor], Any]] = {
     "no gradient": without_gradient,
     "forward": called_by_forward,
     "disabled": switched_off,
+    "a parameter of it": lambda m, h: (h * nn.Parameter(m.encoder.weight.data.clone())[0]).sum(),
     "bias": lambda m, h: (h * m.encoder.bias).sum(),
 }
 
