@@ -436,7 +436,8 @@ class LoRA(Callback):
             ) from error
 
     def __reduce__(self) -> Any:
-        return rebuild, (original_class(self),), {**self.__dict__, "_gradients": None, "_base": None, "_finite": None}
+        watches = dict.fromkeys(("_gradients", "_base", "_reads", "_finite"))  # which belong to this very run
+        return rebuild, (original_class(self),), {**self.__dict__, **watches}
 
 
 def _floating_dtype(name: str | None) -> torch.dtype | None:

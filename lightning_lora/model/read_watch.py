@@ -97,13 +97,14 @@ class _Finding(TorchFunctionMode):
         return result
 
     def _look(self, given: list[Any], result: Any) -> None:
-        if any(isinstance(each, Tensor) for each in _flat([result])):
-            self.found |= any(each is self._tensor for each in _flat(given))
+        if any(True for _ in tensors_in([result])):
+            self.found |= any(each is self._tensor for each in tensors_in(given))
 
 
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among what a function is given or gives, also in lists and tuples."""
     for value in values:
-        if isinstance(value, list | tuple):
-            yield from _flat(value)
-        else:
+        if isinstance(value, Tensor):
             yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)

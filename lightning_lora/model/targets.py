@@ -125,9 +125,11 @@ def _find_layers(
 
 def _layers_in(name: str, module: nn.Module, names: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """A module that can be adapted, and of another one the layers inside of it, if there are any."""
-    can_be_adapted = isinstance(module, LoraLayer) or layer_class_for(module) is not None
-    inside = {inner: layer for inner, layer in names.items() if is_submodule(inner, name) and _group(layer)}
-    yield from {name: module}.items() if can_be_adapted or not inside else inside.items()
+    if isinstance(module, LoraLayer) or layer_class_for(module) is not None:
+        yield name, module
+        return
+    inside = [(inner, layer) for inner, layer in names.items() if is_submodule(inner, name) and _group(layer)]
+    yield from inside or [(name, module)]
 
 
 def _left_out(name: str, module: nn.Module, config: LoraConfig) -> str | None:

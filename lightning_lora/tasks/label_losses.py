@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
+from lightning_lora.compiled import is_compiled
 from lightning_lora.tasks.chunked_losses import token_losses
 from lightning_lora.tasks.decoder_inputs import decoder_inputs
 from lightning_lora.tasks.known_logits import LogitTransform, transform_of
@@ -87,7 +88,7 @@ def _learned_losses(
     model: Any, batch: dict[str, Tensor], label_smoothing: float, call: Callable[..., Any]
 ) -> Tensor | None:
     """The losses at learned positions, of shape ``(label tokens,)``, if the model's forward pass is a known one."""
-    if _is_compiled(model) or torch.compiler.is_compiling():
+    if is_compiled(model) or torch.compiler.is_compiling():  # for a hook would have all compiled again each time
         return None
     inputs = _inputs(model, call, batch)
     if inputs is None:
@@ -145,8 +146,3 @@ def _inputs(model: Any, call: Callable[..., Any], batch: dict[str, Tensor]) -> d
 
 def _encodes(model: Any) -> bool:
     return bool(model.config.is_encoder_decoder)
-
-
-def _is_compiled(model: Any) -> bool:
-    # What torch.compile(model) and model.compile() leave; a hook would have the whole compiled again each time.
-    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None

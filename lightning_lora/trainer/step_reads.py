@@ -6,14 +6,16 @@ changes it for all.
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_lora.compiled import is_compiled
 from lightning_lora.layers import LoraLayer
+from lightning_lora.model.read_watch import tensors_in
 from lightning_lora.model.targets import TargetError, modules_by_name
 
 _LIKE = {"empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like", "is_nonzero"}
@@ -26,7 +28,7 @@ class StepReads:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._mode: _Computing | None = None
-        self._is_over = any(each._compiled_call_impl is not None for each in module.modules())
+        self._is_over = any(map(is_compiled, module.modules()))
 
     def start(self) -> None:
         """The batch begins."""
@@ -90,7 +92,7 @@ class _Computing(TorchFunctionMode):
 
     def _look(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         name = next(filter(None, map(self._read_in, _values(func, args, kwargs))), None)
-        for out in _tensors([result]) if name is not None else ():
+        for out in tensors_in([result]) if name is not None else ():
             if out.grad_fn is not None:
                 self.found = name
             elif not out.requires_grad and out.dim() > 0 and out.is_floating_point():  # and no parameter made of it
@@ -111,15 +113,7 @@ def _values(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:
     name = getattr(func, "__name__", "")
     if name in _LIKE or name.startswith("new_"):
         return iter(())
-    return _tensors(args[:1] if name in _AS else [*args, *kwargs.values()])
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+    return tensors_in(args[:1] if name in _AS else [*args, *kwargs.values()])
 
 
 def _in_forward_of(modules: set[int]) -> bool:

@@ -1,5 +1,6 @@
 """A training step that computes with the weight of an adapted layer is refused, and one that only looks is not."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,3 +157,38 @@ def test_a_compiled_part_computes_the_same_beside_it(backend: str, tmp_path: Pat
         fit(tmp_path, module)
         weights.append(module.encoder.lora["default"].lora_B)  # type: ignore[union-attr, operator, index]
     torch.testing.assert_close(*weights)
+
+
+@pytest.mark.parametrize("how", ["a part, by torch.compile", "a part, by its own compile", "all, in the Trainer"])
+def test_where_something_is_compiled_nothing_looks_on(how: str, tmp_path: Path) -> None:
+    """A second compilation, for a step that is not looked at, can take minutes."""
+    looking: list[int] = []
+
+    def use(module: Items, hidden: Tensor) -> float:
+        looking.append(len(torch.overrides._get_current_function_mode_stack()))
+        return 0.0
+
+    module: Any = Items(use)
+    if how == "a part, by torch.compile":
+        module.encoder = torch.compile(module.encoder, backend="eager")
+    elif how == "a part, by its own compile":
+        module.encoder.compile(backend="eager")
+    else:
+        module.use = torch.compiler.disable(use)
+        module = torch.compile(module, backend="eager")
+    fit(tmp_path, module)
+    assert looking == [0, 0, 0]
+
+
+def test_a_callback_is_copied_without_its_run(tmp_path: Path) -> None:
+    lora = LoRA(r=2, target_modules=["items", "encoder"], summary=False)
+    copies: list[LoRA] = []
+
+    class Copies(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            assert lora._reads is not None  # this one comes first, so while the first batch is watched
+            copies.append(copy.copy(lora))
+
+    data = DataLoader(torch.arange(12).remainder(10).view(4, 3), batch_size=2)
+    toys.trainer(tmp_path, [Copies(), lora], max_steps=1).fit(Items(LOOKS["norm"]), data)
+    assert [(each._reads, each._finite, each._gradients, each._base) for each in copies] == [(None,) * 4]
