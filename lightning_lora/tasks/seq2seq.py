@@ -81,7 +81,7 @@ class Seq2Seq(TokenWeighted):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of one batch, logged as ``train_loss``."""
-        return self.weigh(self._loss(batch, "train_loss", sync_dist=False), label_tokens(self.model, batch["labels"]))
+        return self.weigh(*self._loss(batch, "train_loss", sync_dist=False))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log ``val_loss`` and the scores of the texts written."""
@@ -107,11 +107,12 @@ class Seq2Seq(TokenWeighted):
             )
         return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
 
-    def _loss(self, batch: dict[str, Tensor], name: str, sync_dist: bool) -> Tensor:
+    def _loss(self, batch: dict[str, Tensor], name: str, sync_dist: bool) -> tuple[Tensor, int]:
+        """The mean loss, logged, and over how many tokens it is."""
         loss = language_model_loss(self.model, batch)
         tokens = label_tokens(self.model, batch["labels"])
         self.log(name, loss, batch_size=tokens, prog_bar=True, sync_dist=sync_dist)
-        return loss
+        return loss, tokens
 
     def _score(self, batch: dict[str, Tensor], name: str, metrics: Any) -> None:
         labels = batch["labels"]
