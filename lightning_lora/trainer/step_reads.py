@@ -68,19 +68,22 @@ class _Computing(TorchFunctionMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.found: str | None = None
-        self._names: dict[int, str] = {}
         self._owners: dict[int, set[int]] = {}  # modules that have it, by whose forwards it is read
         self._layers: dict[int, LoraLayer] = {}
-        self._derived: dict[int, tuple[Tensor, str]] = {}  # tensors are kept, so that no other has their identity
+        # What is told by its identity is kept, so that nothing else has that as long.
+        self._adapted: dict[int, tuple[Tensor, str]] = {}
+        self._derived: dict[int, tuple[Tensor, str]] = {}
         for name, layer in modules_by_name(module).items():
             if isinstance(layer, LoraLayer):
                 for inner, parameter in layer.adapted_parameters().items():
-                    self._names.setdefault(id(parameter), f"{name}.{inner}".lstrip("."))
-                    self._layers[id(parameter)] = layer
-                    self._owners.setdefault(id(parameter), set()).add(id(layer))
+                    # What others compute (pruning, weight_norm) is a tensor of one call.
+                    if isinstance(parameter, nn.Parameter):
+                        self._adapted.setdefault(id(parameter), (parameter, f"{name}.{inner}".lstrip(".")))
+                        self._layers[id(parameter)] = layer
+                        self._owners.setdefault(id(parameter), set()).add(id(layer))
         for each in module.modules():
             for key in map(id, each._parameters.values()):
-                if key in self._names:
+                if key in self._adapted:
                     self._owners[key].add(id(each))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -103,9 +106,9 @@ class _Computing(TorchFunctionMode):
         key = id(tensor)
         if key in self._derived:
             return self._derived[key][1]
-        if key not in self._names or not self._layers[key].active or self._layers[key].merged:
+        if key not in self._adapted or not self._layers[key].active or self._layers[key].merged:
             return None
-        return None if _in_forward_of(self._owners[key]) else self._names[key]
+        return None if _in_forward_of(self._owners[key]) else self._adapted[key][1]
 
 
 def _values(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRA, TargetError
@@ -113,6 +114,25 @@ def test_what_looks_at_the_weight_trains(use: str, tmp_path: Path) -> None:
     fit(tmp_path, module)
     assert module.encoder.lora["default"].lora_B.any()  # type: ignore[union-attr, operator, index]
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+@pytest.mark.parametrize("put_on", [prune.identity, prune.random_unstructured, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning", "ignore:.*was computed of others")
+def test_a_tensor_in_the_memory_of_a_computed_weight_is_not_that_weight(put_on: Any, tmp_path: Path) -> None:
+    class PutOn(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            for layer in (pl_module.encoder, pl_module.items):
+                put_on(layer, "weight", **{"amount": 1} if put_on is prune.random_unstructured else {})
+
+    def many(module: Items, hidden: Tensor) -> Tensor:
+        made = [torch.ones(4) for _ in range(20_000)]
+        return torch.stack([(hidden * each).sum() for each in made[::10]]).sum() + (hidden * torch.stack(made)[0]).sum()
+
+    module = Items(many)
+    lora = LoRA(r=2, target_modules=["items", "encoder"], merge=None, summary=False)
+    data = DataLoader(torch.arange(12).remainder(10).view(4, 3), batch_size=2)
+    toys.trainer(tmp_path, [lora, PutOn()], max_steps=2).fit(module, data)
+    assert module.encoder.lora["default"].lora_B.any()  # type: ignore[union-attr, operator, index]
 
 
 @settings(deadline=None, max_examples=15)
