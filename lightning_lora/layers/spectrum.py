@@ -23,6 +23,13 @@ def singular_values(factors: Factors) -> Tensor:
 
 
 @torch.no_grad()
+def norm(factors: Factors) -> Tensor:
+    """The Frobenius norm of ``B A``, a scalar on the device, for which nothing waits."""
+    A, B = (factor.detach().flatten(1) for factor in factors)
+    return ((A @ A.mT) * (B.mT @ B)).sum().clamp(min=0).sqrt()
+
+
+@torch.no_grad()
 def inner(one: Factors, two: Factors) -> float:
     """The inner product of two products: the sum of the products of their elements."""
     gram_A, gram_B = _grams(one, two)

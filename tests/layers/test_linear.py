@@ -48,7 +48,7 @@ def reference(layer: nn.Module, x: Tensor, r: int) -> tuple[Tensor, Tensor, Tens
     return nn.functional.linear(x, weight, None if bias is None else bias.detach().double()), A, B, x
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     kind=st.sampled_from(KINDS),
     in_features=st.integers(1, 12),
@@ -75,7 +75,7 @@ def test_forward_and_gradients_equal_the_reference(
     assert layer.weight.grad is None  # type: ignore[union-attr]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kind=st.sampled_from(KINDS),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),

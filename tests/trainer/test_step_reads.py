@@ -135,7 +135,7 @@ def test_a_tensor_in_the_memory_of_a_computed_weight_is_not_that_weight(put_on: 
     assert module.encoder.lora["default"].lora_B.any()  # type: ignore[union-attr, operator, index]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     looks=st.lists(st.sampled_from(sorted(LOOKS)), max_size=3),
     computes=st.lists(st.sampled_from(sorted(COMPUTES)), max_size=1),

@@ -275,3 +275,17 @@ def monitored(directory: str, strategy: str) -> dict[str, Any]:
     )
     trainer.fit(llama.Llama(), llama.loader(strategy))
     return {"figures": logger.figures}
+
+
+def limited(directory: str, strategy: str) -> dict[str, Any]:
+    """Train with a ``MaxUpdateNorm`` and return the norms of the adapters' updates."""
+    from helpers.distributed import llama
+    from lightning_lora.callbacks import MaxUpdateNorm
+
+    callbacks = [LoRA(r=2, lora_alpha=2, summary=False, merge=None), MaxUpdateNorm(1e-3)]
+    trainer = llama.trainer(Path(directory), strategy, callbacks, max_steps=4, enable_checkpointing=False)
+    model = llama.Llama()
+    trainer.fit(model, llama.loader(strategy))
+    state = adapter_state_dict(model)
+    pairs = {name: state[name.replace("lora_A", "lora_B")] for name in state if name.endswith("lora_A")}
+    return {"norms": {name: float((B.double() @ state[name].double()).norm()) for name, B in pairs.items()}}
