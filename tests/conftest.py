@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_lora import adapter_state_dict, unmerge
 
 # Machines differ, and a test that the processor was busy for is not wrong.
-hypothesis.settings.register_profile("untimed", hypothesis.settings.default)
+hypothesis.settings.register_profile("untimed", hypothesis.settings.default, deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
