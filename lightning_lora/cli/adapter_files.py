@@ -1,4 +1,4 @@
-"""The commands that work on saved adapters: ``lightning-lora inspect``, ``export``, ``merge``, ``diff`` and ``check``.
+"""The commands that work on saved adapters: ``lightning-lora inspect``, ``export``, ``merge``, ``diff`` and so on.
 
 Each ends with 0, with 1 after an error, after a difference (``diff``) or where an adapter would not be served as it was
 trained (``check``), and with 2 after a wrong call.
@@ -14,6 +14,9 @@ _DESCRIPTIONS = {
     "export": "Write a checkpoint's adapter as a directory that PEFT opens, or as a GGUF file for llama.cpp.",
     "merge": "Write base and adapter as one model directory, for from_pretrained, with the tokenizer if there is one.",
     "check": "Say what a server would refuse of an adapter, or compute otherwise. Ends with 0 if nothing, else with 1.",
+    "compare": "Say how far two adapters of one base learned the same directions, layer by layer, by the similarity of "
+    "the subspaces of their A (Hu et al., 2021, section 7), and draw it; with --base, also by how much an update "
+    "amplifies what it adds to.",
     "diff": "Compare two saved adapters: settings, layers and weights. Ends with 0 if they are the same, else with 1.",
 }
 _SERVERS = ("vllm", "sglang", "llama.cpp", "transformers", "diffusers")
@@ -45,7 +48,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "adapter", type=Path, metavar="ADAPTER", help="a checkpoint (.ckpt) or a directory in PEFT's format"
         )
-    commands["diff"].add_argument("other", type=Path, metavar="ADAPTER", help="the one to compare it with")
+    for name in ("diff", "compare"):
+        commands[name].add_argument("other", type=Path, metavar="ADAPTER", help="the one to compare it with")
+    commands["compare"].add_argument("--output", type=Path, help="the picture to write, such as subspaces.png")
+    commands["compare"].add_argument("--base", help="the base model: a hub id or a directory")
+    commands["compare"].add_argument("--gguf-file", help="the file in --base, if the base is a GGUF file")
     commands["check"].add_argument(
         "--for", dest="server", choices=_SERVERS, required=True, help="what is to serve the adapter"
     )

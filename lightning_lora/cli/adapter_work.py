@@ -1,4 +1,4 @@
-"""What ``lightning-lora inspect``, ``export``, ``merge``, ``diff`` and ``check`` do."""
+"""What the commands that work on saved adapters do."""
 
 import argparse
 import sys
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from lightning_lora.cli.compare import amplification, draw, similarities
 from lightning_lora.cli.load_base import open_on_base, tokenizer_of
 from lightning_lora.formats.gguf_adapter import save_gguf_adapter
 from lightning_lora.formats.merged import save_merged
@@ -30,7 +31,14 @@ def run(given: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    commands = {"inspect": _inspect, "export": _export, "merge": _merge, "diff": _diff, "check": _check}
+    commands = {
+        "inspect": _inspect,
+        "export": _export,
+        "merge": _merge,
+        "diff": _diff,
+        "compare": _compare,
+        "check": _check,
+    }
     try:
         return commands[given.command](given)
     except (CheckpointError, TargetError, OSError, ValueError) as error:
@@ -117,6 +125,25 @@ def _diff(given: argparse.Namespace) -> int:
         console.print(table)
     console.print("different" if different else "the same")
     return int(different)
+
+
+def _compare(given: argparse.Namespace) -> int:
+    one, other = read(given.adapter), read(given.other)
+    factors, others = _by_common_names(one, other)
+    found = similarities(factors, others)
+    if not found:
+        raise ValueError(f"{one.path} and {other.path} have no adapted layer of one shape in common.")
+    if given.output is not None:
+        draw(found, given.output, (str(one.path), str(other.path)))
+    amplified = amplification(open_on_base(one, given.base, given.gguf_file)) if given.base else {}
+    table = Table("layers", "phi(1, 1)", "phi(r, r)", *(["amplified"] if amplified else []))
+    for layer, phi in found.items():
+        last = min(phi.shape)
+        row = [f"{phi[i - 1, i - 1]:.2f}" for i in (1, last)]
+        ends = [value for name, value in amplified.items() if name == layer or name.endswith(f".{layer}")]
+        table.add_row(printable(layer), *row, *([f"{ends[0]:.1f}" if ends else ""] if amplified else []))
+    _console().print(table)
+    return 0
 
 
 def _check(given: argparse.Namespace) -> int:

@@ -36,6 +36,40 @@ def inner(one: Factors, two: Factors) -> float:
     return float((gram_A * gram_B).sum())
 
 
+@torch.no_grad()
+def directions(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of ``B A``, by one of the rank's size.
+
+    Returns:
+        The left singular vectors as ``(out, r)``, the values as ``(r,)``, the largest first, and the right singular
+        vectors as ``(r, in)``, all in float64.
+    """
+    A, B = (factor.detach().flatten(1).double() for factor in factors)
+    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
+    left, values, right = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    return Q_B @ left, values, right @ Q_A.mT
+
+
+@torch.no_grad()
+def subspace_similarity(one: Tensor, other: Tensor) -> Tensor:
+    r"""How far the leading directions of two matrices span the same space (Hu et al., 2021, equation 4).
+
+    ``phi(i, j) = ||U_i^T V_j||_F^2 / min(i, j)`` of the first i and j right singular vectors: 1 where the smaller space
+    lies in the larger one, 0 where they are orthogonal. It is one minus a squared projection distance of Grassmannians.
+
+    Args:
+        one: Shape ``(r, n)``, such as a ``lora_A``.
+        other: Shape ``(s, n)``.
+
+    Returns:
+        Shape ``(r, s)`` in float64, of which ``[i - 1, j - 1]`` is ``phi(i, j)``.
+    """
+    first, second = (torch.linalg.svd(m.detach().flatten(1).double(), full_matrices=False).Vh for m in (one, other))
+    i, j = (torch.arange(1, len(vectors) + 1, dtype=torch.float64) for vectors in (first, second))
+    phi: Tensor = (first @ second.mT).square().cumsum(0).cumsum(1) / torch.minimum(i[:, None], j)
+    return phi
+
+
 def _grams(one: Factors, two: Factors) -> Factors:
     """``A1 A2^T`` and ``B1^T B2``, on the CPU, with one transfer."""
     (A1, B1), (A2, B2) = (tuple(_exact(factor.detach()).flatten(1) for factor in pair) for pair in (one, two))
