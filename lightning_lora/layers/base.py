@@ -450,6 +450,7 @@ def _rows_of(samples: Tensor, count: int, rows: int) -> Tensor:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether there is no NaN and no infinity, in one pass and without the temporaries of ``torch.isfinite``."""
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 

@@ -103,6 +103,42 @@ def test_a_parameter_of_the_root_in_a_run(tmp_path: Path) -> None:
     toys.assert_same_tensors(toys.snapshot(eject(unmerge(model))), base)
 
 
+class Held(nn.Module):
+    """Matrices in modules that have no forward of their own."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        held = nn.ParameterList(torch.randn(4, 4) for _ in range(2))
+        self.depth = depth
+        self.held: Any = nn.ModuleList([held]) if depth else held
+        self.named = nn.ParameterDict({"in": torch.randn(4, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.held[0] if self.depth else self.held:
+            x = (x @ weight).tanh()
+        return x @ self.named["in"]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_matrices_in_lists_and_dicts(tmp_path: Path, depth: int) -> None:
+    names = ["held.0.0" if depth else "held.0", "named.in"]
+    x = torch.randn(3, 4)
+    adapted = inject(Held(depth), LoraConfig(r=2, target_modules=[], target_parameters=names))
+    toys.randomize(adapted, 1.0)
+    expected = Held(depth)
+    state = adapted.state_dict()
+    for name in names:
+        factors = [state[f"lora.default.{name.replace('.', '_')}.lora_{m}"] for m in "BA"]
+        expected.get_parameter(name).data += 8 * factors[0] @ factors[1]
+    torch.testing.assert_close(adapted(x), expected(x))
+    save_adapter(adapted, tmp_path)
+    torch.testing.assert_close(load_adapter(Held(depth), tmp_path)(x), adapted(x))
+    adapted(x).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in adapted.parameters() if p.requires_grad)
+    torch.testing.assert_close(eject(adapted, merge=True)(x), expected(x))
+
+
 def test_each_expert_starts_like_a_matrix_of_its_own() -> None:
     model = inject(mixtral(), LoraConfig(**settings(r=64)))
     lora_A = model.model.layers[0].mlp.experts.lora["default"]["down_proj"].lora_A
