@@ -139,6 +139,36 @@ def test_matrices_in_lists_and_dicts(tmp_path: Path, depth: int) -> None:
     torch.testing.assert_close(eject(adapted, merge=True)(x), expected(x))
 
 
+class Hyper(nn.Module):
+    """A layer of which another one changes the weight at each call."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hyper, self.layer = nn.Linear(4, size * 4), nn.Linear(4, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.hyper(x).mean(0).view_as(self.layer.weight)
+        return torch.func.functional_call(self.layer, {"weight": self.layer.weight + shift}, (x,)) + self.layer(x)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_weights_that_a_functional_call_replaces(size: int) -> None:
+    x = torch.randn(5, 4)
+    model = inject(Hyper(size), LoraConfig(r=2, target_modules="all-linear"))
+    before = [*model.parameters()]
+    toys.randomize(model, 1.0)
+    merged, state = Hyper(size), model.state_dict()
+    for layer, adapter in {"hyper": "hyper.lora.default", "layer": "lora.default.layer_weight"}.items():
+        A, B = (state[f"{adapter}.lora_{m}"] for m in "AB")
+        merged.get_submodule(layer).weight.data += 8 * B @ A  # type: ignore[operator]
+    torch.testing.assert_close(model(x), merged(x))
+    model(x).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+    torch.testing.assert_close(eject(model, merge=True)(x), merged(x))
+
+
 def test_each_expert_starts_like_a_matrix_of_its_own() -> None:
     model = inject(mixtral(), LoraConfig(**settings(r=64)))
     lora_A = model.model.layers[0].mlp.experts.lora["default"]["down_proj"].lora_A
