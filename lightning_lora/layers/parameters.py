@@ -137,14 +137,16 @@ class LoraParameters(LoraLayer):
         # Of the active ones alone, so that compiled code does not depend on the others.
         active: list[Any] = [adapter for name in self._active for adapter in self.parts(name)]
         for name in dict.fromkeys(adapter.parameter for adapter in active):
-            weight = self.get_parameter(name)
             owner_name, _, attribute = name.rpartition(".")
+            owner = self.get_submodule(owner_name)
+            # FSDP shows full parameters as attributes of the object itself.
+            holder: dict[str, Any] = vars(owner) if attribute in vars(owner) else owner._parameters
+            weight = holder[attribute]
             effective: Tensor = weight
             with torch.autocast(weight.device.type, enabled=False):
                 for adapter in active:
                     effective = adapter(effective) if adapter.parameter == name else effective
             # As torch.func.functional_call does, so that what it puts there in turn is what is read.
-            holder: dict[str, Any] = self.get_submodule(owner_name)._parameters
             holder[attribute] = effective
             replaced.append((holder, attribute, weight, effective))
         try:
