@@ -237,7 +237,8 @@ def _owner(name: str) -> str:
 def _tensor_names(root: nn.Module) -> Iterator[str]:
     """The clean names of all parameters and buffers, each of them."""
     for name, module in root.named_modules(remove_duplicate=False):
-        yield from (clean_fqn(f"{name}.{inner}".lstrip(".")) for inner in (*module._parameters, *module._buffers))
+        own = (*module._parameters.items(), *module._buffers.items())  # all that TorchScript's have of a dict
+        yield from (clean_fqn(f"{name}.{inner}".lstrip(".")) for inner, _ in own)
 
 
 def injections_on(layer: nn.Module) -> list[Injection]:
