@@ -133,6 +133,11 @@ def _json(file: Path, bad: BadRows) -> Iterator[Record]:
     while True:
         position = _after_blanks(text, position)
         if text[position : position + 1] == "]":
+            if text[position + 1 :].strip():
+                raise ValueError(
+                    f"{file}, line {line + 1 + text.count(chr(10), counted, position)}: found more behind the array "
+                    "that ends here, expected one array of objects. Correct the file."
+                )
             return
         line, counted = line + text.count("\n", counted, position), position
         where = f"{file}, line {line + 1}"
@@ -218,6 +223,15 @@ def _csv(file: Path, bad: BadRows) -> Iterator[Record]:
                             f"{where}: found {found} values than the header's {len(names)} fields "
                             f"({', '.join(map(repr, names))}). Quote values that hold {_NAMES[delimiter]} or line "
                             "breaks, or remove the row."
+                        )
+                    )
+                elif delimiter == "\t" and any("\t" in value and "\n" in value for value in fields.values()):
+                    # Tables with tabs are mostly written without quotes, so that one may begin any value.
+                    bad.add(
+                        ValueError(
+                            f"{where}: found a quote that holds tabs and line breaks, such as a quotation mark in a "
+                            "file without quoting gives, expected a row on each line. Double the mark, and quote its "
+                            "value."
                         )
                     )
                 else:

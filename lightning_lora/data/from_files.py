@@ -14,7 +14,7 @@ from lightning_lora.data.resumable import EpochSampler, ResumableDataLoader
 
 Paths = str | list[str]
 
-_NAMED = 5  # rejected rows that are named
+_NAMED = 5  # rejected rows that are named, and those that something is said of
 
 
 class Encoded(NamedTuple):
@@ -25,12 +25,14 @@ class Encoded(NamedTuple):
         truncated: Whether a part of it had to be left out.
         unused: Fields of the record that are left out.
         reason: Why it is rejected, if it is.
+        remarks: What else there is to say of it.
     """
 
     rows: list[Any]
     truncated: bool = False
     unused: Collection[str] = ()
     reason: str = "too long"
+    remarks: Collection[str] = ()
 
 
 class FileData(L.LightningDataModule):
@@ -120,6 +122,10 @@ class FileData(L.LightningDataModule):
         """
         raise NotImplementedError
 
+    def remarks(self, row: Any) -> Iterable[str]:
+        """What there is to say of a row of :meth:`encode`. Default: nothing."""
+        return ()
+
     def encode_predict(self, record: Record) -> Any:
         """Turn a record of ``predict_path`` into what is batched for ``predict``. Default: its row, as in training.
 
@@ -198,6 +204,7 @@ class FileData(L.LightningDataModule):
         """The rows of records, and what there is to say of them."""
         rows: list[Any] = []
         rejected: dict[str, list[str]] = {}
+        remarks: dict[str, list[str]] = {}
         unused: set[str] = set()
         kept = truncated = 0
         for record, found in _each(lambda record: (record, self.encode(record)), records, bad):
@@ -207,13 +214,14 @@ class FileData(L.LightningDataModule):
             unused |= set(found.unused)
             if not found.rows:
                 rejected.setdefault(found.reason, []).append(record.where)
+            for remark in {*found.remarks, *(each for row in found.rows for each in self.remarks(row))}:
+                remarks.setdefault(remark, []).append(record.where)
         said = [
             f"{_named(path)}, {purpose}: kept {kept} rows, {truncated} of them truncated, and rejected "
             f"{sum(map(len, rejected.values()))}."
         ]
-        for reason, places in rejected.items():
-            more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
-            said.append(f"Rejected as {reason}: {'; '.join(places[:_NAMED])}{more}.")
+        said += [f"Rejected as {reason}: {_first(places)}." for reason, places in rejected.items()]
+        said += [f"{remark}: {_first(places)}." for remark, places in sorted(remarks.items())]
         if unused:
             said.append(f"Left out the fields {', '.join(map(repr, sorted(unused)))}, which {purpose} does not use.")
         return rows, said
@@ -243,6 +251,11 @@ class FileData(L.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=collate,
         )
+
+
+def _first(places: list[str]) -> str:
+    more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
+    return "; ".join(places[:_NAMED]) + more
 
 
 def _each(encode: Callable[[Record], Any], records: Iterable[Record], bad: BadRows) -> Iterable[Any]:

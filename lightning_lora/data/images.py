@@ -164,7 +164,7 @@ def _folders(path: str, labels: list[str]) -> list[Record]:
 
 
 def _images(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if not file.name.startswith(".")) if folder.is_dir() else []
+    files = sorted(file for file in folder.rglob("[!.]*") if file.is_file())
     found = [file for file in files if file.suffix.lower() in _SUFFIXES]
     if not found:
         raise ValueError(f"Found no images ({', '.join(_SUFFIXES)}) in {folder}, expected at least one.")
@@ -214,9 +214,10 @@ def _pixels(image: Any) -> Tensor:
 
     loaded = _load(image)
     if loaded.mode.startswith(("I", "F")):
-        # 16 bits a pixel, also where the format has room for 32; fractions are of one.
+        # 16 bits a pixel, also where the format has room for 32; fractions are of one, or as whole numbers.
         values = np.asarray(loaded, dtype=np.float32)
-        return torch.from_numpy(values / (1 if loaded.mode == "F" and values.max() <= 1 else 65535))[None].clamp(0, 1)
+        highest = next((top for top in (1, 255) if loaded.mode == "F" and values.max() <= top), 65535)
+        return torch.from_numpy(values / highest)[None].clamp(0, 1)
     if loaded.has_transparency_data:
         loaded = loaded.convert("RGBA")
         white = Image.new("RGBA", loaded.size, "white")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lightning_lora.data.keys import is_empty
 from lightning_lora.data.record import Record
 
 
@@ -61,7 +62,7 @@ def _expected(labels: list[str]) -> str:
 
 
 def _index(value: Any, labels: list[str]) -> int | None:
-    if value is None:
+    if is_empty(value):
         return None
     names = [str(value), str(value).lower()] if isinstance(value, bool) else [str(value)]
     for name in names:

@@ -96,7 +96,7 @@ class TaggedWordsData(TextData):
         words = record.fields.get(self.tokens_field)
         if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
             raise record.error(self.tokens_field, "a list of words")
-        return words
+        return [word.strip() or word for word in words]
 
     def _parts(self, record: Record, words: list[str], tags: list[int]) -> list[TaggedRow]:
         """Rows of at most ``max_length`` tokens, each of whole words."""

@@ -130,6 +130,8 @@ def test_a_data_set_as_the_hub_has_it(tmp_path: Path) -> None:
         ("a.jsonl", '{"x": 1, "x": 2}', r"a\.jsonl, line 1: found the field 'x' twice"),
         ("a.jsonl", '{"x": ["\\ud83d"]}', r"a\.jsonl, line 1, field 'x': found half of one \(a lone surrogate\)"),
         ("a.json", '[{"x": 1},\n{"x": ]', r"a\.json, line 2: found no valid JSON in the row that begins here"),
+        ("a.json", '[{"x": 1}]\n[{"x": 2}]', r"a\.json, line 1: found more behind the array that ends here"),
+        ("a.tsv", 'x\ty\n"1\ta\n2"\tb\n', r"a\.tsv, line 3: found a quote that holds tabs and line breaks"),
         ("a.json", "[1]", r"a\.json, line 1: found a JSON int, expected an object"),
         ("a.csv", "x,x\n1,2\n", r"a\.csv, line 1: found the header 'x', 'x', expected each field's name once"),
         ("a.jsonl.gz", "x", r"a\.jsonl\.gz: found no whole gzip file"),

@@ -110,6 +110,18 @@ def test_rejected_rows_are_named(tmp_path: Path, checkpoint: str, caplog: pytest
     assert "Rejected as too long: " in caplog.text and "line 6 and 2 more." in caplog.text
 
 
+def test_what_is_not_learned_as_it_stands_is_said(
+    tmp_path: Path, checkpoint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "w1", "completion": "w2"}, {"prompt": "w1 </s>", "completion": "w2"}, {"text": "w1 ☃"}]
+    with caplog.at_level("INFO"):
+        fit(ChatData, write(tmp_path, rows), checkpoint)
+    assert "A content holds '</s>', which the tokenizer takes for its special token: " in caplog.text
+    assert "rows.jsonl, line 2.\n" in caplog.text
+    assert "The tokenizer does not know a part of the text, which is '<unk>' in its place: " in caplog.text
+    assert "rows.jsonl, line 3.\n" in caplog.text and "line 1" not in caplog.text
+
+
 def test_questions_are_looked_at_before_the_first_answer(tmp_path: Path, checkpoint: str) -> None:
     path = write(tmp_path, [{"prompt": "w1"}, {"prompt": ""}, {"question": "w1"}, {"answer": "w1"}])
     data = ChatData("absent.jsonl", checkpoint, predict_path=path, on_error="skip")

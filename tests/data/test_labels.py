@@ -29,6 +29,7 @@ from lightning_lora.data.record import Record
         (["bad", "good"], 0.5, None),
         (["bad", "good"], True, None),
         (["bad", "good"], None, None),
+        (["nan", "good"], float("nan"), None),
         (["false", "true"], True, 1),
         (["True", "False"], False, 1),
     ],
