@@ -1,6 +1,6 @@
 """Images with a label each: a folder with one folder for each class, or the digits of scikit-learn."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,12 @@ class ImageData(FileData):
     def read_unlabelled(self, path: Paths, bad: BadRows) -> list[Record]:
         """The images of one folder, in the order of their names."""
         return _readable([Record(str(image), {"image": image}) for image in _images(Path(str(path)))], bad)
+
+    def content(self, record: Record, unused: Collection[str]) -> bytes:
+        """The bytes of the image, and its label."""
+        image = record.fields["image"]
+        data = image.read_bytes() if isinstance(image, Path) else image.numpy().tobytes()
+        return b"%d:" % record.fields["label"] + data
 
     def encode(self, record: Record) -> Encoded:
         """The image, not yet opened, and the index of its label."""
