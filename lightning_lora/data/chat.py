@@ -10,7 +10,7 @@ from lightning_lora.data.conversation import Row, TrainOn, encode_text, encode_t
 from lightning_lora.data.from_files import Encoded, Paths
 from lightning_lora.data.keys import unused_keys
 from lightning_lora.data.messages import is_text, read_conversation
-from lightning_lora.data.packing import collate_packs, pack
+from lightning_lora.data.packing import collate_packs, pack, unpack
 from lightning_lora.data.record import Record
 from lightning_lora.data.texts import LanguageModelData, in_row, remarks_on
 
@@ -94,9 +94,12 @@ class ChatData(ConversationData):
 
     def token_ids(self, row: Row) -> Iterator[list[int]]:
         """Those of each row in a pack."""
-        positions = row.get("position_ids", [0])
-        starts = [index for index, position in enumerate(positions) if position == 0]
-        yield from (row["input_ids"][start:end] for start, end in zip(starts, [*starts[1:], None]))
+        yield from (part["input_ids"] for part in unpack(row))
+
+    def learned(self, row: Row) -> Iterator[list[bool]]:
+        """Which of these tokens are learned."""
+        for part in unpack(row):
+            yield from super().learned(part)
 
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
         """Pad rows or packs on the right."""

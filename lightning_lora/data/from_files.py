@@ -126,6 +126,18 @@ class FileData(L.LightningDataModule):
         """
         raise NotImplementedError
 
+    def token_ids(self, row: Any) -> Iterable[list[int]]:
+        """Token ids of each text in a row of :meth:`arrange`. Default: there are none."""
+        return ()
+
+    def learned(self, row: Any) -> Iterable[list[bool]]:
+        """Which of these tokens are learned. Default: there are none."""
+        return ()
+
+    def label(self, row: Any) -> str | None:
+        """What is learned of a row beside its tokens, to be shown. Default: nothing."""
+        return None
+
     def remarks(self, row: Any) -> Iterable[str]:
         """What there is to say of a row of :meth:`encode`. Default: nothing."""
         return ()

@@ -100,6 +100,10 @@ class ImageData(FileData):
         """The image, not yet opened, and the index of its label."""
         return Encoded([(record.fields["image"], record.fields["label"])])
 
+    def label(self, row: tuple[Any, int]) -> str:
+        """The name of its label, and of its file."""
+        return self.labels[row[1]] + (f" {row[0]}" if isinstance(row[0], Path) else "")
+
     def encode_predict(self, record: Record) -> Any:
         """The image, not yet opened."""
         return record.fields["image"]

@@ -1,5 +1,6 @@
 """Texts with a label each."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -69,6 +70,14 @@ class LabelledTextData(TextData):
         unused = unused_keys(record, used)
         ids, truncated = self._tokenize(record)
         return Encoded([{**ids, "labels": label_index(record, self.label_field, self.labels)}], truncated, unused)
+
+    def learned(self, row: dict[str, Any]) -> Iterator[list[bool]]:
+        """None of the tokens are."""
+        yield [False] * len(row["input_ids"])
+
+    def label(self, row: dict[str, Any]) -> str:
+        """The name of its label."""
+        return str(self.labels[row["labels"]])
 
     def encode_predict(self, record: Record) -> dict[str, list[int]]:
         """Token ids of a row without label."""

@@ -60,6 +60,11 @@ class PreferenceData(LanguageModelData):
         """Those of each answer with its question."""
         yield from (half["input_ids"] for half in row)
 
+    def learned(self, row: Any) -> Iterator[list[bool]]:
+        """Which of these tokens are of an answer."""
+        for half in row:
+            yield from super().learned(half)
+
     def collate(self, rows: list[Any]) -> dict[str, Tensor]:
         """The chosen of all rows, then the rejected of all rows, padded on the right."""
         both = [row[0] for row in rows] + [row[1] for row in rows]

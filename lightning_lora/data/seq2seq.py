@@ -73,6 +73,10 @@ class Seq2SeqData(TextData):
         """Those of the source and of the target."""
         yield from row
 
+    def learned(self, row: tuple[list[int], list[int]]) -> Iterator[list[bool]]:
+        """The target is learned."""
+        yield from ([on] * len(ids) for on, ids in zip((False, True), row))
+
     def encode(self, record: Record) -> Encoded:
         """Token ids of the source, and of the target as labels."""
         unused = unused_keys(record, {self.source_field, self.target_field})

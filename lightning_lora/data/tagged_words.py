@@ -75,6 +75,10 @@ class TaggedWordsData(TextData):
         parts = self._parts(record, words, tags)
         return Encoded(parts[:1], len(parts) > 1, unused)
 
+    def label(self, row: TaggedRow) -> str:
+        """The tags of its words."""
+        return " ".join(self.labels[label] for label in row["labels"] if label != IGNORED)
+
     def encode_predict(self, record: Record) -> list[TaggedRow]:
         """The parts of a row, with zeros for tags, since rows to predict have none."""
         words = self._words(record)

@@ -63,6 +63,10 @@ class TextData(FileData):
         """Token ids of the texts in a row. Default: its ``input_ids``."""
         yield row["input_ids"]
 
+    def learned(self, row: Any) -> Iterator[list[bool]]:
+        """Which of these tokens are learned. Default: those that have a label."""
+        yield [label != IGNORED for label in row["labels"]]
+
     def sequences(self) -> Iterator[list[int]]:
         """Token ids of all rows, after ``setup``, by which a task makes sure that its model can take them."""
         for row in [*(self.train_rows or []), *self.val_rows]:
