@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from lightning_lora.pretrained import load_tokenizer, resolve
-from lightning_lora.tasks.classification import Classification
+from lightning_lora.tasks.classification import Classification, ClassWeights
 
 
 class TokenClassification(Classification):
@@ -24,6 +24,17 @@ class TokenClassification(Classification):
     Raises:
         ValueError: If labels or weights do not fit.
     """
+
+    def __init__(
+        self,
+        pretrained: str,
+        labels: list[str],
+        class_weights: ClassWeights = None,
+        lr: float = 5e-4,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+    ) -> None:
+        super().__init__(pretrained, labels, class_weights, lr, weight_decay, warmup_steps)
 
     def build(self, dtype: torch.dtype) -> Any:
         """Load the model and its tokenizer."""
