@@ -11,6 +11,7 @@ from glob import glob
 from pathlib import Path
 from typing import IO, Any
 
+from lightning_lora.data.conll import sentences
 from lightning_lora.data.hub import HUB, hub_records
 from lightning_lora.data.record import BadRows, Record
 from lightning_lora.shipped_recipes import SHIPPED, locate
@@ -27,8 +28,9 @@ def read_records(path: str | list[str], bad: BadRows | None = None) -> Iterator[
         path: A file, a folder (all files in it that can be read, by name), a pattern such as ``data/*.jsonl``,
             ``shipped:<name>``, ``hf:<id>`` (see :mod:`lightning_lora.data.hub`), or a list of these. A file is
             ``.jsonl`` (one JSON object per line), ``.json`` (an array of objects, or as ``.jsonl``), ``.csv`` or
-            ``.tsv`` (with a header; commas, semicolons and tabs are told apart) or ``.parquet`` (read by pyarrow), all
-            but the last also as ``.gz``. Text is UTF-8, or UTF-16 with a byte order mark.
+            ``.tsv`` (with a header; commas, semicolons and tabs are told apart), ``.conll``, ``.conllu`` or ``.bio``
+            (words in columns, see :mod:`lightning_lora.data.conll`) or ``.parquet`` (read by pyarrow), all but the last
+            also as ``.gz``. Text is UTF-8, or UTF-16 with a byte order mark.
         bad: Where rows that cannot be read are noted. Default ``None``: they raise, after the last row.
 
     Raises:
@@ -245,6 +247,11 @@ def _csv(file: Path, bad: BadRows) -> Iterator[Record]:
             ) from None
 
 
+def _conll(file: Path, bad: BadRows) -> Iterator[Record]:
+    with _open(file) as lines:
+        yield from sentences(lines, file, bad)
+
+
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
@@ -271,4 +278,7 @@ _READERS: dict[str, Callable[[Path, BadRows], Iterator[Record]]] = {
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
+    ".conll": _conll,
+    ".conllu": _conll,
+    ".bio": _conll,
 }
