@@ -150,6 +150,8 @@ class Reader:
         if arguments[0] in ("fit", "predict") and "--print_config" not in arguments:
             self.fits += arguments[0] == "fit"
             arguments = [*arguments, "--trainer.max_steps", str(2 * self.fits), *self.few_steps()]
+        elif arguments[0] == "data":
+            arguments = [*arguments, *self.tiny_model()]
         self.monkeypatch.setattr(sys, "argv", ["lightning-lora", *arguments])
         try:
             main()
@@ -161,9 +163,11 @@ class Reader:
         """Overrides that put a tiny model into a recipe for language models, and make it short."""
         settings = {"precision": "32-true", "accelerator": "cpu", "limit_val_batches": 1, "num_sanity_val_steps": 1}
         found = [part for name, value in settings.items() for part in (f"--trainer.{name}", str(value))]
-        for part in ("model", "data"):
-            found += [f"--{part}.pretrained", self.model, f"--{part}.gguf_file", "null"]
-        return [*found, "--model.max_new_tokens", "4"]
+        return [*found, *self.tiny_model(), "--model.max_new_tokens", "4"]
+
+    def tiny_model(self) -> list[str]:
+        parts = (([f"--{part}.pretrained", self.model, f"--{part}.gguf_file", "null"]) for part in ("model", "data"))
+        return [argument for part in parts for argument in part]
 
     def json(self, block: str, where: str) -> None:
         for line in block.splitlines():

@@ -5,6 +5,7 @@ RUNS = {
     "validate": "measure on the validation data",
     "test": "measure on the test data",
     "predict": "write predictions to a file (--output FILE)",
+    "data": "show what fit would learn: counts, lengths, and rows with what is learned in them in color",
 }
 RECIPES = {"recipes": "list the recipes that come with the package, or copy one out"}
 ADAPTER_FILES = {
@@ -28,6 +29,7 @@ a run:
   lightning-lora fit --config my.yaml --config ddp    a second file changes the first
   lightning-lora fit --config my.yaml --ckpt_path last
   lightning-lora fit --config my.yaml --print_config  every setting with its value
+  lightning-lora data my.jsonl                        what chat_sft would learn of a file; or any file of settings
 
   --debug shows where an error comes from.
   lightning-lora <command> --help says what a command takes, and lightning-lora --version which version this is.

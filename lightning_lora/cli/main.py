@@ -22,13 +22,14 @@ def main(args: "ArgsType" = None) -> None:
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
+    command = sys.argv[1:2]
     try:
         _answer(None)
     except Exception as error:
         if debug:
             raise
         kind = "" if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
-        print(f"{' '.join(['lightning-lora', *sys.argv[1:2]])}: {kind}{error} (--debug shows where)", file=sys.stderr)
+        print(f"{' '.join(['lightning-lora', *command])}: {kind}{error} (--debug shows where)", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -18,9 +18,13 @@ from lightning_lora.callback import LoRA
 from lightning_lora.callbacks.prediction_writer import PredictionWriter
 from lightning_lora.cli.help import RUNS
 from lightning_lora.cli.quiet import quiet
+from lightning_lora.cli.shown_data import show
+from lightning_lora.data.from_files import FileData
 from lightning_lora.trainer.precision import fitting_precision
 
 _CONFIG = ("--config", "-c")
+_SHOW = "show_data"  # what ``data`` is in the parser, where that name is of the data module's settings
+_PARSERS = {_SHOW if name == "data" else name: name for name in RUNS}
 
 
 class RecipeTrainer(Trainer):
@@ -29,14 +33,34 @@ class RecipeTrainer(Trainer):
     def __init__(self, *, precision: _PRECISION_INPUT | Literal["auto"] | None = "auto", **settings: Any) -> None:
         super().__init__(precision=None if precision == "auto" else precision, **settings)
 
+    def show_data(self, model: LightningModule, datamodule: LightningDataModule | None = None, rows: int = 3) -> None:
+        """Show what a fit would learn.
+
+        Args:
+            model: Whose tokenizer and labels the data take.
+            datamodule: The data.
+            rows: How many rows are shown.
+
+        Raises:
+            TypeError: If the data module is not one of ``lightning_lora.data``.
+        """
+        if not isinstance(datamodule, FileData):
+            raise TypeError(
+                f"Found {type(datamodule).__name__}, expected a data module of lightning_lora.data to show."
+            )
+        self.strategy.connect(model)
+        datamodule.trainer = self
+        datamodule.setup("fit")
+        show(datamodule, rows)
+
 
 class LoraCLI(LightningCLI):
     """``LightningCLI`` with the subcommands that run a model, and short ways to reach the LoRA callback."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        every = LightningCLI.subcommands()
-        return {name: every[name] for name in RUNS}
+        every = LightningCLI.subcommands() | {_SHOW: {"model", "datamodule"}}
+        return {name: every[name] for name in _PARSERS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what a list of callbacks is hard to reach by."""
@@ -63,7 +87,11 @@ class LoraCLI(LightningCLI):
             config.lora = None
         if config.output is not None and self.subcommand != "predict":
             raise ValueError(f"Found --output with {self.subcommand}, expected it with predict. Take it out.")
-        if config.trainer.precision == "auto":
+        if self.subcommand == _SHOW:
+            settings = {"logger": False, "precision": None, "accelerator": "cpu", "devices": 1, "strategy": "auto"}
+            for name, value in settings.items():
+                config.trainer[name] = value
+        elif config.trainer.precision == "auto":
             self._choose_precision(config.trainer)
 
     def _choose_precision(self, trainer: Any) -> None:
@@ -111,7 +139,7 @@ def run(args: ArgsType = None) -> None:
     """Run the command line, or ``args`` in its place."""
     given = sys.argv[1:] if args is None else args
     if isinstance(given, list):
-        given = _with_recipes_found(given)
+        given = _with_recipes_found(_with_config(given))
         if given[1:] == ["--help", "all"]:
             given = given[:2]
     if args is None:
@@ -127,7 +155,10 @@ def run(args: ArgsType = None) -> None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={name: {"usage": f"lightning-lora {name} --config NAME [options]"} for name in RUNS},
+            parser_kwargs={
+                name: {"usage": f"lightning-lora {command} --config NAME [options]"}
+                for name, command in _PARSERS.items()
+            },
             args=args,
         )
 
@@ -152,6 +183,19 @@ def _change_lora(callbacks: list[Any], settings: dict[str, Any]) -> None:
     for callback in mine:
         for name, value in settings.items():
             callback.init_args[name] = value
+
+
+def _with_config(arguments: list[str]) -> list[str]:
+    """The arguments of ``data``, with a recipe, or a file that one is to learn, after the option that it means."""
+    match arguments:
+        case ["data", name, *others] if not name.startswith("-"):
+            if name.endswith((".yaml", ".yml")) or name in shipped_recipes.recipes():
+                return [_SHOW, "--config", name, *others]
+            named = any(other.partition("=")[0] in _CONFIG for other in others)
+            return [_SHOW, *([] if named else ["--config", "chat_sft"]), *others, "--data.path", name]
+        case ["data", *others]:
+            return [_SHOW, *others]
+    return arguments
 
 
 def _with_recipes_found(arguments: list[str]) -> list[str]:

@@ -10,9 +10,9 @@ from lightning_lora.data.conversation import Row, TrainOn, encode_text, encode_t
 from lightning_lora.data.from_files import Encoded, Paths
 from lightning_lora.data.keys import unused_keys
 from lightning_lora.data.messages import is_text, read_conversation
-from lightning_lora.data.packing import collate_packs, pack
+from lightning_lora.data.packing import collate_packs, pack, unpack
 from lightning_lora.data.record import Record
-from lightning_lora.data.texts import LanguageModelData, in_row
+from lightning_lora.data.texts import LanguageModelData, in_row, remarks_on
 
 
 class ConversationData(LanguageModelData):
@@ -26,12 +26,14 @@ class ConversationData(LanguageModelData):
 
     def encode(self, record: Record) -> Encoded:
         """Token ids and labels of a conversation, in one row or in one for each answer, or of a text."""
+        remarks: list[str] = []
         if is_text(record):
             unused: Collection[str] = unused_keys(record, {"text"})
             found = encode_text(self.tokenizer, record.text("text"), self.max_length)
         else:
             conversation = read_conversation(record)
             unused = conversation.unused
+            remarks = remarks_on(self.tokenizer, conversation.messages)
             try:
                 found = encode_turns(
                     self.tokenizer,
@@ -46,7 +48,7 @@ class ConversationData(LanguageModelData):
         if self.overlong == "reject":
             found = [(row, cut) for row, cut in found if not cut]
         rows = [row for row, _ in found if row is not None]
-        return Encoded(rows, any(cut for _, cut in found), unused)
+        return Encoded(rows, any(cut for _, cut in found), unused, remarks=remarks)
 
 
 class ChatData(ConversationData):
@@ -90,12 +92,14 @@ class ChatData(ConversationData):
         rank_zero_info(f"Packed {len(rows)} rows into {len(packs)} of {self.max_length} tokens, {used:.0%} full.")
         return packs
 
-    def sequences(self) -> Iterator[list[int]]:
-        """Token ids of all rows, each by itself."""
-        for row in [*(self.train_rows or []), *self.val_rows]:
-            positions = row.get("position_ids", [0])
-            starts = [index for index, position in enumerate(positions) if position == 0]
-            yield from (row["input_ids"][start:end] for start, end in zip(starts, [*starts[1:], None]))
+    def token_ids(self, row: Row) -> Iterator[list[int]]:
+        """Those of each row in a pack."""
+        yield from (part["input_ids"] for part in unpack(row))
+
+    def learned(self, row: Row) -> Iterator[list[bool]]:
+        """Which of these tokens are learned."""
+        for part in unpack(row):
+            yield from super().learned(part)
 
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
         """Pad rows or packs on the right."""

@@ -258,7 +258,7 @@ def _with_thoughts(written: str, content: str) -> str:
 
 def _until_stop(tokenizer: Any, written: str, message: Message) -> tuple[str, bool]:
     """An answer without what follows the end of its turn, such as a line break, which is never generated."""
-    specials = _specials(tokenizer)
+    specials = special_tokens(tokenizer)
     if message.get("tool_calls"):
         answer = written.rstrip()
         return answer, any(answer.endswith(special) for special in specials)
@@ -274,7 +274,7 @@ def _until_stop(tokenizer: Any, written: str, message: Message) -> tuple[str, bo
 
 
 @lru_cache(maxsize=64)
-def _specials(tokenizer: Any) -> set[str]:
+def special_tokens(tokenizer: Any) -> set[str]:
     """The texts of tokens such as that which ends a turn."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return {token for token in (*added, *tokenizer.all_special_tokens) if token}

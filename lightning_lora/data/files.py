@@ -11,6 +11,7 @@ from glob import glob
 from pathlib import Path
 from typing import IO, Any
 
+from lightning_lora.data.conll import sentences
 from lightning_lora.data.hub import HUB, hub_records
 from lightning_lora.data.record import BadRows, Record
 from lightning_lora.shipped_recipes import SHIPPED, locate
@@ -20,37 +21,41 @@ __all__ = ["Record", "read_records"]
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
-def read_records(path: str | list[str], bad: BadRows | None = None) -> list[Record]:
-    """All rows of one file or of several; blank lines are skipped.
+def read_records(path: str | list[str], bad: BadRows | None = None) -> Iterator[Record]:
+    """The rows of one file or of several, which are looked for at once; blank lines are skipped.
 
     Args:
         path: A file, a folder (all files in it that can be read, by name), a pattern such as ``data/*.jsonl``,
             ``shipped:<name>``, ``hf:<id>`` (see :mod:`lightning_lora.data.hub`), or a list of these. A file is
             ``.jsonl`` (one JSON object per line), ``.json`` (an array of objects, or as ``.jsonl``), ``.csv`` or
-            ``.tsv`` (with a header; commas, semicolons and tabs are told apart) or ``.parquet`` (read by pyarrow), all
-            but the last also as ``.gz``. Text is UTF-8, or UTF-16 with a byte order mark.
-        bad: Where rows that cannot be read are noted. Default ``None``: the first one raises.
+            ``.tsv`` (with a header; commas, semicolons and tabs are told apart), ``.conll``, ``.conllu`` or ``.bio``
+            (words in columns, see :mod:`lightning_lora.data.conll`) or ``.parquet`` (read by pyarrow), all but the last
+            also as ``.gz``. Text is UTF-8, or UTF-16 with a byte order mark.
+        bad: Where rows that cannot be read are noted. Default ``None``: they raise, after the last row.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: For Parquet without pyarrow, or a data set of the hub without datasets.
         ValueError: For another kind of file, one that is empty, or a row that cannot be read.
     """
+    paths = [path] if isinstance(path, str) else path
+    return _records([file for one in paths for file in ([one] if one.startswith(HUB) else _files(one))], bad)
+
+
+def _records(files: list[str | Path], bad: BadRows | None) -> Iterator[Record]:
     collected = bad or BadRows()
-    records = []
-    for one in [path] if isinstance(path, str) else path:
-        if one.startswith(HUB):
-            records += list(hub_records(one))
+    for file in files:
+        if isinstance(file, str):
+            yield from hub_records(file)
             continue
-        for file in _files(one):
-            found = len(collected.errors)
-            rows = list(_read(file, collected))
-            if not rows and len(collected.errors) == found:
-                raise ValueError(f"{file}: found no rows, expected at least one.")
-            records += rows
+        empty, errors = True, len(collected.errors)
+        for record in _read(file, collected):
+            empty = False
+            yield record
+        if empty and len(collected.errors) == errors:
+            raise ValueError(f"{file}: found no rows, expected at least one.")
     if bad is None:
         collected.report()
-    return records
 
 
 def _files(path: str) -> list[Path]:
@@ -64,7 +69,13 @@ def _files(path: str) -> list[Path]:
             raise FileNotFoundError(
                 f"Found no file in the folder {path!r} whose name ends in {', '.join(_READERS)}, expected at least one."
             )
-    return [locate(path)]
+    file = locate(path)
+    if _kind(file) not in _READERS:
+        raise ValueError(
+            f"Found the data file {str(file)!r}, expected a name that ends in {', '.join(_READERS)}, or in one of "
+            "these and .gz. Convert or rename it."
+        )
+    return [file]
 
 
 def _kind(file: Path) -> str:
@@ -72,14 +83,8 @@ def _kind(file: Path) -> str:
 
 
 def _read(file: Path, bad: BadRows) -> Iterator[Record]:
-    reader = _READERS.get(_kind(file))
-    if reader is None:
-        raise ValueError(
-            f"Found the data file {str(file)!r}, expected a name that ends in {', '.join(_READERS)}, or in one of "
-            "these and .gz. Convert or rename it."
-        )
     try:
-        yield from reader(file, bad)
+        yield from _READERS[_kind(file)](file, bad)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{file}: found bytes that are not UTF-8 ({error}), expected UTF-8, or UTF-16 with a byte order mark. Save "
@@ -133,6 +138,11 @@ def _json(file: Path, bad: BadRows) -> Iterator[Record]:
     while True:
         position = _after_blanks(text, position)
         if text[position : position + 1] == "]":
+            if text[position + 1 :].strip():
+                raise ValueError(
+                    f"{file}, line {line + 1 + text.count(chr(10), counted, position)}: found more behind the array "
+                    "that ends here, expected one array of objects. Correct the file."
+                )
             return
         line, counted = line + text.count("\n", counted, position), position
         where = f"{file}, line {line + 1}"
@@ -220,12 +230,26 @@ def _csv(file: Path, bad: BadRows) -> Iterator[Record]:
                             "breaks, or remove the row."
                         )
                     )
+                elif delimiter == "\t" and any("\t" in value and "\n" in value for value in fields.values()):
+                    # Tables with tabs are mostly written without quotes, so that one may begin any value.
+                    bad.add(
+                        ValueError(
+                            f"{where}: found a quote that holds tabs and line breaks, such as a quotation mark in a "
+                            "file without quoting gives, expected a row on each line. Double the mark, and quote its "
+                            "value."
+                        )
+                    )
                 else:
                     yield Record(where, fields)
         except csv.Error as error:
             raise ValueError(
                 f"{file}, line {reader.reader.line_num}: found no valid CSV ({error}). Correct the line or remove it."
             ) from None
+
+
+def _conll(file: Path, bad: BadRows) -> Iterator[Record]:
+    with _open(file) as lines:
+        yield from sentences(lines, file, bad)
 
 
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -254,4 +278,7 @@ _READERS: dict[str, Callable[[Path, BadRows], Iterator[Record]]] = {
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
+    ".conll": _conll,
+    ".conllu": _conll,
+    ".bio": _conll,
 }

@@ -1,20 +1,22 @@
 """What the data modules that read files share: splitting, counting, and loaders that can resume."""
 
-from collections.abc import Callable, Collection, Iterable
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator
+from hashlib import blake2b
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
-import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lightning_lora.data.files import read_records
+from lightning_lora.data.keys import is_empty
 from lightning_lora.data.record import BadRows, Record
 from lightning_lora.data.resumable import EpochSampler, ResumableDataLoader
 
 Paths = str | list[str]
 
-_NAMED = 5  # rejected rows that are named
+_NAMED = 5  # rejected rows that are named, and those that something is said of
 
 
 class Encoded(NamedTuple):
@@ -25,12 +27,14 @@ class Encoded(NamedTuple):
         truncated: Whether a part of it had to be left out.
         unused: Fields of the record that are left out.
         reason: Why it is rejected, if it is.
+        remarks: What else there is to say of it.
     """
 
     rows: list[Any]
     truncated: bool = False
     unused: Collection[str] = ()
     reason: str = "too long"
+    remarks: Collection[str] = ()
 
 
 class FileData(L.LightningDataModule):
@@ -47,7 +51,8 @@ class FileData(L.LightningDataModule):
             :func:`~lightning_lora.data.files.read_records`.
         val_path: The same to validate and test on. Default ``None``: rows of ``path``.
         val_fraction: Share of the rows of ``path`` held out where there is no ``val_path``, from 0 (none) to below 1.
-            Default 0.1.
+            Which ones, the content of each row and ``seed`` say: rows that are added move none of the others, and equal
+            ones are on one side. So the share is met in the mean; one row at least is on each side. Default 0.1.
         predict_path: What ``predict`` reads, with or without answers. Default ``None``: the rows held out.
         fields: Names of fields in the file by the names that are expected, such as ``{question: q, answer: a}``.
             Default ``None``.
@@ -60,7 +65,7 @@ class FileData(L.LightningDataModule):
 
     Raises:
         ValueError: If ``val_fraction`` or ``batch_size`` is out of range, or, in ``setup``, for rows that cannot be
-            used or a file too small to split.
+            used or a file without two rows that differ.
     """
 
     def __init__(
@@ -96,6 +101,7 @@ class FileData(L.LightningDataModule):
         self.train_rows: list[Any] | None = None
         self.val_rows: list[Any] = []
         self.predict_rows: list[Any] = []
+        self._learned: dict[str, Any] = {}
 
     def of_model(self, name: str) -> Any:
         """A setting of the model that is trained, where there is one of that name, else ``None``."""
@@ -104,12 +110,12 @@ class FileData(L.LightningDataModule):
     def prepare(self) -> None:
         """Load what encoding needs, such as a tokenizer."""
 
-    def read(self, path: Paths, bad: BadRows) -> list[Record]:
-        """All records of files. Default: what :func:`~lightning_lora.data.files.read_records` reads."""
+    def read(self, path: Paths, bad: BadRows) -> Iterable[Record]:
+        """The records of files. Default: what :func:`~lightning_lora.data.files.read_records` reads."""
         return read_records(path, bad)
 
-    def read_unlabelled(self, path: Paths, bad: BadRows) -> list[Record]:
-        """All records of ``predict_path``. Default: as in the other files."""
+    def read_unlabelled(self, path: Paths, bad: BadRows) -> Iterable[Record]:
+        """The records of ``predict_path``. Default: as in the other files."""
         return self.read(path, bad)
 
     def encode(self, record: Record) -> Encoded:
@@ -119,6 +125,22 @@ class FileData(L.LightningDataModule):
             ValueError: If a field is bad; the message names the file, the line and the field.
         """
         raise NotImplementedError
+
+    def token_ids(self, row: Any) -> Iterable[list[int]]:
+        """Token ids of each text in a row of :meth:`arrange`. Default: there are none."""
+        return ()
+
+    def learned(self, row: Any) -> Iterable[list[bool]]:
+        """Which of these tokens are learned. Default: there are none."""
+        return ()
+
+    def label(self, row: Any) -> str | None:
+        """What is learned of a row beside its tokens, to be shown. Default: nothing."""
+        return None
+
+    def remarks(self, row: Any) -> Iterable[str]:
+        """What there is to say of a row of :meth:`encode`. Default: nothing."""
+        return ()
 
     def encode_predict(self, record: Record) -> Any:
         """Turn a record of ``predict_path`` into what is batched for ``predict``. Default: its row, as in training.
@@ -140,83 +162,105 @@ class FileData(L.LightningDataModule):
         """Make a batch for ``predict``. Default: as for validation."""
         return self.collate(rows)
 
+    def content(self, record: Record, unused: Collection[str]) -> bytes:
+        """What a record says, by which equal ones are found. Default: the fields that are used, as JSON."""
+        said = {key: value for key, value in record.fields.items() if key not in unused and not is_empty(value)}
+        return json.dumps(said, sort_keys=True, default=str).encode()
+
     def setup(self, stage: str) -> None:
-        """Read, split and encode the files, once."""
-        bad = BadRows(self.on_error)
-        if stage == "predict":
+        """Read, encode and split the files, once."""
+        if stage == "predict" and self.predict_path is not None:
             bad = BadRows()
-            records = self._split(bad)[1] if self.predict_path is None else self._read_predict(self.predict_path, bad)
+            records = self._seen(self.read_unlabelled(self.predict_path, bad))
             self.prepare()
             self.predict_rows = list(_each(self.encode_predict, records, bad))
             bad.report()
             return
-        if self.train_rows is not None:
+        if stage != "predict" and self.train_rows is not None:
             return
-        train, held_out = self._split(bad)
+        bad = BadRows(self.on_error)
+        files = [self._seen(self.read(path, bad)) for path in (self.path, self.val_path) if path is not None]
         self.prepare()
-        train_rows, said = self._encode(train, self.path, "training", bad)
-        val_rows, also = self._encode(held_out, self.val_path or self.path, "validation", bad)
+        read = [list(_each(lambda record: self._look_at(record, stage), records, bad)) for records in files]
         bad.report()
-        for line in [*said, *(also if held_out else [])]:
-            rank_zero_info(line)
-        for rows, path, purpose in ((train_rows, self.path, "training"), (val_rows, self.val_path, "validation")):
-            if not rows and (purpose == "training" or held_out):
-                raise ValueError(
-                    f"{_named(path or self.path)}: no row for {purpose} is left, as it says above. Raise max_length, "
-                    "set overlong to 'truncate', or correct the rows."
-                )
-        self.val_rows = self.arrange(val_rows) if val_rows else []
-        self.train_rows = self.arrange(train_rows)
-
-    def _read(self, path: Paths, bad: BadRows) -> list[Record]:
-        return [self._seen(record) for record in self.read(path, bad)]
-
-    def _read_predict(self, path: Paths, bad: BadRows) -> list[Record]:
-        return [self._seen(record) for record in self.read_unlabelled(path, bad)]
-
-    def _seen(self, record: Record) -> Record:
-        record = record.renamed(self.fields)
-        if not self.ignore:
-            return record
-        return record._replace(fields=_without(record.fields, self.ignore))
-
-    def _split(self, bad: BadRows) -> tuple[list[Record], list[Record]]:
-        records = self._read(self.path, bad)
+        train, held_out = (read[0], read[1]) if self.val_path is not None else self._split(read[0])
+        if stage == "predict":
+            self.predict_rows = [self.encode_predict(row.record) for row in held_out]
+            return
         if self.val_path is not None:
-            return records, self._read(self.val_path, bad)
-        count = max(1, round(self.val_fraction * len(records))) if self.val_fraction else 0
-        if len(records) <= count:
-            bad.report()
-            raise ValueError(
-                f"{_named(self.path)}: found {len(records)} rows, expected more than the {count} held out for "
-                "validation. Add rows, or lower val_fraction."
-            )
-        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        return [records[index] for index in order[count:]], [records[index] for index in order[:count]]
+            _warn_of_rows_on_both_sides(train, held_out)
+        train_rows = self._rows(train, self.path, "training")
+        self.val_rows = self._rows(held_out, self.val_path or self.path, "validation") if held_out else []
+        self.train_rows = train_rows
+        self._learned = {"rows": len(train), "content": _digest(repr([row.share for row in train]).encode())}
 
-    def _encode(self, records: list[Record], path: Paths, purpose: str, bad: BadRows) -> tuple[list[Any], list[str]]:
-        """The rows of records, and what there is to say of them."""
-        rows: list[Any] = []
-        rejected: dict[str, list[str]] = {}
-        unused: set[str] = set()
-        kept = truncated = 0
-        for record, found in _each(lambda record: (record, self.encode(record)), records, bad):
-            rows += found.rows
-            kept += bool(found.rows)
-            truncated += bool(found.rows) and found.truncated
-            unused |= set(found.unused)
-            if not found.rows:
-                rejected.setdefault(found.reason, []).append(record.where)
-        said = [
-            f"{_named(path)}, {purpose}: kept {kept} rows, {truncated} of them truncated, and rejected "
-            f"{sum(map(len, rejected.values()))}."
-        ]
-        for reason, places in rejected.items():
-            more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
-            said.append(f"Rejected as {reason}: {'; '.join(places[:_NAMED])}{more}.")
+    def _seen(self, records: Iterable[Record]) -> Iterator[Record]:
+        for record in records:
+            record = record.renamed(self.fields)
+            yield record._replace(fields=_without(record.fields, self.ignore)) if self.ignore else record
+
+    def _look_at(self, record: Record, stage: str) -> "_Row":
+        found = self.encode(record)
+        found = found._replace(remarks={*found.remarks, *(each for row in found.rows for each in self.remarks(row))})
+        key = str(self.seed).encode() + self.content(record, found.unused)
+        # Its fields are no longer needed but for questions.
+        return _Row(record if stage == "predict" else Record(record.where, {}), found, _digest(key) / 2**64)
+
+    def _split(self, rows: list["_Row"]) -> tuple[list["_Row"], list["_Row"]]:
+        """Rows to train on and to validate on: a side is told by the content of a row and the seed alone."""
+        if not self.val_fraction:
+            return rows, []
+        shares = [row.share for row in rows if row.found.rows] or [0.0, 1.0]
+        lowest, highest = min(shares), max(shares)
+        if lowest == highest:
+            raise ValueError(
+                f"{_named(self.path)}: found no two rows that differ, expected one at least to train on and one to "
+                "validate on. Add rows, or set val_fraction to 0."
+            )
+        sides: tuple[list[_Row], list[_Row]] = ([], [])
+        for row in rows:
+            held_out = row.share == lowest or (row.share < self.val_fraction and row.share != highest)
+            sides[held_out].append(row)
+        return sides
+
+    def _rows(self, read: list["_Row"], path: Paths, purpose: str) -> list[Any]:
+        """The rows to batch, once it is said what became of the records."""
+        unused = {field for row in read for field in row.found.unused}
+        places: dict[str, list[str]] = {}
+        for row in read:
+            said = [f"Rejected as {row.found.reason}"] if not row.found.rows else sorted(row.found.remarks)
+            for each in said:
+                places.setdefault(each, []).append(row.record.where)
+        kept = [row.found for row in read if row.found.rows]
+        rank_zero_info(
+            f"{_named(path)}, {purpose}: kept {len(kept)} rows, {sum(found.truncated for found in kept)} of them "
+            f"truncated, and rejected {len(read) - len(kept)}."
+        )
+        for each, where in sorted(places.items()):
+            rank_zero_info(f"{each}: {_first(where)}.")
         if unused:
-            said.append(f"Left out the fields {', '.join(map(repr, sorted(unused)))}, which {purpose} does not use.")
-        return rows, said
+            names = ", ".join(map(repr, sorted(unused)))
+            rank_zero_info(f"Left out the fields {names}, which {purpose} does not use.")
+        if not kept:
+            raise ValueError(
+                f"{_named(path)}: no row for {purpose} is left, as it says above. Raise max_length, set overlong to "
+                "'truncate', or correct the rows."
+            )
+        return self.arrange([row for found in kept for row in found.rows])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which rows are learned, to tell if others are when the run resumes."""
+        return self._learned
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Say so where a resumed run has other training rows than the one that it resumes."""
+        trainer = self.trainer
+        if trainer is not None and trainer.state.fn == "fit" and state_dict != self._learned:
+            rank_zero_warn(
+                f"The training rows are not those that the checkpoint was trained on: {self._learned.get('rows')} "
+                f"records where there were {state_dict['rows']}, or others. In the epoch that goes on, some may be "
+                "learned twice or not at all."
+            )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The training rows, in an order of their own that ``seed`` fixes."""
@@ -245,7 +289,34 @@ class FileData(L.LightningDataModule):
         )
 
 
-def _each(encode: Callable[[Record], Any], records: Iterable[Record], bad: BadRows) -> Iterable[Any]:
+class _Row(NamedTuple):
+    """A record, what became of it, and a number from 0 to below 1 that its content gives."""
+
+    record: Record
+    found: Encoded
+    share: float
+
+
+def _digest(content: bytes) -> int:
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "big")
+
+
+def _warn_of_rows_on_both_sides(train: list[_Row], held_out: list[_Row]) -> None:
+    learned = {row.share for row in train}
+    both = [row.record.where for row in held_out if row.share in learned]
+    if both:
+        rank_zero_warn(
+            f"{len(both)} of the {len(held_out)} rows to validate on are learned too, so that what is measured on them "
+            f"says little: {_first(both)}. Remove them from one side."
+        )
+
+
+def _first(places: list[str]) -> str:
+    more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
+    return "; ".join(places[:_NAMED]) + more
+
+
+def _each(encode: Callable[[Record], Any], records: Iterable[Record], bad: BadRows) -> Iterator[Any]:
     for record in records:
         try:
             yield encode(record)

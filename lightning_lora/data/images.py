@@ -1,6 +1,6 @@
 """Images with a label each: a folder with one folder for each class, or the digits of scikit-learn."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -90,9 +90,19 @@ class ImageData(FileData):
         """The images of one folder, in the order of their names."""
         return _readable([Record(str(image), {"image": image}) for image in _images(Path(str(path)))], bad)
 
+    def content(self, record: Record, unused: Collection[str]) -> bytes:
+        """The bytes of the image, and its label."""
+        image = record.fields["image"]
+        data = image.read_bytes() if isinstance(image, Path) else image.numpy().tobytes()
+        return b"%d:" % record.fields["label"] + data
+
     def encode(self, record: Record) -> Encoded:
         """The image, not yet opened, and the index of its label."""
         return Encoded([(record.fields["image"], record.fields["label"])])
+
+    def label(self, row: tuple[Any, int]) -> str:
+        """The name of its label, and of its file."""
+        return self.labels[row[1]] + (f" {row[0]}" if isinstance(row[0], Path) else "")
 
     def encode_predict(self, record: Record) -> Any:
         """The image, not yet opened."""
@@ -164,7 +174,7 @@ def _folders(path: str, labels: list[str]) -> list[Record]:
 
 
 def _images(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if not file.name.startswith(".")) if folder.is_dir() else []
+    files = sorted(file for file in folder.rglob("[!.]*") if file.is_file())
     found = [file for file in files if file.suffix.lower() in _SUFFIXES]
     if not found:
         raise ValueError(f"Found no images ({', '.join(_SUFFIXES)}) in {folder}, expected at least one.")
@@ -214,9 +224,10 @@ def _pixels(image: Any) -> Tensor:
 
     loaded = _load(image)
     if loaded.mode.startswith(("I", "F")):
-        # 16 bits a pixel, also where the format has room for 32; fractions are of one.
+        # 16 bits a pixel, also where the format has room for 32; fractions are of one, or as whole numbers.
         values = np.asarray(loaded, dtype=np.float32)
-        return torch.from_numpy(values / (1 if loaded.mode == "F" and values.max() <= 1 else 65535))[None].clamp(0, 1)
+        highest = next((top for top in (1, 255) if loaded.mode == "F" and values.max() <= top), 65535)
+        return torch.from_numpy(values / highest)[None].clamp(0, 1)
     if loaded.has_transparency_data:
         loaded = loaded.convert("RGBA")
         white = Image.new("RGBA", loaded.size, "white")

@@ -1,5 +1,6 @@
 """Texts with a label each."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -8,7 +9,15 @@ from torch import Tensor
 
 from lightning_lora.data.from_files import Encoded, Paths
 from lightning_lora.data.keys import unused_keys
-from lightning_lora.data.labels import agreed_labels, label_index
+from lightning_lora.data.labels import (
+    REGRESSION,
+    SINGLE_LABEL,
+    ProblemType,
+    agreed_labels,
+    label_index,
+    multi_hot,
+    numbers,
+)
 from lightning_lora.data.record import Record
 from lightning_lora.data.texts import TextData
 
@@ -19,12 +28,16 @@ class LabelledTextData(TextData):
     Args:
         path: See :class:`~lightning_lora.data.from_files.FileData`.
         pretrained: See :class:`~lightning_lora.data.texts.TextData`.
-        labels: Names of the classes, in the order of their indices. Default ``None``: the model's. A row holds a name
-            or an index; see :func:`~lightning_lora.data.labels.label_index`.
+        labels: Names of the classes, in the order of their indices, or of the numbers that are regressed. Default
+            ``None``: the model's. A row holds a name or an index, several, or numbers; see
+            :func:`~lightning_lora.data.labels.label_index`, :func:`~lightning_lora.data.labels.multi_hot` and
+            :func:`~lightning_lora.data.labels.numbers`.
         text_field: Field of the text. Default ``text``.
         pair_field: Field of the second text, for tasks about two. Default ``None``.
         label_field: Field of the label. Default ``label``.
         max_length: Longest row, in tokens; longer ones lose their end. Default 128.
+        problem_type: What rows hold, as transformers calls it: ``single_label_classification``,
+            ``multi_label_classification`` or ``regression``. Default ``None``: the model's, or the first.
         options: The other arguments of :class:`~lightning_lora.data.from_files.FileData`.
     """
 
@@ -37,6 +50,7 @@ class LabelledTextData(TextData):
         pair_field: str | None = None,
         label_field: str = "label",
         max_length: int = 128,
+        problem_type: ProblemType | None = None,
         **options: Any,
     ) -> None:
         super().__init__(path, pretrained, **options)
@@ -47,28 +61,60 @@ class LabelledTextData(TextData):
         self.pair_field = pair_field
         self.label_field = label_field
         self.max_length = max_length
+        self.problem_type = problem_type
 
     @property
     def class_counts(self) -> list[int]:
         """Training rows of each class, after ``setup``."""
         found = [row["labels"] for row in self.train_rows or []]
-        return [found.count(index) for index in range(len(self.labels))]
+        if self.problem_type == SINGLE_LABEL:
+            return [found.count(index) for index in range(len(self.labels))]
+        return [sum(labels[index] == 1 for labels in found) for index in range(len(self.labels))]
 
     def setup(self, stage: str) -> None:
         """Read, split and encode the files, once, and say how many rows each class has."""
         self.labels = agreed_labels(self._given, self.of_model("labels"))
+        of_model = self.of_model("problem_type")
+        if None not in (self.problem_type, of_model) and self.problem_type != of_model:
+            raise ValueError(
+                f"Found data.problem_type={self.problem_type!r} and model.problem_type={of_model!r}, expected the "
+                "same. Leave out data.problem_type, which is then the model's."
+            )
+        self.problem_type = self.problem_type or of_model or SINGLE_LABEL
         new = self.train_rows is None
         super().setup(stage)
         if new and self.train_rows is not None:
+            if self.problem_type == REGRESSION:
+                columns = zip(self.labels, zip(*(row["labels"] for row in self.train_rows)))
+                ranges = (f"{name} from {min(found):g} to {max(found):g}" for name, found in columns)
+                rank_zero_info(f"Training values: {', '.join(ranges)}.")
+                return
             counts = ", ".join(f"{label} {count}" for label, count in zip(self.labels, self.class_counts))
             rank_zero_info(f"Training rows by label: {counts}.")
 
     def encode(self, record: Record) -> Encoded:
         """Token ids and label of a row."""
         used = {self.text_field, self.label_field, self.pair_field or self.text_field}
+        read: Callable[[Record, str, list[str]], Any] = label_index
+        if self.problem_type != SINGLE_LABEL:
+            read = numbers if self.problem_type == REGRESSION else multi_hot
+            used |= set() if self.label_field in record.fields else {*self.labels}
         unused = unused_keys(record, used)
         ids, truncated = self._tokenize(record)
-        return Encoded([{**ids, "labels": label_index(record, self.label_field, self.labels)}], truncated, unused)
+        return Encoded([{**ids, "labels": read(record, self.label_field, self.labels)}], truncated, unused)
+
+    def learned(self, row: dict[str, Any]) -> Iterator[list[bool]]:
+        """None of the tokens are."""
+        yield [False] * len(row["input_ids"])
+
+    def label(self, row: dict[str, Any]) -> str:
+        """The name of its label, those of its labels, or its numbers."""
+        found = row["labels"]
+        if self.problem_type == SINGLE_LABEL:
+            return str(self.labels[found])
+        if self.problem_type == REGRESSION:
+            return ", ".join(f"{name} {value:g}" for name, value in zip(self.labels, found))
+        return ", ".join(name for name, on in zip(self.labels, found) if on)
 
     def encode_predict(self, record: Record) -> dict[str, list[int]]:
         """Token ids of a row without label."""

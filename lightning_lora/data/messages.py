@@ -1,11 +1,13 @@
 """From a row to a conversation: the layouts that are read."""
 
+import ast
 import json
+import re
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from lightning_lora.data.keys import is_empty, unused_keys
-from lightning_lora.data.record import Record
+from lightning_lora.data.keys import MEANINGFUL, is_empty, unused_keys
+from lightning_lora.data.record import Record, is_blank, short
 
 # Any: beside its role and its content, a message holds what its chat template reads, such as calls of tools.
 Message = dict[str, Any]
@@ -20,6 +22,10 @@ SYSTEM = ("system", "system_prompt")
 _SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 _SHAREGPT |= {"model": "assistant", "bot": "assistant", "observation": "tool", "function_response": "tool"}
 _CALL = "function_call"
+# Beside what was read of a row, another of these would be a second question, answer or conversation; a label that is
+# false is KTO's mark of an answer that is not wanted.
+OTHERS = frozenset((*MESSAGES, *QUESTION, *ANSWER))
+_LIST_OF_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
 
 
 class Conversation(NamedTuple):
@@ -45,7 +51,7 @@ class Conversation(NamedTuple):
 
 def is_text(record: Record) -> bool:
     """Whether a row holds nothing but a text, which is learned as it is."""
-    return "text" in record.fields and not any(field in record.fields for field in (*MESSAGES, *QUESTION))
+    return "text" in record.fields and not any(field in record.fields for field in OTHERS)
 
 
 def read_conversation(record: Record) -> Conversation:
@@ -109,40 +115,54 @@ def _read(record: Record, answered: bool) -> Conversation:
         if messages[0]["role"] in ("system", "developer"):
             raise record.error(system, "no such field beside a message with the role 'system'")
         messages, fields = [{"role": "system", "content": record.text(system)}, *messages], [system, *fields]
-    return Conversation(messages, fields, tools_in(record), unused_keys(record, used))
+    return Conversation(messages, fields, tools_in(record), left_out(record, used))
+
+
+def left_out(record: Record, used: Collection[str]) -> set[str]:
+    """The fields of a row of conversations that are left out; see :func:`~lightning_lora.data.keys.unused_keys`."""
+    marked = isinstance(record.fields.get("label"), bool)
+    return unused_keys(record, used, OTHERS | {"label"} if marked else OTHERS)
 
 
 def _pair(record: Record, answered: bool) -> tuple[list[Message], list[str], set[str]]:
-    question, answer = _first(record, QUESTION), _first(record, ANSWER)
+    messages, fields, used = question_in(record)
+    answer = _first(record, ANSWER)
+    if answer is not None and (answered or not is_empty(record.fields[answer])):
+        reply, reply_fields = messages_in(record, answer, "assistant")
+        return messages + reply, fields + reply_fields, {*used, answer}
+    if answered:
+        raise record.error("output" if "instruction" in used else "completion", "a string that is not blank")
+    return messages, fields, used
+
+
+def question_in(record: Record) -> tuple[list[Message], list[str], set[str]]:
+    """The question of a row in a field of its own, with context and history: messages, their places, fields used.
+
+    Raises:
+        ValueError: If there is none, or a value is bad.
+    """
+    question = _first(record, QUESTION)
     if question is None:
         raise ValueError(
             f"{record.where}: found the fields {', '.join(map(repr, record.fields)) or 'none at all'}, expected "
             "'messages', or 'prompt' and 'completion', or another layout of the documentation. Rename the fields, or "
             "name them in the setting 'fields'."
         )
-    used = {question, *ANSWER, "history"}
+    used = {question, "history"}
     messages, fields = messages_in(record, question, "user")
-    context = next((field for field in CONTEXT if field != question and field in record.fields), None)
+    filled = (field for field in CONTEXT if field != question and not is_empty(record.fields.get(field)))
+    context = next(filled, None)
     if context is not None:
         used.add(context)
         text = record.fields[context]
-        if text is not None and not isinstance(text, str):
+        if not isinstance(text, str):
             raise record.error(context, "a string")
-        if text and text.strip():
+        if not is_blank(text):
             if len(messages) != 1:
                 raise record.error(context, "no such field beside a list of messages")
             messages = [{**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}]
     past, past_fields = _history(record)
-    messages, fields = past + messages, past_fields + fields
-    if answer is not None and (answered or not is_empty(record.fields[answer])):
-        others = [field for field in ANSWER if field != answer and not is_empty(record.fields.get(field))]
-        if others:
-            raise record.error(others[0], f"one answer, and {answer!r} is there too")
-        reply, reply_fields = messages_in(record, answer, "assistant")
-        messages, fields = messages + reply, fields + reply_fields
-    elif answered:
-        raise record.error("output" if question == "instruction" else "completion", "a string that is not blank")
-    return messages, fields, used
+    return past + messages, past_fields + fields, used
 
 
 def _first(record: Record, names: tuple[str, ...]) -> str | None:
@@ -213,12 +233,16 @@ def messages_in(record: Record, field: str, role: str) -> tuple[list[Message], l
 
 
 def _messages_as_text(record: Record, field: str, text: str) -> Any:
+    """The messages that a text holds, as JSON or as Python writes a list into a table; other texts as they are."""
+    if not _LIST_OF_MESSAGES.match(text) and not (field in MESSAGES and text.lstrip().startswith("[")):
+        return text
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        if field in MESSAGES and text.lstrip().startswith("["):
-            raise record.error(field, "a list of messages as JSON", f"no valid JSON ({error})") from None
-        return text
+        try:
+            value = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise record.error(field, "a list of messages as JSON", f"no valid JSON ({error}): {short(text)}") from None
     # Other JSON is a text, such as the answer to a question for JSON.
     messages = isinstance(value, list) and value and all(isinstance(item, dict) and _role(item) for item in value)
     return value if messages else text
@@ -249,7 +273,7 @@ def _message(record: Record, place: str, message: Any) -> Message:
         if role != "assistant":
             raise record.error(f"{place}.tool_calls", "no such key but in messages of the assistant", "it")
         read["tool_calls"] = _calls(record, place, read["tool_calls"])
-    elif not content.strip():
+    elif is_blank(content):
         raise record.error(f"{place}.{content_key}", "a string that is not blank", repr(message.get(content_key)))
     weight = read.pop("weight", 1)
     if weight not in (0, 1) or (role != "assistant" and weight != 1):
@@ -262,7 +286,8 @@ def _content(record: Record, place: str, content: Any) -> str:
     if isinstance(content, list):
         for index, part in enumerate(content):
             text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
-            if not isinstance(text, str):
+            others = part.items() if isinstance(part, dict) else ()
+            if not isinstance(text, str) or any(key in MEANINGFUL and not is_empty(value) for key, value in others):
                 raise record.error(f"{place}[{index}]", 'a part such as {"type": "text", "text": "..."}', repr(part))
         return "".join(part if isinstance(part, str) else part["text"] for part in content)
     if content is None:

@@ -1,7 +1,7 @@
 """Several rows in one, so that no step is spent on padding."""
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -51,6 +51,13 @@ def pack(rows: list[Row], max_length: int) -> list[Row]:
         }
         for pack in packs
     ]
+
+
+def unpack(row: Row) -> Iterator[Row]:
+    """The rows in a pack, without their positions; a row that is no pack as it is."""
+    starts = [index for index, position in enumerate(row.get("position_ids", [0])) if position == 0]
+    for start, end in zip(starts, [*starts[1:], None]):
+        yield {field: row[field][start:end] for field in ("input_ids", "labels")}
 
 
 def collate_packs(packs: list[Row], pad_token_id: int) -> dict[str, Tensor]:

@@ -8,24 +8,33 @@ from torch import Tensor
 
 from lightning_lora.data.conversation import encode_answers
 from lightning_lora.data.from_files import Encoded
-from lightning_lora.data.keys import is_empty, unused_keys
-from lightning_lora.data.messages import SYSTEM, Conversation, Message, messages_in, tools_in
+from lightning_lora.data.keys import is_empty
+from lightning_lora.data.messages import (
+    QUESTION,
+    SYSTEM,
+    Conversation,
+    Message,
+    left_out,
+    messages_in,
+    question_in,
+    tools_in,
+)
 from lightning_lora.data.record import Record
-from lightning_lora.data.texts import LanguageModelData, in_row
+from lightning_lora.data.texts import LanguageModelData, in_row, remarks_on
 
-_QUESTION = ("prompt", "question", "instruction")
-_REPEATED = ("messages",)  # UltraFeedback's, which repeat what was chosen
+_REPEATED = "messages"  # UltraFeedback's, which repeat what was chosen
 _TURN = re.compile(r"\s*(?:^|\n\n)(Human|Assistant): ?")
 
 
 class PreferenceData(LanguageModelData):
-    """Rows of ``prompt`` (or ``question``), ``chosen`` and ``rejected``, from files of all kinds.
+    """Rows of a question, ``chosen`` and ``rejected``, from files of all kinds.
 
-    Each is a string or a list of messages. What was chosen and rejected may repeat the question, as in UltraFeedback,
-    or hold it alone, as in HH-RLHF, whose texts of ``Human:`` and ``Assistant:`` are read too. Only the last answer is
-    compared, after the same tokens in both: where question and answer are longer than ``max_length`` together, the
-    oldest exchanges are left out of both, then answers lose their end. Pairs that are equal after that are dropped and
-    counted.
+    Each is a string or a list of messages; the question has its fields, with context, history and system message, as in
+    :func:`~lightning_lora.data.messages.read_conversation`. What was chosen and rejected may repeat the question, as in
+    UltraFeedback, or hold it alone, as in HH-RLHF, whose texts of ``Human:`` and ``Assistant:`` are read too. Only the
+    last answer is compared, after the same tokens in both: where question and answer are longer than ``max_length``
+    together, the oldest exchanges are left out of both, then answers lose their end. Pairs that are equal after that
+    are dropped and counted.
 
     The arguments are those of :class:`~lightning_lora.data.texts.LanguageModelData`.
     """
@@ -41,12 +50,20 @@ class PreferenceData(LanguageModelData):
             raise in_row(record, question, error) from None
         if rows is not None and rows[0] == rows[1]:
             return Encoded([], True, question.unused, "without a difference in max_length tokens")
-        return Encoded([] if rows is None else [rows], truncated, question.unused)
+        remarks = remarks_on(self.tokenizer, [*question.messages, *answers])
+        asked = question.messages[-1]["content"].strip()
+        if all(answer["content"].strip().startswith(asked) for answer in answers):
+            remarks = [*remarks, "Both answers begin with the words of the question, which is learned in them"]
+        return Encoded([] if rows is None else [rows], truncated, question.unused, remarks=remarks)
 
-    def sequences(self) -> Iterator[list[int]]:
-        """Token ids of all answers with their questions."""
-        for pair in [*(self.train_rows or []), *self.val_rows]:
-            yield from (row["input_ids"] for row in pair)
+    def token_ids(self, row: Any) -> Iterator[list[int]]:
+        """Those of each answer with its question."""
+        yield from (half["input_ids"] for half in row)
+
+    def learned(self, row: Any) -> Iterator[list[bool]]:
+        """Which of these tokens are of an answer."""
+        for half in row:
+            yield from super().learned(half)
 
     def collate(self, rows: list[Any]) -> dict[str, Tensor]:
         """The chosen of all rows, then the rejected of all rows, padded on the right."""
@@ -59,11 +76,16 @@ def _pair(record: Record) -> tuple[Conversation, list[Message]]:
     halves = [_messages(record, field) for field in ("chosen", "rejected")]
     if halves[0] == halves[1]:
         raise record.error("rejected", "an answer that differs from 'chosen'", "the same")
-    field = next((field for field in _QUESTION if not is_empty(record.fields.get(field))), None)
     question: list[Message] = []
     fields: list[str] = []
-    if field is not None:
-        question, fields = messages_in(record, field, "user")
+    used: set[str] = set()
+    if any(not is_empty(record.fields.get(field)) for field in QUESTION):
+        question, fields, used = question_in(record)
+        if len(question) == 1 and _TURN.match(question[0]["content"]):
+            question = _turns(question[0]["content"]) or question
+            fields *= len(question)
+    elif all(len(half) == 1 for half in halves) and not is_empty(record.fields.get(_REPEATED)):
+        question, fields = messages_in(record, _REPEATED, "user")
     else:
         shared = next((i for i, (a, b) in enumerate(zip(*halves)) if a != b), min(map(len, halves)))
         question = halves[0][:shared]
@@ -79,18 +101,27 @@ def _pair(record: Record) -> tuple[Conversation, list[Message]]:
         if own[0].get("weight") == 0:
             raise record.error(f"{name}[{len(half) - 1}].weight", "no such key in an answer that is compared", "0")
         answers += own
+    if not is_empty(record.fields.get(_REPEATED)):
+        there = messages_in(record, _REPEATED, "user")[0]
+        if there not in (question, *halves, *([*question, answer] for answer in answers)):
+            raise record.error(_REPEATED, "no such field here, or the question, which an answer may follow")
     system = next((field for field in SYSTEM if not is_empty(record.fields.get(field))), None)
     if system is not None:
         question, fields = [{"role": "system", "content": record.text(system)}, *question], [system, *fields]
-    used = {"chosen", "rejected", *_QUESTION[:1], *SYSTEM, "tools", *_REPEATED} | ({field} if field else set())
-    unused = unused_keys(record, used)
+    unused = left_out(record, used | {"chosen", "rejected", *SYSTEM, "tools", _REPEATED})
     return Conversation(question, [*fields, "chosen"], tools_in(record), unused), answers
 
 
 def _messages(record: Record, field: str) -> list[Message]:
     value = record.fields.get(field)
     if isinstance(value, str) and _TURN.match(value):
-        turns = _TURN.split(value)[1:]
-        roles = {"Human": "user", "Assistant": "assistant"}
-        return [{"role": roles[name], "content": said.strip()} for name, said in zip(turns[::2], turns[1::2])]
+        return _turns(value)
     return messages_in(record, field, "assistant")[0]
+
+
+def _turns(text: str) -> list[Message]:
+    """The turns of a text of HH-RLHF, without one that waits for its words."""
+    turns = _TURN.split(text)[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    found = [{"role": roles[name], "content": said.strip()} for name, said in zip(turns[::2], turns[1::2])]
+    return found if found[-1]["content"] else found[:-1]

@@ -28,7 +28,7 @@ class Record(NamedTuple):
             ValueError: If it is anything else.
         """
         value = self.fields.get(field)
-        if isinstance(value, str) and value.strip():
+        if isinstance(value, str) and not is_blank(value):
             return value
         raise self.error(field, "a string that is not blank")
 
@@ -90,6 +90,11 @@ class BadRows:
 def _by_numbers(text: str) -> list[tuple[int, str]]:
     """Line 2 before line 10."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", text)]
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: it is empty, or of blanks and characters such as a zero-width space."""
+    return not any(character.isprintable() and not character.isspace() for character in text)
 
 
 def short(value: Any) -> str:

@@ -69,10 +69,13 @@ class Seq2SeqData(TextData):
             )
         self.tokenizer.src_lang, self.tokenizer.tgt_lang = source, target
 
-    def sequences(self) -> Iterator[list[int]]:
-        """Token ids of all sources and targets."""
-        for row in [*(self.train_rows or []), *self.val_rows]:
-            yield from row
+    def token_ids(self, row: Any) -> Iterator[list[int]]:
+        """Those of the source and of the target."""
+        yield from row
+
+    def learned(self, row: tuple[list[int], list[int]]) -> Iterator[list[bool]]:
+        """The target is learned."""
+        yield from ([on] * len(ids) for on, ids in zip((False, True), row))
 
     def encode(self, record: Record) -> Encoded:
         """Token ids of the source, and of the target as labels."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.data.chat_template import MessageError
+from lightning_lora.data.chat_template import MessageError, special_tokens
 from lightning_lora.data.conversation import IGNORED, Row, encode_question
 from lightning_lora.data.from_files import FileData, Paths
 from lightning_lora.data.messages import Conversation, Message, read_question
@@ -59,10 +59,26 @@ class TextData(FileData):
                 )
         self.tokenizer = tokenizer
 
+    def token_ids(self, row: Any) -> Iterator[list[int]]:
+        """Token ids of the texts in a row. Default: its ``input_ids``."""
+        yield row["input_ids"]
+
+    def learned(self, row: Any) -> Iterator[list[bool]]:
+        """Which of these tokens are learned. Default: those that have a label."""
+        yield [label != IGNORED for label in row["labels"]]
+
     def sequences(self) -> Iterator[list[int]]:
         """Token ids of all rows, after ``setup``, by which a task makes sure that its model can take them."""
         for row in [*(self.train_rows or []), *self.val_rows]:
-            yield row["input_ids"]
+            yield from self.token_ids(row)
+
+    def remarks(self, row: Any) -> Iterator[str]:
+        """Whether the tokenizer does not know a part of a row."""
+        unknown = self.tokenizer.unk_token_id
+        # Tokenizers of bytes know everything, and name any other token here.
+        others = (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id, self.tokenizer.pad_token_id)
+        if unknown not in (None, *others) and any(unknown in ids for ids in self.token_ids(row)):
+            yield f"The tokenizer does not know a part of the text, which is {self.tokenizer.unk_token!r} in its place"
 
 
 class LanguageModelData(TextData):
@@ -131,6 +147,12 @@ class LanguageModelData(TextData):
             "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in rows]),
             "question": [question for _, question in rows],
         }
+
+
+def remarks_on(tokenizer: Any, messages: list[Message]) -> list[str]:
+    """What there is to say of contents: that one holds a token such as that which ends a turn."""
+    found = {token for token in special_tokens(tokenizer) for message in messages if token in message["content"]}
+    return [f"A content holds {token!r}, which the tokenizer takes for its special token" for token in sorted(found)]
 
 
 def in_row(record: Record, conversation: Conversation, error: ValueError) -> ValueError:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_lora.data.labels import MULTI_LABEL, REGRESSION
 from lightning_lora.pretrained import load_tokenizer, resolve
 from lightning_lora.tasks.classification import Classification
 
@@ -19,6 +20,7 @@ class SequenceClassification(Classification):
         lr: Peak learning rate of AdamW. Default 5e-4, one for LoRA; full fine-tuning wants about 1e-4.
         weight_decay: Weight decay of AdamW. Default 0.0.
         warmup_steps: Optimizer steps of linear warm-up. Default 0.
+        problem_type: ``single_label_classification`` (default), ``multi_label_classification`` or ``regression``.
 
     Raises:
         ValueError: If labels or weights do not fit.
@@ -36,9 +38,25 @@ class SequenceClassification(Classification):
         return model
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
-        """``{"label": ..., "probability": ...}`` for each row."""
-        probabilities = self(**batch).float().softmax(-1).max(-1)
+        """``{"label": ..., "probability": ...}`` for each row.
+
+        Where a row has several labels, ``{"labels": [...], "probabilities": {...}}``, with those of at least one half;
+        where it has numbers, each by its name.
+        """
+        logits = self(**batch).float()
+        if self.problem_type == REGRESSION:
+            return [_named(self.labels, values) for values in logits.tolist()]
+        if self.problem_type == MULTI_LABEL:
+            found = [_named(self.labels, values) for values in logits.sigmoid().tolist()]
+            return [
+                {"labels": [name for name, value in row.items() if value >= 0.5], "probabilities": row} for row in found
+            ]
+        probabilities = logits.softmax(-1).max(-1)
         return [
             {"label": self.labels[index], "probability": round(value, 4)}
             for value, index in zip(probabilities.values.tolist(), probabilities.indices.tolist())
         ]
+
+
+def _named(labels: list[str], values: list[float]) -> dict[str, float]:
+    return {label: round(value, 4) for label, value in zip(labels, values)}

@@ -113,8 +113,8 @@ def test_folders_of_images(tmp_path: Path) -> None:
     for label, value in (("black", 0), ("white", 255)):
         (tmp_path / label).mkdir()
         for index in range(2):
-            Image.fromarray(np.full((5, 9, 3), value, np.uint8)).save(tmp_path / label / f"{index}.png")
-    data = ImageData(str(tmp_path), ["white", "black"], size=14, val_fraction=0.25)
+            Image.fromarray(np.full((5, 9, 3), abs(value - index), np.uint8)).save(tmp_path / label / f"{index}.png")
+    data = ImageData(str(tmp_path), ["white", "black"], size=14, val_fraction=0.01)
     data.setup("fit")
     (batch,) = data.train_dataloader()
     assert batch["pixel_values"].shape == (3, 3, 14, 14)

@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 
 from lightning_lora.data.files import read_records
-from lightning_lora.data.record import BadRows
+from lightning_lora.data.record import BadRows, Record
+
+
+def read(path: str | list[str]) -> list[Record]:
+    return list(read_records(path))
 
 
 def write(folder: Path, name: str, text: str, encoding: str = "utf-8") -> str:
@@ -20,7 +24,7 @@ def write(folder: Path, name: str, text: str, encoding: str = "utf-8") -> str:
 
 def test_jsonl_names_lines(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", '\ufeff{"x": 1}\n\n{"x": "é"}\n')
-    assert [(record.where, record.fields) for record in read_records(path)] == [
+    assert [(record.where, record.fields) for record in read(path)] == [
         (f"{path}, line 1", {"x": 1}),
         (f"{path}, line 3", {"x": "é"}),
     ]
@@ -28,7 +32,7 @@ def test_jsonl_names_lines(tmp_path: Path) -> None:
 
 def test_csv_names_the_line_where_a_row_ends(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", 'x,y\n1,"two\nlines"\n3,"a, b"\n')
-    assert [(record.where, record.fields) for record in read_records(path)] == [
+    assert [(record.where, record.fields) for record in read(path)] == [
         (f"{path}, line 3", {"x": "1", "y": "two\nlines"}),
         (f"{path}, line 4", {"x": "3", "y": "a, b"}),
     ]
@@ -40,7 +44,7 @@ def test_parquet_gives_rows_with_nested_values(tmp_path: Path) -> None:
 
     rows = [{"messages": [{"role": "user", "content": "a"}]}, {"messages": [{"role": "user", "content": "b"}]}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    records = read_records(str(tmp_path / "a.parquet"))
+    records = read(str(tmp_path / "a.parquet"))
     assert [record.fields for record in records] == rows
     assert records[1].where.endswith("a.parquet, row 2")
 
@@ -55,7 +59,7 @@ def test_parquet_without_pyarrow_gives_the_command(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(builtins, "__import__", without_pyarrow)
     with pytest.raises(ImportError, match="Run: pip install pyarrow"):
-        read_records(write(tmp_path, "a.parquet", ""))
+        read(write(tmp_path, "a.parquet", ""))
 
 
 ROWS = [{"x": "1", "y": "é"}, {"x": "2", "y": "b"}]
@@ -79,31 +83,31 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 )
 def test_kinds_of_files(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
-    assert [record.fields for record in read_records(str(tmp_path / name))] == ROWS
+    assert [record.fields for record in read(str(tmp_path / name))] == ROWS
 
 
 def test_arrays_name_lines(tmp_path: Path) -> None:
     path = write(tmp_path, "a.json", '[\n  {"x": 1},\n\n  {"x": [\n    2]}\n]')
-    assert [record.where for record in read_records(path)] == [f"{path}, line 2", f"{path}, line 4"]
+    assert [record.where for record in read(path)] == [f"{path}, line 2", f"{path}, line 4"]
 
 
 def test_several_files(tmp_path: Path) -> None:
     one, other = write(tmp_path, "b.jsonl", '{"x": 1}'), write(tmp_path, "a.csv", "x\n2")
     write(tmp_path, "notes.txt", "no data")
     for path, expected in (([one, other], [1, "2"]), (str(tmp_path), ["2", 1]), (str(tmp_path / "*.jsonl"), [1])):
-        assert [record.fields["x"] for record in read_records(path)] == expected
+        assert [record.fields["x"] for record in read(path)] == expected
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"Found no file in the folder .*empty.* ends in \.jsonl"):
-        read_records(str(tmp_path / "empty"))
+        read(str(tmp_path / "empty"))
 
 
 def test_all_bad_lines_are_named_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", "".join(f'{{"x": {i}}}\n{{"x": \n' for i in range(30)))
     with pytest.raises(ValueError, match=r"Found 30 rows that cannot be used") as error:
-        read_records(path)
+        read(path)
     assert "line 2:" in str(error.value) and "line 40:" in str(error.value) and "line 42:" not in str(error.value)
     bad = BadRows("skip")
-    assert [record.fields["x"] for record in read_records(path, bad)] == list(range(30))
+    assert [record.fields["x"] for record in list(read_records(path, bad))] == list(range(30))
     with pytest.warns(UserWarning, match=r"Left out 30 rows that cannot be used"):
         bad.report()
 
@@ -111,11 +115,11 @@ def test_all_bad_lines_are_named_at_once(tmp_path: Path) -> None:
 def test_a_data_set_as_the_hub_has_it(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="needs datasets")
     write(tmp_path, "train.jsonl", LINES)
-    records = read_records(f"hf:{tmp_path}")
+    records = read(f"hf:{tmp_path}")
     assert [record.fields for record in records] == ROWS
     assert records[1].where == f"hf:{tmp_path}, train row 2"
     with pytest.raises(ValueError, match=r"expected hf:<id>, hf:<id>:<split>"):
-        read_records("hf:a:b:c:d")
+        read("hf:a:b:c:d")
 
 
 @pytest.mark.parametrize(
@@ -130,6 +134,8 @@ def test_a_data_set_as_the_hub_has_it(tmp_path: Path) -> None:
         ("a.jsonl", '{"x": 1, "x": 2}', r"a\.jsonl, line 1: found the field 'x' twice"),
         ("a.jsonl", '{"x": ["\\ud83d"]}', r"a\.jsonl, line 1, field 'x': found half of one \(a lone surrogate\)"),
         ("a.json", '[{"x": 1},\n{"x": ]', r"a\.json, line 2: found no valid JSON in the row that begins here"),
+        ("a.json", '[{"x": 1}]\n[{"x": 2}]', r"a\.json, line 1: found more behind the array that ends here"),
+        ("a.tsv", 'x\ty\n"1\ta\n2"\tb\n', r"a\.tsv, line 3: found a quote that holds tabs and line breaks"),
         ("a.json", "[1]", r"a\.json, line 1: found a JSON int, expected an object"),
         ("a.csv", "x,x\n1,2\n", r"a\.csv, line 1: found the header 'x', 'x', expected each field's name once"),
         ("a.jsonl.gz", "x", r"a\.jsonl\.gz: found no whole gzip file"),
@@ -141,20 +147,20 @@ def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:
     if name.endswith(".parquet"):
         pytest.importorskip("pyarrow", reason="needs pyarrow")
     with pytest.raises(ValueError, match=message):
-        read_records(write(tmp_path, name, text))
+        read(write(tmp_path, name, text))
 
 
 def test_bytes_that_are_not_utf_8(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"found bytes that are not UTF-8"):
-        read_records(write(tmp_path, "a.jsonl", '{"x": "é"}', encoding="latin-1"))
+        read(write(tmp_path, "a.jsonl", '{"x": "é"}', encoding="latin-1"))
 
 
 @pytest.mark.parametrize("path", ["absent.jsonl", "shipped:absent.jsonl"])
 def test_missing_files(path: str) -> None:
     with pytest.raises(FileNotFoundError, match="absent.jsonl"):
-        read_records(path)
+        read(path)
 
 
 def test_shipped_files_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert len(read_records("shipped:devils_dictionary.jsonl")) == 554
+    assert len(read("shipped:devils_dictionary.jsonl")) == 554

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.texts import word_checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lightning.pytorch import Trainer
 
 from lightning_lora.data import (
     ChatData,
@@ -19,6 +23,7 @@ from lightning_lora.data import (
     TaggedWordsData,
 )
 from lightning_lora.data.from_files import FileData
+from lightning_lora.tasks import CausalLM
 
 Make = Callable[..., FileData]
 LABELS = ["a", "b"]
@@ -36,6 +41,11 @@ READERS: dict[str, tuple[Make, dict[str, Any]]] = {
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> str:
     return word_checkpoint(tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def module_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return word_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 def write(folder: Path, rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
@@ -110,6 +120,18 @@ def test_rejected_rows_are_named(tmp_path: Path, checkpoint: str, caplog: pytest
     assert "Rejected as too long: " in caplog.text and "line 6 and 2 more." in caplog.text
 
 
+def test_what_is_not_learned_as_it_stands_is_said(
+    tmp_path: Path, checkpoint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "w1", "completion": "w2"}, {"prompt": "w1 </s>", "completion": "w2"}, {"text": "w1 ☃"}]
+    with caplog.at_level("INFO"):
+        fit(ChatData, write(tmp_path, rows), checkpoint)
+    assert "A content holds '</s>', which the tokenizer takes for its special token: " in caplog.text
+    assert "rows.jsonl, line 2.\n" in caplog.text
+    assert "The tokenizer does not know a part of the text, which is '<unk>' in its place: " in caplog.text
+    assert "rows.jsonl, line 3.\n" in caplog.text and "line 1" not in caplog.text
+
+
 def test_questions_are_looked_at_before_the_first_answer(tmp_path: Path, checkpoint: str) -> None:
     path = write(tmp_path, [{"prompt": "w1"}, {"prompt": ""}, {"question": "w1"}, {"answer": "w1"}])
     data = ChatData("absent.jsonl", checkpoint, predict_path=path, on_error="skip")
@@ -125,6 +147,80 @@ def test_texts_are_learned_whole(tmp_path: Path, checkpoint: str) -> None:
     assert data.tokenizer.decode(tokens) == f"{text} </s>"  # type: ignore[attr-defined]
     # The first token of a row is never predicted.
     assert all(row["labels"] == [-100, *row["input_ids"][1:]] for row in rows) and len(rows) == 3
+
+
+def sides(path: Any, checkpoint: str, **options: Any) -> tuple[set[str], set[str]]:
+    """The texts that are learned, and those held out."""
+    data: Any = PromptCompletionData(path, checkpoint, **{"val_fraction": 0.3, **options})
+    data.setup("fit")
+    train, held_out = (
+        {data.tokenizer.decode(row["input_ids"]) for row in rows} for rows in (data.train_rows, data.val_rows)
+    )
+    return train, held_out
+
+
+NUMBERS = st.lists(st.integers(0, 1599), min_size=2, max_size=40, unique=True)
+
+
+def pairs(numbers: list[int]) -> list[dict[str, Any]]:
+    return [{"id": i, "prompt": f"w{n % 40}", "completion": f"w{n // 40}"} for i, n in enumerate(numbers)]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(numbers=NUMBERS, seed=st.integers(0, 3), data=st.data())
+def test_rows_that_are_added_move_no_others(
+    numbers: list[int], seed: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, module_checkpoint: str
+) -> None:
+    """Unless a side has no other row; equal ones are on one side, wherever they stand and whatever their id."""
+    folder, checkpoint = tmp_path_factory.mktemp("rows"), module_checkpoint
+    before = sides(write(folder, pairs(numbers)), checkpoint, seed=seed)
+    more = data.draw(st.permutations([*numbers, *data.draw(NUMBERS), *numbers[:3]]))
+    after = sides(write(folder, pairs(more)), checkpoint, seed=seed)
+    assert before[0] and before[1] and not after[0] & after[1]
+    for mine, others in (before, after[1]), (before[::-1], after[0]):
+        assert len(mine[0]) == 1 or not mine[0] & others
+
+
+def test_the_share_held_out_is_met_in_the_mean(tmp_path: Path, checkpoint: str) -> None:
+    path = write(tmp_path, pairs(list(range(600))))
+    held_out = [len(sides(path, checkpoint, val_fraction=share)[1]) for share in (0.1, 0.5, 0.9)]
+    assert all(abs(count - 600 * share) < 60 for count, share in zip(held_out, (0.1, 0.5, 0.9)))
+    assert sides(path, checkpoint) != sides(path, checkpoint, seed=1)
+    one, other = (sides(write(tmp_path, pairs([1, 2]), "two.jsonl"), checkpoint, val_fraction=f) for f in (0.01, 0.99))
+    assert len(one[0]) == len(one[1]) == 1 and one == other
+
+
+def test_rows_on_both_sides_are_counted(tmp_path: Path, checkpoint: str) -> None:
+    rows = pairs(list(range(9)))
+    train = write(tmp_path, rows)
+    val = write(tmp_path, [row | {"id": 7} for row in rows[3:5]] + pairs([77]), "val.jsonl")
+    with pytest.warns(
+        UserWarning, match=r"^2 of the 3 rows to validate on are learned too, .*val\.jsonl, line 1; .*line 2\."
+    ):
+        fit(PromptCompletionData, train, checkpoint, val_path=val)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(PromptCompletionData, train, checkpoint, val_path=write(tmp_path, pairs([77]), "other.jsonl"))
+
+
+def test_resuming_on_other_rows_is_said(tmp_path: Path, checkpoint: str) -> None:
+    path = write(tmp_path, pairs(list(range(12))))
+
+    def run(**options: Any) -> Trainer:
+        data = PromptCompletionData(path, checkpoint, val_fraction=0.2)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        few = {"limit_train_batches": 1, "limit_val_batches": 1, "enable_checkpointing": False, "max_epochs": 2}
+        trainer = Trainer(accelerator="cpu", **quiet, **few)
+        trainer.fit(CausalLM(checkpoint), data, **options)
+        return trainer
+
+    run().save_checkpoint(tmp_path / "a.ckpt")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The training rows are not those")
+        run(ckpt_path=str(tmp_path / "a.ckpt"))
+    write(tmp_path, [*pairs(list(range(12))), *pairs([55, 66, 77])])
+    with pytest.warns(UserWarning, match="The training rows are not those that the checkpoint was trained on"):
+        run(ckpt_path=str(tmp_path / "a.ckpt"))
 
 
 def test_a_file_of_its_own_for_validation(tmp_path: Path, checkpoint: str) -> None:

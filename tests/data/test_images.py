@@ -36,6 +36,7 @@ def test_every_kind_of_pixels(tmp_path: Path) -> None:
     assert shades(tmp_path, "cmyk.tif", color.convert("CMYK")) == white
     assert shades(tmp_path, "dark16.png", Image.fromarray(np.full((8, 8), 8000, np.uint16))) == gray
     assert shades(tmp_path, "dark16.tif", Image.fromarray(np.full((8, 8), 8000, np.uint16))) == gray
+    assert shades(tmp_path, "floats.tif", Image.fromarray(np.full((8, 8), 31.0, np.float32))) == gray
     assert shades(tmp_path, "fractions.tif", Image.fromarray(np.full((8, 8), 0.12, np.float32))) == gray
 
 
@@ -49,6 +50,14 @@ def test_images_are_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees to the right, so that the left is up
     assert shades(tmp_path, "a.png", Image.fromarray(HALF), exif=exif) == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_folders_inside_of_a_label_count_for_it(tmp_path: Path) -> None:
+    (Path(folders(tmp_path)) / "b" / "more").mkdir()
+    Image.fromarray(HALF).save(tmp_path / "b" / "more" / "3.png")
+    data = ImageData(str(tmp_path), ["a", "b"], val_fraction=0)
+    data.setup("fit")
+    assert data.class_counts == [3, 4]
 
 
 def folders(folder: Path) -> str:

@@ -113,6 +113,27 @@ def test_sharegpt_calls() -> None:
     assert found[1]["tool_calls"] == [CALL]
 
 
+def test_lists_as_python_writes_them_into_tables() -> None:
+    row = {
+        "prompt": str([{"role": "user", "content": "it's w1"}]),
+        "completion": str([{"role": "assistant", "content": "w2"}]),
+    }
+    found = read_conversation(Record("here", row)).messages
+    assert found == [{"role": "user", "content": "it's w1"}, {"role": "assistant", "content": "w2"}]
+
+
+def test_what_is_missing_in_tables_says_nothing() -> None:
+    row = {
+        "instruction": "w1",
+        "input": float("nan"),
+        "context": "w2",
+        "output": "w3",
+        "weight": float("nan"),
+        "label": True,
+    }
+    assert read_conversation(Record("here", row)).messages[0]["content"] == "w1\n\nw2"
+
+
 def test_weights() -> None:
     messages = [CHAT[1], CHAT[2] | {"weight": 0}, CHAT[3], CHAT[4] | {"weight": 1}]
     assert read_conversation(Record("here", {"messages": messages})).messages == [
@@ -148,7 +169,24 @@ USER, REPLY = CHAT[1], CHAT[2]
         ({"messages": CHAT, "tools": "{"}, r"field 'tools': found no valid JSON"),
         ({"messages": CHAT, "history": [["w1", "w2"]]}, r"field 'history'"),
         ({"prompt": "w1"}, r"field 'completion': found none \(the fields are 'prompt'\)"),
-        ({"prompt": "w1", "completion": "w2", "answer": "w3"}, r"field 'answer': found 'w3' .* one answer"),
+        ({"prompt": "w1", "completion": "w2", "answer": "w3"}, r"field 'answer': found 'w3' \(str\), expected no"),
+        ({"text": "w1", "answer": "w2"}, r"found the fields 'text', 'answer', expected 'messages'"),
+        ({"prompt": "w1", "question": "w2", "answer": "w3"}, r"field 'question': found 'w2' \(str\), expected no such"),
+        ({"messages": CHAT, "conversations": SHAREGPT}, r"field 'conversations': found .* expected no such field"),
+        ({"question": "w1", "options": ["w2", "w3"], "answer": "w2"}, r"field 'options': found"),
+        (
+            {"prompt": "w1", "completion": "w2", "label": False},
+            r"field 'label': found False \(bool\), expected no such",
+        ),
+        ({"prompt": "w1", "completion": "\u200b"}, r"field 'completion': found .* expected a string that is not blank"),
+        (
+            {"prompt": "w1", "completion": "[{'role': 'user'}\n {'role': 'user'}]"},
+            r"field 'completion': found no valid JSON",
+        ),
+        (
+            {"messages": [USER, REPLY | {"content": [{"text": "w1", "weight": 0}]}]},
+            r"'messages\[1\]\.content\[0\]': found",
+        ),
         ({"instruction": "w1", "input": 3, "output": "w2"}, r"field 'input': found 3 \(int\), expected a string"),
         ({"instruction": "w1", "output": ""}, r"field 'output': found '' \(str\), expected a string that is not blank"),
         (

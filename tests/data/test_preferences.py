@@ -39,11 +39,25 @@ def halves(row: dict[str, Any], template: str = "chatml", **options: Any) -> lis
         {"prompt": "hi", "chosen": [HI, GOOD], "rejected": [HI, BAD], "messages": [HI, GOOD]},
         {"chosen": [HI, GOOD], "rejected": [HI, BAD]},
         {"chosen": "\n\nHuman: hi\n\nAssistant: good", "rejected": "\n\nHuman: hi\n\nAssistant: bad"},  # HH-RLHF
+        {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": "good", "rejected": "bad"},
+        {"messages": [HI], "chosen": "good", "rejected": "bad"},
         {"prompt": json.dumps([HI]), "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])},
     ],
 )
 def test_the_question_is_asked_once(row: dict[str, Any]) -> None:
     assert halves(row) == [f"{ML}«good<|im_end|>»", f"{ML}«bad<|im_end|>»"]
+
+
+def test_the_question_has_its_context_and_history() -> None:
+    row = {"instruction": "more", "input": "of it", "history": [["hi", "yo"]], "chosen": "good", "rejected": "bad"}
+    more = f"{ML}yo<|im_end|>\n<|im_start|>user\nmore\n\nof it<|im_end|>\n<|im_start|>assistant\n"
+    assert halves(row) == [f"{more}«good<|im_end|>»", f"{more}«bad<|im_end|>»"]
+
+
+def test_a_question_in_both_answers_is_said() -> None:
+    row = {"prompt": "what is it", "chosen": "what is it good", "rejected": "what is it bad"}
+    assert any(remark.startswith("Both answers begin with") for remark in encoded(row)[0].remarks)
+    assert not encoded(row | {"rejected": "it is bad"})[0].remarks
 
 
 def test_the_system_is_used() -> None:
@@ -86,6 +100,11 @@ def test_pairs_without_a_difference_are_dropped_and_counted(tmp_path: Path, capl
         ),
         ({"chosen": [HI, GOOD], "rejected": [BAD]}, r"field 'prompt': found none"),
         ({"chosen": "good", "rejected": "bad"}, r"field 'prompt': found none"),
+        (
+            {"prompt": "hi", "messages": [HI, HI], "chosen": "good", "rejected": "bad"},
+            r"field 'messages': found .* or the qu",
+        ),
+        ({"prompt": "hi", "query": "ho", "chosen": "good", "rejected": "bad"}, r"field 'query': found 'ho'"),
         ({"prompt": "hi", "chosen": "good", "rejected": "bad", "weight": 2}, r"field 'weight': found 2"),
         ({"prompt": "hi", "chosen": [HI, GOOD | {"weight": 0}], "rejected": [BAD]}, r"field 'chosen\[1\]\.weight'"),
         ({"prompt": "hi", "chosen": [GOOD | {"mood": "x"}], "rejected": [BAD]}, r"field 'chosen.*': found 'x'"),

@@ -68,11 +68,49 @@ def test_predict_gives_one_tag_for_each_word(max_length: int) -> None:
     words = ["w1", "playing", "\u200d", "w2", "unheard", "playing", "w4"]
     module, source = Tagger("absent", LABELS), data(bert_like(), max_length=max_length)
     parts = source.encode_predict(Record("here", {"tokens": words}))
-    assert all(len(part["input_ids"]) <= max_length for part in parts)
+    assert all(len(part["input_ids"]) <= max_length for part in parts[0])
     batch = source.collate_predict([parts, source.encode_predict(Record("here", {"tokens": ["w3"]}))])
     ids = {"w1": 7, "w2": 8, "w3": 9, "w4": 10, "playing": 4}
     expected = [[LABELS[ids.get(word, 0) % 2] for word in row] for row in (words, ["w3"])]
     assert module.predict_step(batch, 0) == [{"tags": tags} for tags in expected]
+
+
+SPANNED = {"text": "  w1 play.playing, w2", "label": [[5, 17, "X"]]}
+
+
+def test_texts_with_spans() -> None:
+    source = data(bert_like())
+    source.labels = ["O", "B-X", "I-X"]
+    (row,) = source.encode(Record("here", SPANNED)).rows
+    # The tokenizer knows no signs, which are part of an unknown token.
+    known = {"text": "  w1 play playing  w2", "entities": [{"start": 5, "end": 17, "label": "X"}]}
+    (row,) = source.encode(Record("here", known)).rows
+    assert row["input_ids"] == [2, 7, 4, 4, 5, 8, 3]
+    assert row["labels"] == [-100, 0, 1, 2, -100, 0, -100]
+    with pytest.raises(ValueError, match=r"field 'entities\[1\]': found 'B-Y', expected one of the labels O, B-X, I-X"):
+        source.encode(Record("here", {"text": "w1 w2", "entities": [[3, 5, "Y"]]}))
+    with pytest.raises(ValueError, match=r"field 'spans': found none"):
+        source.encode(Record("here", {"text": "w1 w2"}))
+
+
+def test_a_token_over_several_words_has_the_tag_of_the_last() -> None:
+    """As byte pairs have "'s" for one token."""
+    tokenizer = byte_tokenizer()
+    source = data(tokenizer)
+    text = "hello world's x."
+    row, places = source.encode_predict(Record("here", {"text": text}))
+    assert row[0]["input_ids"] == tokenizer(text)["input_ids"]
+    assert places is not None and len(places) == sum(label != -100 for label in row[0]["labels"])
+
+
+def test_predict_gives_the_spans_of_a_text() -> None:
+    module, source = Tagger("absent", ["O", "B-X"]), data(bert_like())
+    batch = source.collate_predict(
+        [source.encode_predict(Record("here", {"text": f" w1 {word} w1"})) for word in ("w1", "w2")]
+    )
+    one, two = module.predict_step(batch, 0)
+    assert one == {"spans": [{"start": start, "end": start + 2, "label": "X"} for start in (1, 4, 7)]}
+    assert two == {"spans": [{"start": start, "end": start + 2, "label": "X"} for start in (1, 7)]}
 
 
 def test_what_is_too_long_loses_its_end_in_training() -> None:

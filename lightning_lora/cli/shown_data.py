@@ -1,0 +1,73 @@
+"""``lightning-lora data``: what a run would learn, before it does."""
+
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lightning_lora.data.from_files import FileData
+
+_BARS, _WIDTH = 10, 40
+_TEXTS = 2  # that are shown of a row
+
+
+def show(data: FileData, rows: int) -> None:
+    """Print counts, lengths, and some rows of a data module that is set up.
+
+    Args:
+        data: The data module.
+        rows: How many rows are shown, at even distances. What is learned in them is green, and in «» where there are no
+            colors.
+    """
+    console = Console(highlight=False)
+    parts: dict[str, list[Any]] = {"training": data.train_rows or [], "validation": data.val_rows}
+    for purpose, part in parts.items():
+        _lengths(console, data, purpose, part)
+    part = parts["training"]
+    for row in part[:: max(1, len(part) // max(1, rows))][:rows]:
+        console.rule()
+        texts = list(zip(data.token_ids(row), data.learned(row)))
+        for ids, learned in texts[:_TEXTS]:
+            console.print(_text(data, ids, learned, console.is_terminal), soft_wrap=True)
+        if len(texts) > _TEXTS:
+            console.print(f"... and {len(texts) - _TEXTS} more texts in this row")
+        if (label := data.label(row)) is not None:
+            console.print(_marked(label, console.is_terminal), soft_wrap=True)
+
+
+def _lengths(console: Console, data: FileData, purpose: str, rows: list[Any]) -> None:
+    """A histogram of the lengths, and how much is learned."""
+    lengths = [len(ids) for row in rows for ids in data.token_ids(row)]
+    if not lengths:
+        return
+    learned = sum(sum(flags) for row in rows for flags in data.learned(row))
+    share = f", {learned:,} of them learned ({learned / sum(lengths):.0%})" if learned else ""
+    console.print(f"{purpose}: {len(lengths):,} texts, {sum(lengths):,} tokens{share}")
+    first = min(lengths)
+    step = -(-(max(lengths) - first + 1) // _BARS)
+    counts = [0] * (1 + (max(lengths) - first) // step)
+    for length in lengths:
+        counts[(length - first) // step] += 1
+    table = Table("tokens", "texts", "", box=None, padding=(0, 1))
+    for index, count in enumerate(counts):
+        bar = "█" * -(-count * _WIDTH // max(counts))
+        start = first + index * step
+        table.add_row(str(start) if step == 1 else f"{start}-{start + step - 1}", f"{count:,}", bar)
+    console.print(table)
+
+
+def _text(data: Any, ids: list[int], learned: list[bool], colors: bool) -> Text:
+    text, before, end = Text(), "", 0
+    for on, group in groupby(learned):
+        end += len(list(group))
+        # From the beginning, since tokens have spaces between them that depend on those before.
+        whole = data.tokenizer.decode(ids[:end])
+        said, before = whole[len(before) :], whole
+        text += _marked(said, colors) if on else Text(said)
+    return text
+
+
+def _marked(text: str, colors: bool) -> Text:
+    return Text(text, "bold green") if colors else Text(f"«{text}»")
