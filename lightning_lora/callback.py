@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.formats.merged import ADAPTER_DIR, MERGED_DIR, save_merged
-from lightning_lora.formats.model_card import facts_of
+from lightning_lora.formats.model_card import add_to_card, facts_of
 from lightning_lora.formats.open_file import path_or_url
 from lightning_lora.formats.peft import load_adapter, read_adapter, write_adapter
 from lightning_lora.model.base_dtype import cast_base
@@ -45,6 +45,7 @@ from lightning_lora.trainer.best_checkpoint import load_best, require_best
 from lightning_lora.trainer.eva_calibration import calibrate_eva
 from lightning_lora.trainer.finite_steps import ON_NAN, FiniteSteps
 from lightning_lora.trainer.frozen_parameters import drop_frozen
+from lightning_lora.trainer.merge_probe import MergeProbe
 from lightning_lora.trainer.peft_wrapped import adopt_wrapped
 from lightning_lora.trainer.precision import warn_of_emulation
 from lightning_lora.trainer.process_launchers import no_way_back, spawns
@@ -70,6 +71,7 @@ class _Arguments(LoraConfig):
     summary: bool = True
     base_dtype: str | None = None
     on_nan: str = "raise"
+    verify: bool = True
 
 
 class LoRA(Callback):
@@ -118,6 +120,8 @@ class LoRA(Callback):
         on_nan: What a NaN or an infinity in loss or gradients does, before the optimizer steps: ``"raise"`` ends the
             run with an error that names the layers and the last checkpoint, ``"warn"`` leaves out that step, and
             ``"ignore"`` does not look. Steps that a gradient scaler leaves out, as under ``"16-mixed"``, are normal.
+        verify: Whether an export is verified: the files of ``merged/`` are opened again and compared with the model,
+            and the first batch is put through the model before and after the merge, where that takes seconds.
 
     Raises:
         ValueError: If a setting is out of range or of no known kind.
@@ -142,6 +146,7 @@ class LoRA(Callback):
         self.summary = given.summary
         self.base_dtype = _floating_dtype(given.base_dtype)
         self.on_nan = given.on_nan
+        self.verify = given.verify
         self._injected_now = False
         self._came: str | None = None
         self._running = False
@@ -149,6 +154,7 @@ class LoRA(Callback):
         self._base: base_changes.BaseWatch | None = None
         self._reads: step_reads.StepReads | None = None
         self._finite: FiniteSteps | None = None
+        self._probe: MergeProbe | None = None
         serve_both_packages(self)
 
     @property
@@ -242,6 +248,8 @@ class LoRA(Callback):
             self._gradients = gradient_checks.GradientWatch(pl_module, trainer.optimizers)
             self._base = base_changes.BaseWatch(pl_module, trainer.optimizers)
             self._reads = step_reads.StepReads(pl_module)
+            exports = any(cb.verify and cb.export_dir is not None for cb in _lora_callbacks(trainer))
+            self._probe = MergeProbe(pl_module) if exports and self.merge is not None else None
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -335,6 +343,8 @@ class LoRA(Callback):
             )
         for callback in [] if moved else exporting:
             callback._export_adapter(trainer, pl_module)
+        if self._probe is not None:
+            self._probe.look()
         if self.merge is not None:
             if all(injection.peft is not None for injection in injections(pl_module)):
                 rank_zero_info(
@@ -349,7 +359,7 @@ class LoRA(Callback):
             else:
                 eject(pl_module, merge=True)
             for callback in exporting:
-                callback._export_merged(trainer, pl_module)
+                callback._export_merged(trainer, pl_module, self._probe)
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -413,10 +423,10 @@ class LoRA(Callback):
         quantized_base.as_before(pl_module.trainer, pl_module)
         if self._gradients is not None:
             self._gradients.stop()
-        for watch in (self._reads, self._finite):
+        for watch in (self._reads, self._finite, self._probe):
             if watch is not None:
                 watch.stop()
-        self._gradients = self._base = self._reads = self._finite = None
+        self._gradients = self._base = self._reads = self._finite = self._probe = None
         gradient_checks.disable_through_checkpointing(pl_module)
 
     def _export_adapter(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -424,13 +434,16 @@ class LoRA(Callback):
         root = self._root(pl_module)
         write_adapter(self._injection(root), self.export_dir / ADAPTER_DIR, facts_of(trainer))
 
-    def _export_merged(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def _export_merged(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", probe: MergeProbe | None) -> None:
         assert self.export_dir is not None
         tokenizer = getattr(pl_module, "tokenizer", getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
         root = self._root(pl_module)
         injection = next((found for found in injections(root) if self._is_mine(found)), None)  # none, if it is merged
         with merged_base(injection.root) if injection and injection.peft is not None else nullcontext(root) as merged:
-            save_merged(merged, self.export_dir / MERGED_DIR, tokenizer)
+            apart = probe.difference() if probe is not None and not is_quantized(root) else None
+            save_merged(merged, self.export_dir / MERGED_DIR, tokenizer, verify=self.verify)
+        if apart is not None:
+            add_to_card(self.export_dir / ADAPTER_DIR, {"merged outputs apart": f"{apart:.1e}"})
         rank_zero_info(f"Exported the adapter and the merged model to {self.export_dir}")
 
     def _injection(self, root: nn.Module) -> Injection:
@@ -455,7 +468,7 @@ class LoRA(Callback):
             ) from error
 
     def __reduce__(self) -> Any:
-        watches = dict.fromkeys(("_gradients", "_base", "_reads", "_finite"))  # which belong to this very run
+        watches = dict.fromkeys(("_gradients", "_base", "_reads", "_finite", "_probe"))  # which belong to this very run
         return rebuild, (original_class(self),), {**self.__dict__, **watches}
 
 

@@ -26,6 +26,7 @@ from lightning_lora.formats.peft_variants import as_plain_lora, same_but_for_rou
 from lightning_lora.formats.portable import as_portable, not_portable
 from lightning_lora.formats.publish import whole_directory
 from lightning_lora.formats.sizes import require_finite, require_sizes, rows_in_peft
+from lightning_lora.formats.verified import verify_adapter
 from lightning_lora.fqn import listed
 from lightning_lora.layers import Adapter, kind_of
 from lightning_lora.layers.base import base_class
@@ -68,7 +69,8 @@ def save_adapter(
     Raises:
         ValueError: If the model has no such adapter, or several to choose from, or if it has more than the portable
             layout can hold: DoRA, VeRA, biases, ``modules_to_save``, token rows or stacked parameters.
-        CheckpointError: If the adapter holds a NaN or an infinity.
+        CheckpointError: If the adapter holds a NaN or an infinity, or what was written, which is opened again before
+            it takes its place, is not what is in memory.
     """
     with restored(model):
         return write_adapter(_find_injection(model, adapter_name), Path(directory), layout=layout)
@@ -115,7 +117,7 @@ def write_adapter(
             below = directory / name if len(every) > 1 else directory
             require_finite(each.tensors, "The adapter", f"Nothing was written to {below}.")
             base = base_fingerprint(injection.root, name)
-            _write(below, each.settings, each.tensors, base, None, injection.quantization, run, layout)
+            _write(below, each.settings, each.tensors, base, None, injection, run, layout)
         return directory
     prefix = _peft_root(injection)
     _warn_of_what_peft_leaves_out(injection, directory)
@@ -126,7 +128,7 @@ def write_adapter(
     if not is_writer(injection.root):
         return directory
     start = str(injection.config.init_lora_weights) if injection.config.quantizes_base else None
-    _write(directory, peft_config(injection, prefix), tensors, base, start, injection.quantization, run, layout)
+    _write(directory, peft_config(injection, prefix), tensors, base, start, injection, run, layout)
     return directory
 
 
@@ -136,15 +138,18 @@ def _write(
     tensors: dict[str, Tensor],
     base: Fingerprint,
     start: str | None,
-    quantized: list[dict[str, Any]],
+    injection: Injection,
     run: Mapping[str, Any] | None,
     layout: Layout,
 ) -> None:
+    in_memory = [(adapter.layer_name, adapter) for _, adapter in peft_adapters(injection)]
     if layout == "portable":
-        settings, tensors = as_portable(settings, tensors)
+        (settings, tensors), in_memory = as_portable(settings, tensors), []  # which has a scaling of its own
     with whole_directory(directory) as new:
-        write_weights(new / WEIGHTS_FILE, tensors, base, start, quantized)
+        write_weights(new / WEIGHTS_FILE, tensors, base, start, injection.quantization)
         (new / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        prefix = len(_peft_root(injection))
+        verify_adapter(new, settings, tensors, [(name[prefix:], adapter) for name, adapter in in_memory])
         if not has_own_card(directory):
             write_card(new, settings, run)
 

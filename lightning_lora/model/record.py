@@ -123,7 +123,7 @@ class Injection:
         modules = modules_by_name(root)
         there = {*modules, *_tensor_names(root)}
         prefixes = sorted({_prefixes(old, new) for new, _, old in layers}, key=lambda pair: -len(pair[0]))
-        common = _common([old for _, _, old in layers])
+        common = common_module([old for _, _, old in layers])
 
         def renamed(name: str) -> str | None:
             inside = [(old, new) for old, new in prefixes if is_submodule(name, old)]
@@ -240,7 +240,7 @@ def _prefixes(old: str, new: str) -> tuple[str, str]:
     return ".".join(olds), ".".join(news)
 
 
-def _common(names: list[str]) -> str:
+def common_module(names: list[str]) -> str:
     """The name of the innermost module that all of these are in."""
     parts = zip(*(name.split(".")[:-1] for name in names))
     return ".".join(found[0] for found in itertools.takewhile(lambda part: len(set(part)) == 1, parts))
