@@ -13,6 +13,8 @@ ADAPTER_FILES = {
     "merge": "write base and adapter as one model directory",
     "diff": "compare two adapters",
     "check": "say what a server would make of an adapter",
+    "resize": "write an adapter at smaller ranks",
+    "extract": "make an adapter of a full fine-tune",
 }
 
 HELP = f"""usage: lightning-lora <command> [options]

@@ -38,3 +38,18 @@ def _grams(one: Factors, two: Factors) -> Factors:
 
 def _exact(factor: Tensor) -> Tensor:
     return factor.float() if factor.device.type == "mps" else factor.double()  # which has no float64
+
+
+@torch.no_grad()
+def decomposed(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of ``B A``, by way of its factors, so that nothing of its size is made.
+
+    Returns:
+        The left vectors of shape ``(out, k)``, the values, the largest first, and the right vectors of shape
+        ``(k, in)``, in float64 where there is such; ``k`` is the rank, or the smaller side if that is less.
+    """
+    lora_A, lora_B = (_exact(factor).flatten(1) for factor in factors)
+    basis_B, triangle_B = torch.linalg.qr(lora_B)
+    basis_A, triangle_A = torch.linalg.qr(lora_A.t())
+    left, values, right = torch.linalg.svd(triangle_B @ triangle_A.t(), full_matrices=False)
+    return basis_B @ left, values, right @ basis_A.t()
