@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_lora.callbacks.adapter_monitor import group_of
 from lightning_lora.layers import LoraAdapter
-from lightning_lora.layers.spectrum import Factors, directions, subspace_similarity
+from lightning_lora.layers.spectrum import Factors, decomposed, subspace_similarity
 from lightning_lora.model.record import named_injections
 
 
@@ -32,7 +32,7 @@ def amplification(model: nn.Module) -> dict[str, float]:
             adapter = layer.lora[injection.adapter_name]
             factors = adapter.low_rank_factors() if isinstance(adapter, LoraAdapter) else None
             if factors is not None and isinstance(adapter, LoraAdapter):
-                left, values, right = directions(factors)
+                left, values, right = decomposed(factors)
                 weight = adapter.rows(next(iter(layer.adapted_parameters().values()))).double()
                 update = abs(adapter.scaling) * torch.linalg.vector_norm(values)
                 inside = torch.linalg.matrix_norm(left.mT @ weight @ right.mT)

@@ -37,17 +37,18 @@ def inner(one: Factors, two: Factors) -> float:
 
 
 @torch.no_grad()
-def directions(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of ``B A``, by one of the rank's size.
+def decomposed(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of ``B A``, by way of its factors, so that nothing of its size is made.
 
     Returns:
-        The left singular vectors as ``(out, r)``, the values as ``(r,)``, the largest first, and the right singular
-        vectors as ``(r, in)``, all in float64.
+        The left vectors of shape ``(out, k)``, the values, the largest first, and the right vectors of shape
+        ``(k, in)``, in float64 where there is such; ``k`` is the rank, or the smaller side if that is less.
     """
-    A, B = (factor.detach().flatten(1).double() for factor in factors)
-    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.mT)
-    left, values, right = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    return Q_B @ left, values, right @ Q_A.mT
+    lora_A, lora_B = (_exact(factor).flatten(1) for factor in factors)
+    basis_B, triangle_B = torch.linalg.qr(lora_B)
+    basis_A, triangle_A = torch.linalg.qr(lora_A.t())
+    left, values, right = torch.linalg.svd(triangle_B @ triangle_A.t(), full_matrices=False)
+    return basis_B @ left, values, right @ basis_A.t()
 
 
 @torch.no_grad()

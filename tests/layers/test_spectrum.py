@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_lora import LoraConfig, inject
-from lightning_lora.layers.spectrum import directions, inner, norm, singular_values, subspace_similarity
+from lightning_lora.layers.spectrum import decomposed, inner, norm, singular_values, subspace_similarity
 from lightning_lora.model.record import injections_of
 
 
@@ -50,7 +50,7 @@ def test_similarity_of_subspaces(r: int, s: int, n: int, seed: int) -> None:
 def test_directions(r: int, inputs: int, outputs: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     A, B = torch.randn(r, inputs, generator=generator), torch.randn(outputs, r, generator=generator)
-    left, values, right = directions((A, B))
+    left, values, right = decomposed((A, B))
     torch.testing.assert_close(left * values @ right, B.double() @ A.double())
     for vectors in (left.mT, right):
         torch.testing.assert_close(vectors @ vectors.mT, torch.eye(r, dtype=torch.float64))
