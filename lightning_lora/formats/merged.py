@@ -71,7 +71,7 @@ def save_merged(
 
     Raises:
         ValueError: If a merged weight holds a NaN or an infinity.
-        CheckpointError: If what was written is not the model, or its config builds another one.
+        CheckpointError: If what was written is not the model.
     """
     directory = Path(directory)
     if not is_writer(model):

@@ -9,6 +9,7 @@ from helpers.models import EXPERTS, mixtral, tiny_gpt2, tiny_llama
 from helpers.toys import randomize, toy_net
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from lightning_lora import CheckpointError, LoraConfig, eject, inject, save_adapter
 from lightning_lora.formats import merged, peft
@@ -96,6 +97,44 @@ def test_a_merged_model_that_was_written_wrong_takes_no_place(
         save_merged(model, tmp_path / "wrong")
     assert not list(tmp_path.iterdir())
     save_merged(model, tmp_path / "unverified", verify=False)
+
+
+class Wider(LlamaForCausalLM):
+    def __init__(self, config: Any, width: int) -> None:
+        super().__init__(config)
+        self.wide = nn.Linear(config.hidden_size, width)
+
+
+def with_more() -> Any:
+    model = tiny_llama()
+    model.more = nn.Linear(3, 3)
+    return model
+
+
+def resized_behind_the_config() -> Any:
+    model = tiny_llama()
+    model.resize_token_embeddings(80)
+    model.config.vocab_size = 64
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Wider(tiny_llama().config, 5), "takes beside its config: .*'width'"),
+        (with_more, "'more.bias' is missing there"),
+        (resized_behind_the_config, r"'lm_head.weight' is .*64, 32.* there and .*80, 32.* here"),
+    ],
+)
+def test_a_model_that_its_own_config_does_not_build_is_written_and_said(
+    tmp_path: Path, build: Any, message: str
+) -> None:
+    model = eject(inject(build(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[])), merge=True)
+    with pytest.warns(UserWarning, match=message):
+        save_merged(model, tmp_path / "whole")
+    written = load_file(tmp_path / "whole" / "model.safetensors")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in written.items())
+    assert written
 
 
 @pytest.mark.parametrize(
