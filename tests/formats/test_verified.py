@@ -9,6 +9,7 @@ from helpers.models import EXPERTS, mixtral, tiny_gpt2, tiny_llama
 from helpers.toys import randomize, toy_net
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import CheckpointError, LoraConfig, eject, inject, save_adapter
 from lightning_lora.formats import merged, peft
@@ -115,3 +116,14 @@ def test_what_is_right_passes(tmp_path: Path, build: Any, settings: dict[str, An
     save_merged(model, tmp_path / "whole")
     save_merged(model, tmp_path / "cut", max_shard_size="20KB")
     assert list((tmp_path / "whole").glob("*.safetensors"))
+
+
+def test_a_model_that_cannot_be_built_again_is_written_with_a_warning(tmp_path: Path) -> None:
+    class Own(LlamaForCausalLM):
+        def __init__(self, config: LlamaConfig, more: int) -> None:
+            super().__init__(config)
+
+    model = Own(tiny_llama().config, 1)
+    with pytest.warns(UserWarning, match="The config that was written is not verified, since a Own cannot be built"):
+        save_merged(model, tmp_path / "whole")
+    assert (tmp_path / "whole/model.safetensors").exists()
