@@ -19,7 +19,7 @@ _DESCRIPTIONS = {
     "diff": "Compare two saved adapters: settings, layers and weights. Ends with 0 if they are the same, else with 1.",
 }
 _SERVERS = ("vllm", "sglang", "llama.cpp", "transformers", "diffusers")
-_FORMATS = ("peft", "gguf", "diffusers")
+_FORMATS = ("peft", "gguf", "diffusers", "kohya")
 _LAYOUTS = ("portable", "peft")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -72,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=_FORMATS,
         default="peft",
-        help="peft: a directory; gguf: a file for llama.cpp, Ollama and LM Studio; diffusers: a directory for its "
-        "pipelines; default: peft",
+        help="peft: a directory; gguf: a file for llama.cpp, Ollama and LM Studio; diffusers, kohya: a directory "
+        "for pipelines of diffusers, by its names or by kohya's; default: peft",
     )
     commands["export"].add_argument(
         "--layout",

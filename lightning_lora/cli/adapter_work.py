@@ -9,7 +9,7 @@ from rich.table import Table
 from lightning_lora.cli.load_base import open_on_base, tokenizer_of
 from lightning_lora.cli.new_adapters import extract, resize
 from lightning_lora.cli.terminal import console, printable, steps
-from lightning_lora.formats.diffusers_adapter import save_diffusers_adapter
+from lightning_lora.formats.diffusers_adapter import save_diffusers_adapter, save_kohya_adapter
 from lightning_lora.formats.gguf_adapter import save_gguf_adapter
 from lightning_lora.formats.merged import save_merged
 from lightning_lora.formats.peft import not_portable_of, save_adapter
@@ -22,7 +22,7 @@ from lightning_lora.model.quantization import is_quantized
 from lightning_lora.model.state_dict import CheckpointError
 from lightning_lora.model.targets import TargetError
 
-_OTHER_FORMATS = {"gguf": save_gguf_adapter, "diffusers": save_diffusers_adapter}
+_OTHER_FORMATS = {"gguf": save_gguf_adapter, "diffusers": save_diffusers_adapter, "kohya": save_kohya_adapter}
 
 
 def run(given: argparse.Namespace) -> int:

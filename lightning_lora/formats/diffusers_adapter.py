@@ -4,10 +4,12 @@ A tensor is named ``unet.<module>.lora_A.weight`` or ``transformer.<module>.lora
 that the model is. https://huggingface.co/docs/diffusers/api/loaders/lora
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.formats.peft import adapter_contents
 from lightning_lora.formats.peft_files import PREFIX
@@ -36,6 +38,27 @@ def save_diffusers_adapter(model: nn.Module, directory: str | Path, adapter_name
         ValueError: If the adapter is not one of a model of diffusers, or has more than the portable layout can hold;
             see :func:`~lightning_lora.save_adapter`.
     """
+    return _write(directory, *_contents(model, adapter_name))
+
+
+def save_kohya_adapter(model: nn.Module, directory: str | Path, adapter_name: str | None = None) -> Path:
+    """The same under the names of kohya's scripts, for AUTOMATIC1111, ComfyUI and others. Needs diffusers.
+
+    Raises:
+        ValueError: If it is not the adapter of a UNet, of which alone diffusers knows these names.
+    """
+    from diffusers.utils import state_dict_utils
+
+    to_kohya: Any = state_dict_utils.convert_state_dict_to_kohya
+    part, tensors = _contents(model, adapter_name)
+    if part != "unet":
+        raise ValueError("Kohya's names are known for a UNet alone: use --format diffusers, or the merged model.")
+    named = {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+    return _write(directory, "", to_kohya(named))
+
+
+def _contents(model: nn.Module, adapter_name: str | None) -> tuple[str, dict[str, Tensor]]:
+    """The part of a pipeline that the model is, and by the names in it the adapter's tensors, for a scaling of one."""
     settings, tensors, base = adapter_contents(model, adapter_name)
     if not is_of_diffusers(base):
         raise ValueError(
@@ -44,10 +67,11 @@ def save_diffusers_adapter(model: nn.Module, directory: str | Path, adapter_name
         )
     _, tensors = as_portable(settings, tensors)
     part = "unet" if "UNet" in type(base).__name__ else "transformer"
+    return part, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _write(directory: str | Path, prefix: str, tensors: Mapping[str, Tensor]) -> Path:
+    named = {f"{prefix}.{name}".lstrip("."): tensor.contiguous() for name, tensor in tensors.items()}
     with whole_directory(Path(directory)) as new:
-        save_file(
-            {f"{part}.{name.removeprefix(PREFIX)}": tensor for name, tensor in tensors.items()},
-            new / WEIGHTS_FILE,
-            {"format": "pt"},
-        )
+        save_file(named, new / WEIGHTS_FILE, {"format": "pt"})
     return Path(directory)

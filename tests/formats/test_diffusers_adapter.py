@@ -7,12 +7,13 @@ import torch
 from helpers import toys
 from helpers.models import tiny_llama
 from helpers.quantized import bitsandbytes_4bit
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRA, LoraConfig, eject, inject, load_adapter
 from lightning_lora.cli.main import main
-from lightning_lora.formats.diffusers_adapter import save_diffusers_adapter
+from lightning_lora.formats.diffusers_adapter import save_diffusers_adapter, save_kohya_adapter
 from lightning_lora.formats.merged import save_merged
 
 diffusers = pytest.importorskip("diffusers")
@@ -76,6 +77,18 @@ def test_pipelines_and_models_read_what_was_trained(tmp_path: Path, build: Any, 
     pipe = pipeline(build())
     pipe.load_lora_weights(tmp_path)
     torch.testing.assert_close(outputs(getattr(pipe, part)), outputs(model), rtol=1e-4, atol=1e-5)
+
+
+def test_kohyas_names_too(tmp_path: Path) -> None:
+    model = adapted(unet(), rank_pattern={"to_v": 2})
+    save_kohya_adapter(model, tmp_path)
+    names = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight" in names
+    pipe = pipeline(unet())
+    pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(outputs(pipe.unet), outputs(model), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="Kohya's names are known for a UNet alone"):
+        save_kohya_adapter(adapted(dit()), tmp_path / "dit")
 
 
 def test_convolutions_too(tmp_path: Path) -> None:
