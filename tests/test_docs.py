@@ -5,6 +5,7 @@ what must have come of a block, stands in a comment that begins with ``<!-- setu
 tiny model and few steps. Commands that are too long for here are in :data:`ELSEWHERE`, each with what runs it.
 """
 
+import copy
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_lora
-from lightning_lora import data, tasks
+from lightning_lora import data, layers, tasks
 from lightning_lora.cli.main import main
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -210,6 +211,8 @@ def word_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def reader(tmp_path: Path, word_model: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
+    for kinds in ("_layer_kinds", "_adapter_kinds"):  # to which a page adds, for itself alone
+        monkeypatch.setattr(layers, kinds, copy.copy(getattr(layers, kinds)))
     yield Reader(tmp_path, word_model, monkeypatch)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -22,7 +22,7 @@ _DESCRIPTIONS = {
     "diff": "Compare two saved adapters: settings, layers and weights. Ends with 0 if they are the same, else with 1.",
 }
 _SERVERS = ("vllm", "sglang", "llama.cpp", "transformers", "diffusers")
-_FORMATS = ("peft", "gguf")
+_FORMATS = ("peft", "gguf", "diffusers", "kohya")
 _LAYOUTS = ("portable", "peft")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -79,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=_FORMATS,
         default="peft",
-        help="peft: a directory; gguf: a file for llama.cpp, Ollama and LM Studio; default: peft",
+        help="peft: a directory; gguf: a file for llama.cpp, Ollama and LM Studio; diffusers, kohya: a directory "
+        "for pipelines of diffusers, by its names or by kohya's; default: peft",
     )
     commands["export"].add_argument(
         "--layout",

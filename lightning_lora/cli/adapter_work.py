@@ -10,6 +10,7 @@ from lightning_lora.cli.compare import amplification, draw, similarities
 from lightning_lora.cli.load_base import open_on_base, tokenizer_of
 from lightning_lora.cli.new_adapters import extract, resize
 from lightning_lora.cli.terminal import console, printable, steps
+from lightning_lora.formats.diffusers_adapter import save_diffusers_adapter, save_kohya_adapter
 from lightning_lora.formats.gguf_adapter import save_gguf_adapter
 from lightning_lora.formats.merged import save_merged
 from lightning_lora.formats.peft import not_portable_of, save_adapter
@@ -21,6 +22,8 @@ from lightning_lora.model.eject import eject
 from lightning_lora.model.quantization import is_quantized
 from lightning_lora.model.state_dict import CheckpointError
 from lightning_lora.model.targets import TargetError
+
+_OTHER_FORMATS = {"gguf": save_gguf_adapter, "diffusers": save_diffusers_adapter, "kohya": save_kohya_adapter}
 
 
 def run(given: argparse.Namespace) -> int:
@@ -74,8 +77,8 @@ def _export(given: argparse.Namespace) -> int:
         begin("loading the base")
         model = open_on_base(saved, given.base, given.gguf_file)
         begin("writing the adapter")
-        if given.format == "gguf":
-            save_gguf_adapter(model, given.target)
+        if given.format in _OTHER_FORMATS:
+            _OTHER_FORMATS[given.format](model, given.target)
             print(f"Wrote {given.target}")
             return 0
         problems = not_portable_of(model)

@@ -1,5 +1,6 @@
 """A saved adapter put back on its base model, by names of files alone."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def _quantize_as(saved: SavedAdapter) -> str | None:
 
 
 def load_base(name: str, gguf_file: str | None, dtype: str | torch.dtype, quantize: str | None) -> nn.Module:
-    """Load a model of transformers by the class that its config names.
+    """Load a model of transformers, or one of diffusers from a directory, by the class that its config names.
 
     Args:
         name: A hub id or a directory.
@@ -85,6 +86,10 @@ def load_base(name: str, gguf_file: str | None, dtype: str | torch.dtype, quanti
         dtype: Type of the weights; ``"auto"`` is the model's own.
         quantize: What to quantize it to, by the name that the recipes have for it.
     """
+    diffusion = _diffusion_class(name)
+    if diffusion is not None:
+        loaded: nn.Module = diffusion.from_pretrained(name, torch_dtype=None if isinstance(dtype, str) else dtype)
+        return loaded
     import transformers
 
     from lightning_lora.pretrained import load_causal_lm, quantization_config, resolve
@@ -100,6 +105,17 @@ def load_base(name: str, gguf_file: str | None, dtype: str | torch.dtype, quanti
         options["quantization_config"] = quantization_config(quantize, its_own)
     model: nn.Module = kind.from_pretrained(resolve(name), dtype=dtype, **options)
     return model
+
+
+def _diffusion_class(name: str) -> Any | None:
+    """The class of diffusers that the config in a directory names, ``None`` if it names none."""
+    path = Path(name) / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "_diffusers_version" not in settings:
+        return None
+    import diffusers
+
+    return getattr(diffusers, settings["_class_name"])
 
 
 def _prefix(saved: SavedAdapter, model: nn.Module) -> str:

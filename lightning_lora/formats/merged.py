@@ -1,4 +1,4 @@
-"""The merged model as files: as ``from_pretrained`` opens it, or ``model.safetensors``."""
+"""The merged model as files: as ``from_pretrained`` of transformers or diffusers opens it, or ``model.safetensors``."""
 
 import copy
 import json
@@ -18,13 +18,14 @@ from lightning_lora.formats.verified import verify_merged
 from lightning_lora.layers import LoraLayer, MergedForm, dequantized
 from lightning_lora.model.merge import surrounding_dtype
 from lightning_lora.model.quantization import is_quantized, quantized_layers
-from lightning_lora.model.targets import pretrained_models
+from lightning_lora.model.targets import is_of_diffusers, models_with_files
 from lightning_lora.sharding import full_shape, full_tensor, is_sharded, is_writer, named_tensors
 
 ADAPTER_DIR = "adapter"
 MERGED_DIR = "merged"
 _OTHER_FILE = "model.pt"  # where safetensors cannot hold what is to be stored
-_WEIGHT_FILES = ("model*.safetensors*", "model.pt", "pytorch_model*.bin*")  # of an earlier model, in other shards
+# Of an earlier model, in other shards.
+_WEIGHT_FILES = ("model*.safetensors*", "diffusion_pytorch_model*", "model.pt", "pytorch_model*.bin*")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -45,7 +46,7 @@ def save_merged(
     dtype: torch.dtype | None = None,
     verify: bool = True,
 ) -> Path:
-    """Write a merged model: a transformers model as ``from_pretrained`` opens it, any other as ``model.safetensors``.
+    """Write a merged model: one of transformers or diffusers for ``from_pretrained``, others as ``model.safetensors``.
 
     Of a model on a quantized base, adapters that are at work are merged on the way, one layer after the other, so that
     no more than one file is in memory. What is written is an ordinary model, which nothing quantizes when it is opened.
@@ -84,15 +85,15 @@ def save_merged(
 
 
 def _one_inside(model: nn.Module) -> nn.Module:
-    """The transformers model in another one, if there is just one."""
-    hf_models = list(pretrained_models(model).values())
+    """The model of transformers or diffusers in another one, if there is just one."""
+    hf_models = list(models_with_files(model).values())
     return hf_models[0] if len(hf_models) == 1 else model
 
 
 def _write(
     model: nn.Module, directory: Path, tokenizer: Any | None, max_shard_size: str, dtype: torch.dtype | None
 ) -> Path:
-    hf_models = list(pretrained_models(model).values())
+    hf_models = list(models_with_files(model).values())
     one_by_one = is_sharded(model) or is_quantized(model)
     if one_by_one:
         _save_one_by_one(_one_inside(model), directory, max_shard_size, dtype)
@@ -119,10 +120,11 @@ def _is_storable(value: Any) -> bool:
 def _save_one_by_one(model: nn.Module, directory: Path, max_shard_size: str, dtype: torch.dtype | None) -> None:
     """Write a model that processes share, or that is quantized, in files of a given size, as transformers does."""
     files = list(_files(_parts(model, dtype), _bytes(max_shard_size)))
+    stem = "diffusion_pytorch_model" if is_of_diffusers(model) else "model"
     weight_map, total = {}, 0
     for number, content in enumerate(files, 1):
         several = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
-        file_name = f"model{several}.safetensors"
+        file_name = f"{stem}{several}.safetensors"
         tensors: dict[str, Tensor] = {}
         for part in content:
             tensor = part.values()
@@ -133,7 +135,7 @@ def _save_one_by_one(model: nn.Module, directory: Path, max_shard_size: str, dty
             save_file(tensors, directory / file_name, {"format": "pt"})
     if len(files) > 1 and is_writer(model):
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _parts(model: nn.Module, dtype: torch.dtype | None) -> list[_Part]:
@@ -190,6 +192,13 @@ def _identity(module: nn.Module, tensor: Tensor | None) -> tuple[int, int]:
 
 def _save_configs(hf_model: Any, directory: Path, dtype: torch.dtype | None) -> None:
     """Write the configs of a model as it lies in the files: in its type, and quantized no more."""
+    if is_of_diffusers(hf_model):
+        hf_model.save_config(directory)
+        path = directory / "config.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings.pop("quantization_config", None)
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return
     with _true_to_ties(hf_model):
         config = copy.deepcopy(hf_model.config)
     if is_quantized(hf_model):
@@ -210,6 +219,9 @@ def _bytes(size: str) -> int:
 @contextmanager
 def _true_to_ties(hf_model: Any) -> Iterator[None]:
     """Say in the saved config that the output head is untied, if merging an adapter into it made it so."""
+    if is_of_diffusers(hf_model):  # which has no embeddings to tie
+        yield
+        return
     head, embedding = hf_model.get_output_embeddings(), hf_model.get_input_embeddings()
     untied = (
         getattr(hf_model.config, "tie_word_embeddings", False)

@@ -44,7 +44,7 @@ from lightning_lora.model.state_dict import (
     load_adapter_state_dict,
     trained_only,
 )
-from lightning_lora.model.targets import matches, modules_by_name, pretrained_models
+from lightning_lora.model.targets import matches, models_with_files, modules_by_name
 from lightning_lora.sharding import full_tensor, is_writer, load_full, named_tensors, unsharded
 
 Layout = Literal["peft", "portable"]
@@ -211,7 +211,7 @@ def load_adapter(
         if name in before:
             _load_into(_find_injection(model, name), files, other_format)
             return model
-        hf_models = list(pretrained_models(model).values())
+        hf_models = list(models_with_files(model).values())
         base = hf_models[0] if len(hf_models) == 1 else model
         config, tensors = as_plain_lora(files, base)
         require_finite(tensors, str(path))
@@ -441,9 +441,9 @@ def _buffers_of(injection: Injection, prefix: str) -> set[str]:
 
 
 def _peft_root(injection: Injection) -> str:
-    """The name, with a dot, of the transformers model that holds all that the injection trains; else none."""
+    """The name, with a dot, of the model of transformers or diffusers that holds all that is trained; else none."""
     names = [*injection.targets, *injection.trained]
-    for hf_name in pretrained_models(injection.root):
+    for hf_name in models_with_files(injection.root):
         if hf_name and all(name.startswith(f"{hf_name}.") for name in names):
             return f"{hf_name}."
     return ""

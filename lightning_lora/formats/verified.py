@@ -16,6 +16,7 @@ from lightning_lora.formats.peft_files import read_files
 from lightning_lora.fqn import listed
 from lightning_lora.layers import Adapter
 from lightning_lora.model.state_dict import CheckpointError
+from lightning_lora.model.targets import is_of_diffusers
 
 _KEPT = "Nothing was written to its place."
 
@@ -53,14 +54,14 @@ def verify_merged(model: nn.Module, directory: Path) -> None:
     for experts, the values are not compared.
 
     Args:
-        model: A transformers model, or any other that was written as ``model.safetensors``.
+        model: A model of transformers or diffusers, or any other that was written as ``model.safetensors``.
         directory: The files.
 
     Raises:
         CheckpointError: Naming what differs.
     """
     expected = model.state_dict()
-    if hasattr(getattr(model, "config", None), "to_dict"):
+    if hasattr(getattr(model, "config", None), "to_dict") or is_of_diffusers(model):
         _require_config(model, expected, directory)
     found: set[tuple[int, torch.Size]] = set()
     other: list[str] = []
@@ -81,12 +82,18 @@ def verify_merged(model: nn.Module, directory: Path) -> None:
 
 def _require_config(model: Any, expected: Mapping[str, Tensor], directory: Path) -> None:
     try:
-        written = _not_built(model, type(model.config).from_pretrained(directory), expected)
+        if is_of_diffusers(model):
+            written = _not_built(model, type(model).load_config(directory), expected)
+        else:
+            written = _not_built(model, type(model.config).from_pretrained(directory), expected)
         if not written:
             return
         known = written == _not_built(model, model.config, expected)
-    except TypeError as error:  # the class takes more than a config
-        rank_zero_warn(f"{directory.name}/ opens with what {type(model).__name__} takes beside its config: {error}.")
+    except Exception as error:  # of whatever kind a constructor raises that takes more, or wants values
+        rank_zero_warn(
+            f"The config that was written is not verified, since a {type(model).__name__} cannot be built from it "
+            f"alone and without values: {type(error).__name__}: {error}"
+        )
         return
     name, shape = next(iter(written.items()))
     message = (
@@ -101,10 +108,11 @@ def _require_config(model: Any, expected: Mapping[str, Tensor], directory: Path)
     )
 
 
-def _not_built(model: nn.Module, config: Any, expected: Mapping[str, Tensor]) -> dict[str, torch.Size | None]:
+def _not_built(model: Any, config: Any, expected: Mapping[str, Tensor]) -> dict[str, torch.Size | None]:
     """Which tensors a model that is built by a config does not have so: by name, the shape that they have there."""
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in type(model)(config).state_dict().items()}
+        built = type(model).from_config(config) if is_of_diffusers(model) else type(model)(config)
+    shapes = {name: tensor.shape for name, tensor in built.state_dict().items()}
     return {name: shapes.get(name) for name in sorted(expected) if shapes.get(name) != expected[name].shape}
 
 

@@ -284,6 +284,22 @@ def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def is_of_diffusers(module: nn.Module) -> bool:
+    """Whether a module is a model of diffusers, which need not be imported for it."""
+    return any(
+        base.__qualname__ == "ModelMixin" and base.__module__.startswith("diffusers.") for base in type(module).__mro__
+    )
+
+
+def models_with_files(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost models of transformers and of diffusers inside a module, which write themselves, by name."""
+    found = pretrained_models(model)
+    for name, module in base_modules(model):
+        if is_of_diffusers(module) and not any(is_submodule(name, outer) for outer in found):
+            found[name] = module
+    return found
+
+
 def _group(module: nn.Module) -> str:
     """The group of layers that a module is of; empty for none."""
     layer_class = layer_class_for(module)

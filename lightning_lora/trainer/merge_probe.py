@@ -17,6 +17,7 @@ from lightning_lora.sharding import is_sharded
 # How far outputs may be apart, relative to the largest, in a model whose coarsest weights are of this type.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.25}
 _ROOM = 2e11  # numbers of a batch times parameters: seconds on a CPU, where the model is by then
+_MOST = 10**7  # values that are looked at of each output
 _SMALLEST = 1e-30
 _PLAIN = (Tensor, int, float, str, type(None))
 
@@ -38,6 +39,8 @@ class MergeProbe:
         self._hooks = [module.register_forward_pre_hook(self._keep, with_kwargs=True) for module in modules]
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():  # a step of the module, with nothing in the module that says so
+            return
         self.stop()
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -107,7 +110,7 @@ class MergeProbe:
             return []
         floats = [leaf for leaf in tree_leaves(_plain(out)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         arrays = [leaf for leaf in floats if leaf.numel() > 1] or floats  # a loss says less than what it is made of
-        return [leaf.double().cpu() for leaf in arrays if leaf.numel()]
+        return [leaf.flatten()[:_MOST].double().cpu() for leaf in arrays if leaf.numel()]
 
 
 def _plain(out: Any) -> Any:

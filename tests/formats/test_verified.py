@@ -9,7 +9,7 @@ from helpers.models import EXPERTS, mixtral, tiny_gpt2, tiny_llama
 from helpers.toys import randomize, toy_net
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import CheckpointError, LoraConfig, eject, inject, save_adapter
 from lightning_lora.formats import merged, peft
@@ -121,7 +121,7 @@ def resized_behind_the_config() -> Any:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Wider(tiny_llama().config, 5), "takes beside its config: .*'width'"),
+        (lambda: Wider(tiny_llama().config, 5), "cannot be built from it alone.*'width'"),
         (with_more, "'more.bias' is missing there"),
         (resized_behind_the_config, r"'lm_head.weight' is .*64, 32.* there and .*80, 32.* here"),
     ],
@@ -154,3 +154,14 @@ def test_what_is_right_passes(tmp_path: Path, build: Any, settings: dict[str, An
     save_merged(model, tmp_path / "whole")
     save_merged(model, tmp_path / "cut", max_shard_size="20KB")
     assert list((tmp_path / "whole").glob("*.safetensors"))
+
+
+def test_a_model_that_cannot_be_built_again_is_written_with_a_warning(tmp_path: Path) -> None:
+    class Own(LlamaForCausalLM):
+        def __init__(self, config: LlamaConfig, more: int) -> None:
+            super().__init__(config)
+
+    model = Own(tiny_llama().config, 1)
+    with pytest.warns(UserWarning, match="The config that was written is not verified, since a Own cannot be built"):
+        save_merged(model, tmp_path / "whole")
+    assert (tmp_path / "whole/model.safetensors").exists()

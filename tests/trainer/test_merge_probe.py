@@ -122,3 +122,15 @@ def test_the_probe_leaves_no_trace(tmp_path: Path) -> None:
     assert torch.equal(*random)
     for one, other in zip(*(model.state_dict().values() for model in modules), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_compiled_step_is_left_alone(tmp_path: Path) -> None:
+    class Quiet(Toy):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+    module = Quiet()
+    module.training_step = torch.compile(module.training_step, backend="eager")
+    trainer(tmp_path, [exported(tmp_path)]).fit(module, loader())
+    assert (tmp_path / "out/merged").is_dir()
+    assert "merged outputs apart" not in (tmp_path / "out/adapter/README.md").read_text()
