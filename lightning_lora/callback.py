@@ -364,14 +364,14 @@ class LoRA(Callback):
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Leave the module's methods as they were, and a model that came merged merged again."""
-        self._release(pl_module)
+        self._release(trainer, pl_module)
         if stage != "fit":
             self._merge_again(pl_module)
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Merge nothing; and where the run had not begun, leave the model as it came."""
-        self._release(pl_module)
+        self._release(trainer, pl_module)
         if not self._running and self._injected_now and injections_of(self._root(pl_module)):
             eject(self._root(pl_module))
         elif not self._running:
@@ -418,9 +418,9 @@ class LoRA(Callback):
             return []
         return forget_removed(root)
 
-    def _release(self, pl_module: "pl.LightningModule") -> None:
+    def _release(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         _as_before_configure_model(pl_module)
-        quantized_base.as_before(pl_module.trainer, pl_module)
+        quantized_base.as_before(trainer, pl_module)
         if self._gradients is not None:
             self._gradients.stop()
         for watch in (self._reads, self._finite, self._probe):

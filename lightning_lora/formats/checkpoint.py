@@ -21,7 +21,7 @@ from lightning_lora.model.inject import inject
 from lightning_lora.model.peft_wrapped import adopt_peft, wrapped_models
 from lightning_lora.model.record import Injection, injections
 from lightning_lora.model.removed import remove_adapter
-from lightning_lora.model.state_dict import CheckpointError, base_absent, check_adapters, tensor_names, trained_only
+from lightning_lora.model.state_dict import CheckpointError, check_adapters, load_saved, tensor_names, trained_only
 from lightning_lora.model.targets import modules_by_name
 
 KEY = "lightning_lora"
@@ -176,8 +176,8 @@ def load_from_checkpoint(
         )
     inject_from_checkpoint(module, checkpoint, str(checkpoint_path))
     state_dict = check_checkpoint(module, checkpoint, str(checkpoint_path))
-    with base_absent(module):
-        module.load_state_dict(state_dict, strict=module.strict_loading if strict is None else strict)
+    is_strict = module.strict_loading if strict is None else strict
+    load_saved(module, state_dict, lambda outside: module.load_state_dict(outside, strict=is_strict))
     return module
 
 

@@ -18,6 +18,7 @@ from lightning_lora.formats.verified import verify_merged
 from lightning_lora.layers import LoraLayer, MergedForm, dequantized
 from lightning_lora.model.merge import surrounding_dtype
 from lightning_lora.model.quantization import is_quantized, quantized_layers
+from lightning_lora.model.record import adapted_layers
 from lightning_lora.model.targets import is_of_diffusers, models_with_files
 from lightning_lora.sharding import full_shape, full_tensor, is_sharded, is_writer, named_tensors
 
@@ -48,9 +49,9 @@ def save_merged(
 ) -> Path:
     """Write a merged model: one of transformers or diffusers for ``from_pretrained``, others as ``model.safetensors``.
 
-    Of a model on a quantized base, adapters that are at work are merged on the way, one layer after the other, so that
-    no more than one file is in memory. What is written is an ordinary model, which nothing quantizes when it is opened.
-    The model itself stays as it is.
+    Adapters that are at work are merged on the way, one layer after the other, so that no more than one file is in
+    memory, and so are quantized weights made ordinary ones: what is written is a model that nothing quantizes when it
+    is opened. The model itself stays as it is, so that this may be done in the middle of a run.
 
     That format has no sparse, quantized or nested tensors, and nothing else that a state dict may hold. With such, the
     file is ``model.pt``, which ``torch.load`` opens.
@@ -59,7 +60,7 @@ def save_merged(
     process writes each file as soon as it has it.
 
     Args:
-        model: A model without adapters, after ``eject(model, merge=True)``, or any on a quantized base.
+        model: A model with or without adapters.
         directory: Made if it is not there.
         tokenizer: Saved beside a transformers model, if given.
         max_shard_size: Size above which a transformers model, or one that processes share, is split into several files.
@@ -79,9 +80,14 @@ def save_merged(
         return _write(model, directory, tokenizer, max_shard_size, dtype)
     with whole_directory(directory, _WEIGHT_FILES) as new:
         _write(model, new, tokenizer, max_shard_size, dtype)
-        if verify and not (is_sharded(model) or is_quantized(model) or (new / _OTHER_FILE).exists()):
+        if verify and not (_is_written_one_by_one(model) or (new / _OTHER_FILE).exists()):
             verify_merged(_one_inside(model), new)
     return directory
+
+
+def _is_written_one_by_one(model: nn.Module) -> bool:
+    """Whether tensors are gathered, dequantized or merged on the way."""
+    return is_sharded(model) or is_quantized(model) or bool(adapted_layers(model))
 
 
 def _one_inside(model: nn.Module) -> nn.Module:
@@ -94,7 +100,7 @@ def _write(
     model: nn.Module, directory: Path, tokenizer: Any | None, max_shard_size: str, dtype: torch.dtype | None
 ) -> Path:
     hf_models = list(models_with_files(model).values())
-    one_by_one = is_sharded(model) or is_quantized(model)
+    one_by_one = _is_written_one_by_one(model)
     if one_by_one:
         _save_one_by_one(_one_inside(model), directory, max_shard_size, dtype)
     elif not all(map(_is_storable, model.state_dict().values())):
@@ -118,7 +124,7 @@ def _is_storable(value: Any) -> bool:
 
 
 def _save_one_by_one(model: nn.Module, directory: Path, max_shard_size: str, dtype: torch.dtype | None) -> None:
-    """Write a model that processes share, or that is quantized, in files of a given size, as transformers does."""
+    """Write a model that processes share, or that is not merged, in files of a given size, as transformers does."""
     files = list(_files(_parts(model, dtype), _bytes(max_shard_size)))
     stem = "diffusion_pytorch_model" if is_of_diffusers(model) else "model"
     weight_map, total = {}, 0

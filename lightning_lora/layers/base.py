@@ -457,11 +457,12 @@ def is_finite(tensor: Tensor) -> bool:
 @cache
 def adapted_class(layer_class: type[LoraLayer], base: type[nn.Module]) -> type[LoraLayer]:
     """The class of a ``base`` module that is adapted as a ``layer_class``."""
-    _, *inputs = inspect.signature(base.forward).parameters
+    _, *inputs = inspect.signature(base.forward).parameters.values()
+    x = next((each.name for each in inputs[:1] if each.kind is each.POSITIONAL_OR_KEYWORD), None)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not args and inputs and inputs[0] in kwargs:  # each class has a name of its own for its input
-            args = (kwargs.pop(inputs[0]),)
+        if not args and x in kwargs:  # each class has a name of its own for its input
+            args = (kwargs.pop(x),)
         if not isinstance(self, LoraLayer):  # whoever wrapped the layer's forward has kept this one
             return type(self).forward(self, *args, **kwargs)
         return super(adapted, self).forward(*args, **kwargs)

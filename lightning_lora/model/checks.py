@@ -8,7 +8,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import base_modules, clean_fqn, is_submodule, listed
-from lightning_lora.layers import Adapter, LoraLayer, Target, adapter_class_for
+from lightning_lora.layers import Adapter, LoraLayer, LoraParameters, Target, adapter_class_for
+from lightning_lora.layers.base import has_own_forward
 from lightning_lora.model.quantization import quantized_layers
 from lightning_lora.model.record import (
     Injection,
@@ -165,6 +166,22 @@ def _outermost_frozen(model: nn.Module, trains: dict[str, bool], names: Iterable
         if name and around and not any(inside) and not any(is_submodule(name, outer) for outer in found):
             found.append(name)
     return found
+
+
+def warn_of_own_forwards(targets: dict[str, Target]) -> None:
+    """Say so of layers whose objects were given forwards, of which it cannot be known what they make of the weight."""
+    own = [
+        name
+        for name, target in targets.items()
+        if has_own_forward(target.module) and not issubclass(target.layer_class, LoraParameters)
+    ]
+    if own:
+        rank_zero_warn(
+            f"{listed(list(map(repr, own)))} were given a forward of their own (layer.forward = ...). The adapter is "
+            "added to what it gives, and what is merged is equal to that only if it computes what the layer's class "
+            "does. If it does not, make it the forward of a subclass, or adapt the weight where it is read, by "
+            f'target_parameters=["{own[0]}.weight"].'
+        )
 
 
 def warn_of_ties(model: nn.Module, targets: dict[str, Target]) -> None:

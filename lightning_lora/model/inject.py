@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers import Adapter, LoraLayer, Target, adapted_class, change_class, new_adapter
 from lightning_lora.layers.offloading import offloading_hook
-from lightning_lora.model.checks import require_initialized, require_name, require_room, require_unwrapped, warn_of_ties
+from lightning_lora.model.checks import (
+    require_initialized,
+    require_name,
+    require_room,
+    require_unwrapped,
+    warn_of_own_forwards,
+    warn_of_ties,
+)
 from lightning_lora.model.copies import start_copies_alike
 from lightning_lora.model.freeze import freeze
 from lightning_lora.model.quantization import quantization, require_unquantized
@@ -67,6 +74,7 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     require_room(every, config, adapter_name, present)
     require_shardable(model, config, every.values())
     warn_of_ties(model, targets)
+    warn_of_own_forwards(targets)
 
     # Built before anything is changed, so that an error leaves the model as it was.
     adapters = {

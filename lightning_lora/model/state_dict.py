@@ -1,12 +1,13 @@
 """The state of adapters: collect it, say what it belongs to, check it, load it."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # of which torch 2.13 has no public name
 
 from lightning_lora.fqn import clean_fqn, listed
 from lightning_lora.model.finite import DTYPES
@@ -26,13 +27,11 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         model: A model with adapters.
 
     Returns:
-        The tensors under the names that ``model.state_dict()`` has for them; no copies, unless processes share the
-        model. Then all must call this together, and each gets the whole tensors.
+        The tensors under the names that ``model.state_dict()`` has for them, unless it is made to have others; no
+        copies, unless processes share the model. Then all must call this together, and each gets the whole tensors.
     """
-    names = _owners(model).adapters
-    if is_sharded(model):
-        return gathered(model, names)
-    return {name: tensor for name, tensor in model.state_dict().items() if clean_fqn(name) in names}
+    owners = _owners(model)
+    return gathered(model, owners.adapters) if is_sharded(model) else owners.adapters_in(model.state_dict())
 
 
 def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -42,10 +41,24 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) 
         CheckpointError: If a tensor is missing, left over or of another shape. Nothing is loaded then.
     """
     check_adapters(model, state_dict, "the state dict", alone=True)
-    if is_sharded(model):
-        scatter(model, state_dict)
-    else:
-        model.load_state_dict(dict(state_dict), strict=False)
+    scatter(model, state_dict)
+
+
+def load_saved(model: nn.Module, state_dict: Mapping[str, Any], load: Callable[[dict[str, Any]], Any]) -> None:
+    """Load what :func:`adapter_only` left, which must have been checked.
+
+    Args:
+        model: A model with adapters.
+        state_dict: Entries by name.
+        load: Loads what is outside of where adapters were injected, such as ``model.load_state_dict``. It may be as
+            strict as it likes: what no file has is not found missing.
+    """
+    owners = _owners(model)
+    outside = {name: value for name, value in state_dict.items() if clean_fqn(name) not in owners.adapters}
+    if outside or not any(name == "" for name, _ in named_injections(model)):
+        with _base_absent(model):
+            load(outside)
+    scatter(model, state_dict)
 
 
 def trained_only(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,8 +70,7 @@ def trained_only(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, A
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The names of :func:`adapter_state_dict`, and tensors of these shapes, without gathering anything."""
-    names = _owners(model).adapters
-    return {name: tensor for name, tensor in _tensors(model).items() if clean_fqn(name) in names}
+    return _owners(model).adapters_in(_tensors(model))
 
 
 def tensor_names(model: nn.Module) -> list[str]:
@@ -78,16 +90,25 @@ def gathered(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
 
 
 def scatter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Load whole tensors, by their clean names, into a model that processes share."""
+    """Load whole tensors by their names, each process what it holds of them."""
+    found = {clean_fqn(name): tensor for name, tensor in state_dict.items()}
     for name, module, inner in named_tensors(model):
-        if name in state_dict:
-            load_full(module, inner, state_dict[name])
+        if name in found:
+            load_full(module, inner, found[name])
 
 
 def adapter_only(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out of a full state dict of ``model`` what the adapters' injections hold frozen."""
-    kept = set(saved_names(model, map(clean_fqn, state_dict)))
-    return {name: value for name, value in state_dict.items() if clean_fqn(name) in kept}
+    owners = _owners(model)
+    return {name: value for name, value in state_dict.items() if owners.keep(clean_fqn(name), value)}
+
+
+def adapter_whole(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with all adapters under names that ``model`` has for them.
+
+    A state dict may have other names, by hooks of the model or where its methods are overridden.
+    """
+    return {**_owners(model).adapters_in(state_dict), **adapter_only(model, state_dict)}
 
 
 def saved_names(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -97,7 +118,7 @@ def saved_names(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 @contextmanager
-def base_absent(model: nn.Module) -> Iterator[None]:
+def _base_absent(model: nn.Module) -> Iterator[None]:
     """Have ``model.load_state_dict`` be as strict as it is asked to, but for the frozen base, which no file has."""
     owners = _owners(model)
 
@@ -120,22 +141,40 @@ class _Owners:
         base: The other names of tensors that belong to where adapters were injected.
         modules: The names of all modules there.
         whole: The names of those of them that are trained in full.
+        places: Where all these tensors lie in memory, by which they are known under other names.
     """
 
     adapters: dict[str, tuple[nn.Module, str]]
     base: set[str]
     modules: set[str]
     whole: set[str]
+    places: set[tuple[Any, ...]]
 
     def inside(self, name: str) -> bool:
         """Whether an entry belongs to where adapters were injected."""
         return name in self.adapters or name in self.base or any(parent in self.modules for parent in _parents(name))
 
-    def keep(self, name: str) -> bool:
+    def adapters_in(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """The adapters' entries in a state dict, and of those that it has under none of these names their tensors."""
+        found = {name: value for name, value in state_dict.items() if clean_fqn(name) in self.adapters}
+        tensors = {name: getattr(*self.adapters[name]).detach() for name in self.adapters}
+        there = {_place(tensors[clean_fqn(name)]) for name in found}
+        return found | {name: tensor for name, tensor in tensors.items() if _place(tensor) not in there}
+
+    def keep(self, name: str, value: Any = None) -> bool:
         """Whether a checkpoint holds an entry. What modules store beside tensors goes by the module."""
-        if name in self.adapters or not self.inside(name):
+        if name in self.adapters:
             return True
+        if not self.inside(name):
+            return not isinstance(value, Tensor) or _place(value) not in self.places
         return name not in self.base and any(parent in self.whole for parent in _parents(name))
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Where a tensor's values are, ``None`` if that cannot be told."""
+    if tensor.is_nested or tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+        return None
+    return (tensor.device, tensor.data_ptr(), tensor.shape) if tensor.numel() and not tensor.is_meta else None
 
 
 def _parents(name: str) -> Iterator[str]:
@@ -168,7 +207,8 @@ def _owners(model: nn.Module) -> _Owners:
     ]
     base = [tensor for holder in holders for tensor in holder.values() if tensor is not None]
     adapter_ids, base_ids = set(map(id, adapter)), set(map(id, base))
-    owners = _Owners({}, set(), set(), set())
+    places = set() if is_sharded(model) else {place for each in (*adapter, *base) if (place := _place(each))}
+    owners = _Owners({}, set(), set(), set(), places)
     for name, module, inner in named_tensors(model):
         if id(getattr(module, inner)) in adapter_ids:
             owners.adapters[name] = (module, inner)

@@ -130,9 +130,9 @@ class BaseWatch:
             rank_zero_warn(
                 f"The frozen base has changed since training started, and no checkpoint holds the change, so they give "
                 f"another model on the base than this one: {listed(list(map(repr, new)))}. If a training step changes "
-                "them in place, as running statistics, codebooks and momentum teachers are, name their modules in "
-                "LoRA(modules_to_save=[...]), or adapt a part alone with LoRA(module=...). If pretrained weights were "
-                "loaded late, load them before fit or in configure_model."
+                "them in place, as running statistics, codebooks and momentum teachers are, name them or their modules "
+                "in LoRA(modules_to_save=[...]), or adapt a part alone with LoRA(module=...). If pretrained weights "
+                "were loaded late, load them before fit or in configure_model."
             )
         return found
 

@@ -24,7 +24,8 @@ def drop_frozen(optimizers: Iterable[Any], model: nn.Module) -> None:
         RuntimeError: If no optimizer has any of the model's trainable parameters.
         ValueError: If an optimizer cannot do without the frozen ones.
     """
-    optimizers = list(optimizers)
+    # Where configure_optimizers returns None, Lightning has one that holds nothing, and a step may have its own.
+    optimizers = [each for each in optimizers if any(map(held_by, nested(each)))]
     for optimizer in optimizers:
         _require_apart(optimizer, model)
         dropped = [_drop_from(each) for each in nested(optimizer)]

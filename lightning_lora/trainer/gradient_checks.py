@@ -98,8 +98,9 @@ class GradientWatch:
 
         if names and not self._watched:
             rank_zero_warn(
-                "All adapters are frozen when fit starts, so that no optimizer holds them and none of them is trained. "
-                "If they are to wait for other parts, freeze them in on_train_start."
+                "No optimizer that configure_optimizers gives holds an adapter when fit starts, so they are trained "
+                "only if one that you step yourself was made of them since. If they are frozen to wait for other "
+                "parts, freeze them in on_train_start."
             )
 
     @property

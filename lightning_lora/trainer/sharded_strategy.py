@@ -108,6 +108,9 @@ class ShardedCheckpoints(AdapterCheckpoints):
             names = set(saved_names(module, [name for name, _, _ in named_tensors(module)]))
             return {name: tensor.cpu() for name, tensor in gathered(module, names).items()}
 
+    def small(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return state_dict  # it was made of adapters alone
+
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         names = saved_names(self.lightning_module, checkpoint["state_dict"])
         scatter(self.lightning_module, {name: checkpoint["state_dict"][name] for name in names})
@@ -126,7 +129,7 @@ class ShardedCheckpoints(AdapterCheckpoints):
         return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)  # type: ignore[attr-defined,no-any-return]
 
     def copies_in(self, checkpoint: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-        return iter(())  # the state dict was made of adapters alone
+        return iter(())  # as is each
 
 
 def _require_averaged(module: nn.Module) -> None:

@@ -20,12 +20,12 @@ from lightning_lora.formats.metadata import metadata
 from lightning_lora.formats.open_file import Objects, is_skipped, open_file, readable
 from lightning_lora.formats.sizes import require_finite
 from lightning_lora.model.removed import is_finished, restored
-from lightning_lora.model.state_dict import adapter_only, adapter_state_dict, base_absent, trained_only
+from lightning_lora.model.state_dict import adapter_only, adapter_tensors, adapter_whole, load_saved, trained_only
 from lightning_lora.trainer import atomic_save
 from lightning_lora.trainer.instance_mixin import mix_into
 from lightning_lora.trainer.resume import RNG_KEY, run_rng_state
 
-_OWN_FILES, _TRUSTS = "_lora_own_files", "_lora_trusts"
+_OWN_FILES, _TRUSTS, _READ = "_lora_own_files", "_lora_trusts", "_lora_read"
 _WAY_OUT = "weights_only=False to this run of the Trainer"
 _SEAM = ("lightning_module_state_dict", "save_checkpoint", "load_checkpoint", "load_model_state_dict")
 
@@ -67,10 +67,11 @@ class AdapterCheckpoints(ABC):
         return  # every process has it
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        """All of it, as hooks of the module that take entries out of it expect; a checkpoint gets less of it later."""
         if is_finished(self.lightning_module):
             return super().lightning_module_state_dict()  # type: ignore[misc,no-any-return]
         with restored(self.lightning_module):
-            return adapter_only(self.lightning_module, super().lightning_module_state_dict())  # type: ignore[misc]
+            return super().lightning_module_state_dict()  # type: ignore[misc,no-any-return]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
         if is_finished(self.lightning_module):
@@ -106,6 +107,7 @@ class AdapterCheckpoints(ABC):
     def _make_small(self, checkpoint: dict[str, Any]) -> None:
         """Leave the adapter alone in a checkpoint, and add what it takes to go on with it."""
         with restored(self.lightning_module):
+            checkpoint["state_dict"] = self.small(checkpoint["state_dict"])
             if self.keeps_finite:
                 trained = trained_only(self.lightning_module, checkpoint["state_dict"])
                 require_finite(trained, "The adapter that was to be saved", "No checkpoint was written or replaced.")
@@ -133,6 +135,8 @@ class AdapterCheckpoints(ABC):
                 checkpoint = self.read_file(checkpoint_path, *args, **kwargs)
         checkpoint["state_dict"] = check_checkpoint(self.lightning_module, checkpoint, str(checkpoint_path))
         require_finite(_moments(checkpoint), str(checkpoint_path))
+        names = adapter_tensors(self.lightning_module)
+        vars(self)[_READ] = {name: value for name, value in checkpoint["state_dict"].items() if name in names}
         for holder, key in self.copies_in(checkpoint):  # which callbacks load strictly, base and all
             full = self.lightning_module.state_dict()
             kept = adapter_only(self.lightning_module, full)
@@ -161,16 +165,26 @@ class AdapterCheckpoints(ABC):
 
         Beside ``state_dict``, Lightning's averaging callbacks keep a second set, at the top or in their own state.
         """
-        names = adapter_state_dict(self.lightning_module).keys()
+        names = adapter_tensors(self.lightning_module).keys()
         for holder in (checkpoint, *checkpoint.get("callbacks", {}).values()):
             if isinstance(holder, dict):
                 yield from ((holder, key) for key, value in list(holder.items()) if _holds(value, names))
 
+    def small(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint keeps of the module's state dict, as hooks have left it."""
+        return adapter_whole(self.lightning_module, state_dict)
+
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        state_dict = adapter_only(self.lightning_module, checkpoint["state_dict"])
-        # `load_checkpoint` has required the adapters. Outside of them, it is for Lightning to be strict or not.
-        with base_absent(self.lightning_module):
-            super().load_model_state_dict({**checkpoint, "state_dict": state_dict}, strict=strict)  # type: ignore[misc]
+        """Load what `load_checkpoint` has required. Outside of adapters, it is for Lightning to be strict or not."""
+
+        def load(outside: dict[str, Any]) -> None:
+            super(AdapterCheckpoints, self).load_model_state_dict(  # type: ignore[misc]
+                {**checkpoint, "state_dict": outside}, strict=strict
+            )
+
+        # Hooks that give entries other names, as they did when these were saved, know nothing of adapters.
+        found = adapter_only(self.lightning_module, checkpoint["state_dict"])
+        load_saved(self.lightning_module, {**vars(self).pop(_READ, {}), **found}, load)
 
 
 def _moments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

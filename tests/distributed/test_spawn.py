@@ -29,3 +29,21 @@ def test_what_would_be_lost_is_refused(tmp_path: Path, strategy: str, merge: Any
     with pytest.raises(ValueError, match=r"lora = LoRA\(..., merge=None\)\n +inject\(model, lora.config\)"):
         lora.setup(trainer, model, "fit")
     lora.setup(trainer, model, "test")  # which brings nothing back
+
+
+@pytest.mark.parametrize("what", ["not injected", "raises"])
+def test_an_error_in_a_started_process_comes_through(tmp_path: Path, what: str) -> None:
+    """The main process's module has no Trainer then."""
+
+    class Raises(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise ArithmeticError("on purpose")
+
+    model, lora = Raises(), LoRA(r=2, merge=None, summary=False)
+    if what == "raises":
+        inject(model, lora.config)
+    trainer = toys.trainer(tmp_path, [lora], devices=1, strategy="ddp_fork")
+    with pytest.raises(
+        Exception, match="ArithmeticError: on purpose" if what == "raises" else "and only parameters that"
+    ):
+        trainer.fit(model, toys.loader())

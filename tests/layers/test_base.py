@@ -38,6 +38,21 @@ def test_inputs_by_name(kind: str) -> None:
         model[0]()
 
 
+def test_inputs_that_have_names_alone() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, *, x: Tensor, factor: float = 1.0) -> Tensor:
+            return factor * x @ self.weight
+
+    model, x = nn.Sequential(Named()), torch.randn(2, 4)
+    base = model[0](factor=2.0, x=x)
+    inject(model, LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"]))
+    torch.testing.assert_close(model[0](factor=2.0, x=x), base, rtol=0, atol=0)
+
+
 def test_subclasses_hooks_and_references_survive() -> None:
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

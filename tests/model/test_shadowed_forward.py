@@ -2,6 +2,7 @@
 
 import functools
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,25 @@ def test_a_forward_that_was_patched_is_called_through(patch: str, kind: str) -> 
     eject(model)
     assert torch.equal(model(x), alone)
     assert layer.forward is shadow
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_a_warning_says_what_a_forward_of_its_own_may_mean(kind: str) -> None:
+    """And its way out merges what was trained."""
+    torch.manual_seed(0)
+    layer, x = (nn.Linear(4, 3) if kind == "linear" else Conv1D(3, 4)), torch.randn(2, 4)
+    model = nn.Sequential(layer, nn.Linear(3, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        eject(inject(_simple(model, Path()), LoraConfig(r=2, target_modules=["0", "1"])))
+    remove_hook_from_module(model, recurse=True)
+    _patched(layer)
+    with pytest.warns(UserWarning, match=r"^'0' were given a forward of their own.*\[\"0\.weight\"\]"):
+        eject(inject(model, LoraConfig(r=2, target_modules=["0", "1"])))
+    inject(model, LoraConfig(r=2, target_modules=["1"], target_parameters=["0.weight"]))
+    randomize(model, 0.5)
+    adapted = model(x)
+    close(eject(model, merge=True)(x), adapted)
 
 
 @pytest.mark.parametrize("patch", [*PATCHES, "method"])

@@ -14,6 +14,7 @@ from helpers.toys import Toy, loader, outputs
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, ModelCheckpoint
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_lora import LoRA, LoraConfig, inject, load_adapter
@@ -162,6 +163,9 @@ def test_it_may_move_where_it_is_saved(tmp_path: Path, way: str) -> None:
     if way != "spectral":  # its parameters are not those of a layer
         assert not moved_warnings(lambda: fit(tmp_path, Moves(way), export_dir=tmp_path / "out", **saved))
     assert not moved_warnings(lambda: fit(tmp_path, Moves(way), module="net"))
+    saved["modules_to_save"] = WAYS[way].replace("'", "").split(", ")  # what the warning names
+    assert not moved_warnings(lambda: fit(tmp_path, Moves(way), export_dir=tmp_path / "named", **saved))
+    assert load_file(tmp_path / "named" / "adapter" / "adapter_model.safetensors")
 
 
 def test_a_base_that_stands(tmp_path: Path) -> None:

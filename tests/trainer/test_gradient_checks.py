@@ -176,8 +176,38 @@ def test_all_adapters_frozen_at_the_start(tmp_path: Path) -> None:
                     parameter.requires_grad_(False)
             return super().configure_optimizers()
 
-    with pytest.warns(UserWarning, match="All adapters are frozen when fit starts"):
+    with pytest.warns(UserWarning, match="No optimizer that configure_optimizers gives holds an adapter"):
         fit(tmp_path, Freezes(), target_modules=["net.0"], modules_to_save=["net.6"])
+
+
+@pytest.mark.parametrize("when", ["__init__", "on_train_start"])
+def test_optimizers_that_are_made_and_stepped_by_hand(tmp_path: Path, when: str) -> None:
+    """Those of before the adapters hold what is frozen, which the warning is for."""
+
+    class ByHand(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.own = torch.optim.SGD(self.parameters(), 0.1)
+
+        def configure_optimizers(self) -> None:
+            return
+
+        def on_train_start(self) -> None:
+            if when == "on_train_start":
+                self.own = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.own.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.own.step()
+
+    model = ByHand()
+    base = toys.snapshot(model)
+    with pytest.warns(UserWarning, match="trained only if one that you step yourself was made of them since"):
+        fit(tmp_path, model, merge=None)
+    assert model.net[6].lora["default"].lora_B.any() == (when == "on_train_start")
+    toys.assert_same_tensors(toys.base_of(model, base), base)
 
 
 def test_nothing_is_left_of_it_once_it_has_passed(tmp_path: Path) -> None:
