@@ -1,6 +1,7 @@
 """``LoRA``: the life of a run, hook by hook, in the order in which Lightning calls them."""
 
 import dataclasses
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,17 @@ from typing_extensions import override
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.formats.merged import ADAPTER_DIR, MERGED_DIR, save_merged
-from lightning_lora.formats.model_card import facts_of
+from lightning_lora.formats.model_card import add_to_card, facts_of
 from lightning_lora.formats.open_file import path_or_url
 from lightning_lora.formats.peft import load_adapter, read_adapter, write_adapter
 from lightning_lora.model.base_dtype import cast_base
-from lightning_lora.model.checks import require_clear_freeze
+from lightning_lora.model.checks import require_clear_freeze, require_unwrapped
 from lightning_lora.model.eject import eject
 from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.freeze import freeze_norms
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge
+from lightning_lora.model.peft_wrapped import merged_base, wrapped_models
 from lightning_lora.model.quantization import is_quantized
 from lightning_lora.model.record import Injection, adopt, injections, injections_of
 from lightning_lora.model.removed import MERGED, REMOVED, forget_removed, how_merged, removed_injections
@@ -43,6 +45,8 @@ from lightning_lora.trainer.best_checkpoint import load_best, require_best
 from lightning_lora.trainer.eva_calibration import calibrate_eva
 from lightning_lora.trainer.finite_steps import ON_NAN, FiniteSteps
 from lightning_lora.trainer.frozen_parameters import drop_frozen
+from lightning_lora.trainer.merge_probe import MergeProbe
+from lightning_lora.trainer.peft_wrapped import adopt_wrapped
 from lightning_lora.trainer.precision import warn_of_emulation
 from lightning_lora.trainer.process_launchers import no_way_back, spawns
 from lightning_lora.trainer.pytorch_lightning import original_class, rebuild, serve_both_packages
@@ -67,6 +71,7 @@ class _Arguments(LoraConfig):
     summary: bool = True
     base_dtype: str | None = None
     on_nan: str = "raise"
+    verify: bool = True
 
 
 class LoRA(Callback):
@@ -90,6 +95,9 @@ class LoRA(Callback):
     :func:`~lightning_lora.unmerge` restores the base weights bit for bit; for that, the base's copy of the adapted
     weights stays in memory as long as the model does.
 
+    Where PEFT has wrapped the model already (``get_peft_model``), give no settings of an adapter: PEFT's adapters are
+    trained, and get small checkpoints, exact resume and the exports. They stay PEFT's, unmerged.
+
     It takes every setting of :class:`~lightning_lora.LoraConfig`, from ``r`` to ``seed``, and by their names these of
     the run:
 
@@ -112,6 +120,8 @@ class LoRA(Callback):
         on_nan: What a NaN or an infinity in loss or gradients does, before the optimizer steps: ``"raise"`` ends the
             run with an error that names the layers and the last checkpoint, ``"warn"`` leaves out that step, and
             ``"ignore"`` does not look. Steps that a gradient scaler leaves out, as under ``"16-mixed"``, are normal.
+        verify: Whether an export is verified: the files of ``merged/`` are opened again and compared with the model,
+            and the first batch is put through the model before and after the merge, where that takes seconds.
 
     Raises:
         ValueError: If a setting is out of range or of no known kind.
@@ -136,6 +146,7 @@ class LoRA(Callback):
         self.summary = given.summary
         self.base_dtype = _floating_dtype(given.base_dtype)
         self.on_nan = given.on_nan
+        self.verify = given.verify
         self._injected_now = False
         self._came: str | None = None
         self._running = False
@@ -143,6 +154,7 @@ class LoRA(Callback):
         self._base: base_changes.BaseWatch | None = None
         self._reads: step_reads.StepReads | None = None
         self._finite: FiniteSteps | None = None
+        self._probe: MergeProbe | None = None
         serve_both_packages(self)
 
     @property
@@ -175,6 +187,9 @@ class LoRA(Callback):
     def attach(self, pl_module: "pl.LightningModule") -> None:
         """Put the adapter in, right after ``configure_model`` and before the strategy wraps the model."""
         root = self._root(pl_module)
+        if self.config == LoraConfig() and (wrapped := wrapped_models(root)):
+            adopt_wrapped(self, pl_module, wrapped)
+            return
         adopt(root)
         beneath = self._adapters_beneath(root)
         self._came = how_merged(root)
@@ -184,6 +199,7 @@ class LoRA(Callback):
         quantized_base.require_compatible(pl_module.trainer, root)
         before = len(injections_of(root))
         if not self._is_in(root):
+            require_unwrapped(root)
             require_clear_freeze(root, self.config)
         inject(root, self.config, self.adapter_name)
         if len(injections_of(root)) > before:
@@ -215,9 +231,10 @@ class LoRA(Callback):
         """Drop frozen parameters from the optimizers, let gradients and averages pass rightly, say what is trained."""
         base_changes.require_frozen(trainer.optimizers, pl_module)
         drop_frozen(trainer.optimizers, pl_module)
-        freeze_norms(self._injection(self._root(pl_module)))  # the strategy may have put in others for them
+        if (injection := self._injection(self._root(pl_module))).peft is None:
+            freeze_norms(injection)  # the strategy may have put in others for them
         if self.adapter is None:
-            calibrate_eva(trainer, pl_module, self._injection(self._root(pl_module)))
+            calibrate_eva(trainer, pl_module, injection)
         self._running = True
         if trainer.ckpt_path is not None:
             resume.rebuild_dataloader(trainer)
@@ -231,6 +248,8 @@ class LoRA(Callback):
             self._gradients = gradient_checks.GradientWatch(pl_module, trainer.optimizers)
             self._base = base_changes.BaseWatch(pl_module, trainer.optimizers)
             self._reads = step_reads.StepReads(pl_module)
+            exports = any(cb.verify and cb.export_dir is not None for cb in _lora_callbacks(trainer))
+            self._probe = MergeProbe(pl_module) if exports and self.merge is not None else None
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -324,8 +343,15 @@ class LoRA(Callback):
             )
         for callback in [] if moved else exporting:
             callback._export_adapter(trainer, pl_module)
+        if self._probe is not None:
+            self._probe.look()
         if self.merge is not None:
-            if is_quantized(pl_module):
+            if all(injection.peft is not None for injection in injections(pl_module)):
+                rank_zero_info(
+                    "The adapters are PEFT's and stay at work in its layers, so that nothing is merged in memory: "
+                    "PEFT's merge_and_unload() does so. merged/ holds the merged model."
+                )
+            elif is_quantized(pl_module):
                 rank_zero_info(
                     "The base is quantized, so that a merged model would be several times larger: the adapter stays at "
                     "work in memory, and merged/ is written layer by layer. eject(model, merge=True) merges it here."
@@ -333,7 +359,7 @@ class LoRA(Callback):
             else:
                 eject(pl_module, merge=True)
             for callback in exporting:
-                callback._export_merged(trainer, pl_module)
+                callback._export_merged(trainer, pl_module, self._probe)
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -397,10 +423,10 @@ class LoRA(Callback):
         quantized_base.as_before(pl_module.trainer, pl_module)
         if self._gradients is not None:
             self._gradients.stop()
-        for watch in (self._reads, self._finite):
+        for watch in (self._reads, self._finite, self._probe):
             if watch is not None:
                 watch.stop()
-        self._gradients = self._base = self._reads = self._finite = None
+        self._gradients = self._base = self._reads = self._finite = self._probe = None
         gradient_checks.disable_through_checkpointing(pl_module)
 
     def _export_adapter(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -408,14 +434,20 @@ class LoRA(Callback):
         root = self._root(pl_module)
         write_adapter(self._injection(root), self.export_dir / ADAPTER_DIR, facts_of(trainer))
 
-    def _export_merged(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+    def _export_merged(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", probe: MergeProbe | None) -> None:
         assert self.export_dir is not None
         tokenizer = getattr(pl_module, "tokenizer", getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
-        save_merged(self._root(pl_module), self.export_dir / MERGED_DIR, tokenizer)
+        root = self._root(pl_module)
+        injection = next((found for found in injections(root) if self._is_mine(found)), None)  # none, if it is merged
+        with merged_base(injection.root) if injection and injection.peft is not None else nullcontext(root) as merged:
+            apart = probe.difference() if probe is not None and not is_quantized(root) else None
+            save_merged(merged, self.export_dir / MERGED_DIR, tokenizer, verify=self.verify)
+        if apart is not None:
+            add_to_card(self.export_dir / ADAPTER_DIR, {"merged outputs apart": f"{apart:.1e}"})
         rank_zero_info(f"Exported the adapter and the merged model to {self.export_dir}")
 
     def _injection(self, root: nn.Module) -> Injection:
-        return next(found for found in injections_of(root) if self._is_mine(found))
+        return next(found for found in (*injections_of(root), *injections(root)) if self._is_mine(found))
 
     def _is_in(self, module: nn.Module) -> bool:
         return any(self._is_mine(found) for found in injections(module))
@@ -436,7 +468,7 @@ class LoRA(Callback):
             ) from error
 
     def __reduce__(self) -> Any:
-        watches = dict.fromkeys(("_gradients", "_base", "_reads", "_finite"))  # which belong to this very run
+        watches = dict.fromkeys(("_gradients", "_base", "_reads", "_finite", "_probe"))  # which belong to this very run
         return rebuild, (original_class(self),), {**self.__dict__, **watches}
 
 

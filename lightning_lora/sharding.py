@@ -172,7 +172,7 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether processes share the parameters of a model."""
     # A look at every parameter would be slow where there is one process, and a batch may ask.
     return dist.is_initialized() and any(
-        is_shard(module, name) for _, module in base_modules(model) for name in module._parameters
+        is_shard(module, name) for _, module in base_modules(model) for name, _ in module._parameters.items()
     )
 
 

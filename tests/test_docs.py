@@ -57,6 +57,9 @@ ELSEWHERE = {
         "test_a_project"
     ),
     "PROJECTS_TABLE=docs/projects.md pytest -m slow tests/projects": "test_a_project",
+    "ARCHITECTURES_TABLE=docs/architectures.md pytest -m slow tests/projects/test_architectures.py": (
+        "test_an_architecture"
+    ),
     "python -m benchmarks.saving": "benchmarks/results/saving.json",
 }
 

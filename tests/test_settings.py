@@ -20,7 +20,18 @@ from lightning_lora.cli.main import main
 from lightning_lora.signature import takes
 
 FIELDS = dataclasses.fields(LoraConfig)
-OWN = ["config", "merge", "export_dir", "adapter", "module", "adapter_name", "summary", "base_dtype", "on_nan"]
+OWN = [
+    "config",
+    "merge",
+    "export_dir",
+    "adapter",
+    "module",
+    "adapter_name",
+    "summary",
+    "base_dtype",
+    "on_nan",
+    "verify",
+]
 
 
 def words(text: str) -> str:

@@ -4,7 +4,16 @@ from lightning_lora.callbacks.adapter_monitor import AdapterMonitor
 from lightning_lora.callbacks.base_as_reference import BaseAsReference
 from lightning_lora.callbacks.before_after import BeforeAfter
 from lightning_lora.callbacks.learning_curve import LearningCurve
+from lightning_lora.callbacks.max_update_norm import MaxUpdateNorm
 from lightning_lora.callbacks.prediction_writer import PredictionWriter
 from lightning_lora.callbacks.throughput import Throughput
 
-__all__ = ["AdapterMonitor", "BaseAsReference", "BeforeAfter", "LearningCurve", "PredictionWriter", "Throughput"]
+__all__ = [
+    "AdapterMonitor",
+    "BaseAsReference",
+    "BeforeAfter",
+    "LearningCurve",
+    "MaxUpdateNorm",
+    "PredictionWriter",
+    "Throughput",
+]

@@ -1,4 +1,4 @@
-"""The commands that work on saved adapters: ``lightning-lora inspect``, ``export``, ``merge``, ``diff`` and ``check``.
+"""The commands that work on saved adapters: ``inspect``, ``export``, ``merge``, ``diff``, ``check`` and so on.
 
 Each ends with 0, with 1 after an error, after a difference (``diff``) or where an adapter would not be served as it was
 trained (``check``), and with 2 after a wrong call.
@@ -14,6 +14,11 @@ _DESCRIPTIONS = {
     "export": "Write a checkpoint's adapter as a directory that PEFT opens, or as a GGUF file for llama.cpp.",
     "merge": "Write base and adapter as one model directory, for from_pretrained, with the tokenizer if there is one.",
     "check": "Say what a server would refuse of an adapter, or compute otherwise. Ends with 0 if nothing, else with 1.",
+    "compare": "Say how far two adapters of one base learned the same directions, layer by layer, by the similarity of "
+    "the subspaces of their A (Hu et al., 2021, section 7), and draw it; with --base, also by how much an update "
+    "amplifies what it adds to.",
+    "resize": "Write an adapter at smaller ranks: of each layer's update, the best approximation. Says how far it is.",
+    "extract": "Make an adapter of what a full fine-tune has changed in linear layers, and say what it leaves out.",
     "diff": "Compare two saved adapters: settings, layers and weights. Ends with 0 if they are the same, else with 1.",
 }
 _SERVERS = ("vllm", "sglang", "llama.cpp", "transformers", "diffusers")
@@ -41,11 +46,24 @@ def _parser() -> argparse.ArgumentParser:
         name: added.add_parser(name, help=purpose, description=_DESCRIPTIONS[name])
         for name, purpose in ADAPTER_FILES.items()
     }
-    for command in commands.values():
-        command.add_argument(
-            "adapter", type=Path, metavar="ADAPTER", help="a checkpoint (.ckpt) or a directory in PEFT's format"
-        )
-    commands["diff"].add_argument("other", type=Path, metavar="ADAPTER", help="the one to compare it with")
+    for name, command in commands.items():
+        what = ("" if name == "resize" else "a checkpoint (.ckpt) or ") + "a directory in PEFT's format"
+        if name == "extract":
+            command.add_argument("adapter", metavar="BASE", help="the model before: a hub id or a directory")
+            command.add_argument("tuned", metavar="TUNED", help="the fine-tuned one: a hub id or a directory")
+        else:
+            command.add_argument("adapter", type=Path, metavar="ADAPTER", help=what)
+    for name in ("resize", "extract"):
+        commands[name].add_argument("target", type=Path, metavar="TARGET", help="the directory to write")
+    size = commands["resize"].add_mutually_exclusive_group(required=True)
+    size.add_argument("--rank", type=int, help="the rank of all layers that have a larger one")
+    size.add_argument("--energy", type=float, help="in place of it, the part of each update's squares to keep: 0.99")
+    commands["extract"].add_argument("--rank", type=int, default=16, help="the rank of all layers; default: 16")
+    for name in ("diff", "compare"):
+        commands[name].add_argument("other", type=Path, metavar="ADAPTER", help="the one to compare it with")
+    commands["compare"].add_argument("--output", type=Path, help="the picture to write, such as subspaces.png")
+    commands["compare"].add_argument("--base", help="the base model: a hub id or a directory")
+    commands["compare"].add_argument("--gguf-file", help="the file in --base, if the base is a GGUF file")
     commands["check"].add_argument(
         "--for", dest="server", choices=_SERVERS, required=True, help="what is to serve the adapter"
     )

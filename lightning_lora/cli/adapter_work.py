@@ -1,16 +1,15 @@
-"""What ``lightning-lora inspect``, ``export``, ``merge``, ``diff`` and ``check`` do."""
+"""What the commands on saved adapters do; see also ``compare`` and ``new_adapters``."""
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
+from lightning_lora.cli.compare import amplification, draw, similarities
 from lightning_lora.cli.load_base import open_on_base, tokenizer_of
+from lightning_lora.cli.new_adapters import extract, resize
+from lightning_lora.cli.terminal import console, printable, steps
 from lightning_lora.formats.gguf_adapter import save_gguf_adapter
 from lightning_lora.formats.merged import save_merged
 from lightning_lora.formats.peft import not_portable_of, save_adapter
@@ -30,7 +29,16 @@ def run(given: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
-    commands = {"inspect": _inspect, "export": _export, "merge": _merge, "diff": _diff, "check": _check}
+    commands = {
+        "inspect": _inspect,
+        "export": _export,
+        "merge": _merge,
+        "diff": _diff,
+        "compare": _compare,
+        "check": _check,
+        "resize": resize,
+        "extract": extract,
+    }
     try:
         return commands[given.command](given)
     except (CheckpointError, TargetError, OSError, ValueError) as error:
@@ -40,12 +48,12 @@ def run(given: argparse.Namespace) -> int:
 
 def _inspect(given: argparse.Namespace) -> int:
     saved = read(given.adapter)
-    console = _console()
-    console.print(printable(f"{saved.path}: {saved.kind}"), soft_wrap=True)
+    out = console()
+    out.print(printable(f"{saved.path}: {saved.kind}"), soft_wrap=True)
     for name, value in saved.facts.items():
-        console.print(f"  {name}: {printable(value)}", soft_wrap=True)
+        out.print(f"  {name}: {printable(value)}", soft_wrap=True)
     settings = {name: value for name, value in sorted(saved.settings.items()) if value not in (None, {}, [], False)}
-    console.print(
+    out.print(
         "  settings: " + printable(", ".join(f"{name}={value!r}" for name, value in settings.items())),
         soft_wrap=True,
     )
@@ -56,13 +64,13 @@ def _inspect(given: argparse.Namespace) -> int:
         groups.setdefault(group, []).append(lora_A.numel() + lora_B.numel())
     for (pattern, r), sizes in groups.items():
         table.add_row(printable(f"{pattern} ({len(sizes)})"), str(r), f"{sum(sizes):,}")
-    console.print(table)
+    out.print(table)
     return 0
 
 
 def _export(given: argparse.Namespace) -> int:
     saved = read(given.adapter)
-    with _steps(2) as begin:
+    with steps(2) as begin:
         begin("loading the base")
         model = open_on_base(saved, given.base, given.gguf_file)
         begin("writing the adapter")
@@ -80,7 +88,7 @@ def _export(given: argparse.Namespace) -> int:
 
 def _merge(given: argparse.Namespace) -> int:
     saved = read(given.adapter)
-    with _steps(3) as begin:
+    with steps(3) as begin:
         begin("loading the base")
         dtype = getattr(torch, given.dtype, "auto")
         model = open_on_base(saved, given.base, given.gguf_file, dtype, given.onto == "original")
@@ -95,18 +103,18 @@ def _merge(given: argparse.Namespace) -> int:
 
 def _diff(given: argparse.Namespace) -> int:
     one, other = read(given.adapter), read(given.other)
-    console, different = _console(), False
+    out, different = console(), False
     for name in sorted(one.settings.keys() & other.settings.keys()):
         if one.settings[name] != other.settings[name]:
             different = True
             values = f"{name}: {one.settings[name]!r} | {other.settings[name]!r}"
-            console.print(printable(values), soft_wrap=True)
+            out.print(printable(values), soft_wrap=True)
     factors, others = _by_common_names(one, other)
     for where, missing in ((one.path, others.keys() - factors.keys()), (other.path, factors.keys() - others.keys())):
         if missing:
             different = True
             text = f"not in {where}: {len(missing)} layers, among them {min(missing)}"
-            console.print(printable(text), soft_wrap=True)
+            out.print(printable(text), soft_wrap=True)
     table = Table("layers that differ", "relative distance of the updates")
     for layer in sorted(factors.keys() & others.keys()):
         distance = _distance(factors[layer], others[layer])
@@ -114,9 +122,28 @@ def _diff(given: argparse.Namespace) -> int:
             different = True
             table.add_row(printable(layer), f"{distance:.2e}")
     if table.row_count:
-        console.print(table)
-    console.print("different" if different else "the same")
+        out.print(table)
+    out.print("different" if different else "the same")
     return int(different)
+
+
+def _compare(given: argparse.Namespace) -> int:
+    one, other = read(given.adapter), read(given.other)
+    factors, others = _by_common_names(one, other)
+    found = similarities(factors, others)
+    if not found:
+        raise ValueError(f"{one.path} and {other.path} have no adapted layer of one shape in common.")
+    if given.output is not None:
+        draw(found, given.output, (str(one.path), str(other.path)))
+    amplified = amplification(open_on_base(one, given.base, given.gguf_file)) if given.base else {}
+    table = Table("layers", "phi(1, 1)", "phi(r, r)", *(["amplified"] if amplified else []))
+    for layer, phi in found.items():
+        last = min(phi.shape)
+        row = [f"{phi[i - 1, i - 1]:.2f}" for i in (1, last)]
+        ends = [value for name, value in amplified.items() if name == layer or name.endswith(f".{layer}")]
+        table.add_row(printable(layer), *row, *([f"{ends[0]:.1f}" if ends else ""] if amplified else []))
+    console().print(table)
+    return 0
 
 
 def _check(given: argparse.Namespace) -> int:
@@ -131,18 +158,6 @@ def _check(given: argparse.Namespace) -> int:
     else:
         print(f"{given.server} serves it as it was trained.")
     return int(bool(problems))
-
-
-def _console() -> Console:
-    """A console that prints what files hold as it is, and takes nothing in it for markup."""
-    return Console(markup=False, highlight=False, emoji=False)
-
-
-def printable(text: str) -> str:
-    """A text with what a terminal would obey, and not show, written out."""
-    return "".join(
-        each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode() for each in text
-    )
 
 
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -177,15 +192,3 @@ def _update(lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
     if lora_B.flatten(1).shape[1] == len(lora_A):
         return lora_B.flatten(1) @ lora_A.flatten(1)
     return torch.cat([lora_A.flatten(), lora_B.flatten()])
-
-
-@contextmanager
-def _steps(count: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar on a terminal; what is given is called with what comes next."""
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=count)
-
-        def begin(description: str) -> None:
-            progress.update(task, description=description, advance=1)
-
-        yield begin

@@ -13,7 +13,10 @@ ADAPTER_FILES = {
     "export": "turn a checkpoint into PEFT's format",
     "merge": "write base and adapter as one model directory",
     "diff": "compare two adapters",
+    "compare": "draw how far two adapters of one base learned the same directions",
     "check": "say what a server would make of an adapter",
+    "resize": "write an adapter at smaller ranks",
+    "extract": "make an adapter of a full fine-tune",
 }
 
 HELP = f"""usage: lightning-lora <command> [options]

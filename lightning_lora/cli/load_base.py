@@ -48,7 +48,7 @@ def open_on_base(
     if not name:
         raise CheckpointError(f"{saved.path} does not say what its base model is: name it with --base.")
     quantize = None if unquantized else _quantize_as(saved)
-    model = _load_base(str(name), gguf_file or (None if base else hyper.get("gguf_file")), dtype, quantize)
+    model = load_base(str(name), gguf_file or (None if base else hyper.get("gguf_file")), dtype, quantize)
     if saved.path.is_dir():
         load_adapter(model, saved.path, other_format=unquantized)
         return model
@@ -76,7 +76,15 @@ def _quantize_as(saved: SavedAdapter) -> str | None:
     return name
 
 
-def _load_base(name: str, gguf_file: str | None, dtype: str | torch.dtype, quantize: str | None) -> nn.Module:
+def load_base(name: str, gguf_file: str | None, dtype: str | torch.dtype, quantize: str | None) -> nn.Module:
+    """Load a model of transformers by the class that its config names.
+
+    Args:
+        name: A hub id or a directory.
+        gguf_file: The file in it, if it is a GGUF file.
+        dtype: Type of the weights; ``"auto"`` is the model's own.
+        quantize: What to quantize it to, by the name that the recipes have for it.
+    """
     import transformers
 
     from lightning_lora.pretrained import load_causal_lm, quantization_config, resolve

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from lightning_lora.config import LoraConfig
 from lightning_lora.formats.dcp import is_directory, read_directory
 from lightning_lora.formats.metadata import check_metadata, config_of, require_known_format
 from lightning_lora.formats.open_file import Objects, is_skipped, open_file, readable
@@ -17,6 +18,7 @@ from lightning_lora.formats.schema import require_type
 from lightning_lora.formats.sizes import has_own_values, require_finite, require_sizes, rows_in_checkpoint
 from lightning_lora.fqn import clean_fqn
 from lightning_lora.model.inject import inject
+from lightning_lora.model.peft_wrapped import adopt_peft, wrapped_models
 from lightning_lora.model.record import Injection, injections
 from lightning_lora.model.removed import remove_adapter
 from lightning_lora.model.state_dict import CheckpointError, base_absent, check_adapters, tensor_names, trained_only
@@ -91,6 +93,9 @@ def inject_from_checkpoint(model: nn.Module, checkpoint: Mapping[str, Any], sour
         for entry in checkpoint[KEY]["adapters"]:
             name, config = entry["adapter_name"], config_of(entry, source)
             root = _submodule(model, entry["module"], source)
+            if "peft" in entry:
+                _adopt(root, config, name, source)
+                continue
             require_sizes(
                 root,
                 config,
@@ -108,6 +113,15 @@ def inject_from_checkpoint(model: nn.Module, checkpoint: Mapping[str, Any], sour
         if isinstance(error, ValueError):
             raise CheckpointError(f"{source} does not fit this model: {error} Nothing was loaded.") from error
         raise
+
+
+def _adopt(root: nn.Module, config: LoraConfig, adapter_name: str, source: str) -> None:
+    if wrapped_models(root).get("") is not root:
+        raise CheckpointError(
+            f"{source} holds the adapters of a model that PEFT had wrapped, and this {type(root).__name__} is not "
+            "wrapped: build the module as it was when the checkpoint was saved. Nothing was loaded."
+        )
+    adopt_peft(root, config, adapter_name)
 
 
 def _submodule(model: nn.Module, name: str, source: str) -> nn.Module:

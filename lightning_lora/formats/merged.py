@@ -14,6 +14,7 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from lightning_lora.formats.publish import whole_directory
+from lightning_lora.formats.verified import verify_merged
 from lightning_lora.layers import LoraLayer, MergedForm, dequantized
 from lightning_lora.model.merge import surrounding_dtype
 from lightning_lora.model.quantization import is_quantized, quantized_layers
@@ -22,6 +23,7 @@ from lightning_lora.sharding import full_shape, full_tensor, is_sharded, is_writ
 
 ADAPTER_DIR = "adapter"
 MERGED_DIR = "merged"
+_OTHER_FILE = "model.pt"  # where safetensors cannot hold what is to be stored
 _WEIGHT_FILES = ("model*.safetensors*", "model.pt", "pytorch_model*.bin*")  # of an earlier model, in other shards
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -41,6 +43,7 @@ def save_merged(
     tokenizer: Any | None = None,
     max_shard_size: str = "5GB",
     dtype: torch.dtype | None = None,
+    verify: bool = True,
 ) -> Path:
     """Write a merged model: a transformers model as ``from_pretrained`` opens it, any other as ``model.safetensors``.
 
@@ -60,19 +63,30 @@ def save_merged(
         tokenizer: Saved beside a transformers model, if given.
         max_shard_size: Size above which a transformers model, or one that processes share, is split into several files.
         dtype: Of the weights that were quantized. ``None`` is what they were before.
+        verify: Whether the files are opened again before they take their place, and every tensor compared with the
+            model; not, where tensors were merged or gathered one by one.
 
     Returns:
         The directory.
 
     Raises:
         ValueError: If a merged weight holds a NaN or an infinity.
+        CheckpointError: If what was written is not the model.
     """
     directory = Path(directory)
     if not is_writer(model):
         return _write(model, directory, tokenizer, max_shard_size, dtype)
     with whole_directory(directory, _WEIGHT_FILES) as new:
         _write(model, new, tokenizer, max_shard_size, dtype)
+        if verify and not (is_sharded(model) or is_quantized(model) or (new / _OTHER_FILE).exists()):
+            verify_merged(_one_inside(model), new)
     return directory
+
+
+def _one_inside(model: nn.Module) -> nn.Module:
+    """The transformers model in another one, if there is just one."""
+    hf_models = list(pretrained_models(model).values())
+    return hf_models[0] if len(hf_models) == 1 else model
 
 
 def _write(
@@ -81,9 +95,9 @@ def _write(
     hf_models = list(pretrained_models(model).values())
     one_by_one = is_sharded(model) or is_quantized(model)
     if one_by_one:
-        _save_one_by_one(hf_models[0] if len(hf_models) == 1 else model, directory, max_shard_size, dtype)
+        _save_one_by_one(_one_inside(model), directory, max_shard_size, dtype)
     elif not all(map(_is_storable, model.state_dict().values())):
-        torch.save(model.state_dict(), directory / "model.pt")
+        torch.save(model.state_dict(), directory / _OTHER_FILE)
     elif len(hf_models) == 1:
         with _true_to_ties(hf_models[0]):
             hf_models[0].save_pretrained(directory, max_shard_size=max_shard_size)  # type: ignore[operator]

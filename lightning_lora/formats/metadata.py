@@ -30,6 +30,7 @@ class Entry(TypedDict):
     base_sketches: NotRequired[str | None]
     base_config: NotRequired[dict[str, Any] | None]
     beneath: NotRequired[list[dict[str, Any]]]
+    peft: NotRequired[dict[str, dict[str, Any]]]
 
 
 class Metadata(TypedDict):
@@ -44,6 +45,13 @@ _BINDING = (
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fused_qkv",
     "trainable_token_indices", "use_vera", "adapter_kind",
 )  # fmt: skip
+
+# Settings of PEFT that say where an adapter is from, how it was begun, or which layers it is for.
+_FREE_IN_PEFT = {
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights", "init_weights",
+    "layers_pattern", "layers_to_transform", "modules_to_save", "peft_version", "revision", "runtime_config",
+    "target_modules", "task_type",
+}  # fmt: skip
 
 
 def metadata(model: nn.Module) -> dict[str, Any]:
@@ -62,6 +70,7 @@ def _entry(name: str, injection: Injection) -> dict[str, Any]:
         **({"base_config": base.config} if base.config else {}),
         **({"quantization": injection.quantization} if injection.quantization else {}),
         **({"beneath": injection.beneath} if injection.beneath else {}),
+        **({"peft": injection.peft} if injection.peft is not None else {}),
     }
 
 
@@ -87,11 +96,20 @@ def check_metadata(model: nn.Module, meta: Mapping[str, Any], source: str, other
             "the LoRA callback the same module and adapter_name. Nothing was loaded."
         )
     for entry, (_, injection) in zip(saved, here):
+        saved_by, here_by = entry.get("peft"), injection.peft
+        if (saved_by is None) != (here_by is None):
+            raise CheckpointError(
+                f"{source} holds adapters that {'this package' if saved_by is None else 'PEFT'} had put in, and here "
+                f"{'this package' if here_by is None else 'PEFT'} has: build the module as it was when the checkpoint "
+                "was saved. Nothing was loaded."
+            )
         there, here_too = _binding(config_of(entry, source)), _binding(injection.config)
+        if saved_by is not None and here_by is not None:
+            there, here_too = (_binding_in_peft(each) for each in (saved_by, here_by))
         different = [
-            f"{name} ({there[name]!r} saved, {here_too[name]!r} here)"
-            for name in there
-            if there[name] != here_too[name]
+            f"{name} ({there.get(name)!r} saved, {here_too.get(name)!r} here)"
+            for name in {**there, **here_too}
+            if there.get(name) != here_too.get(name)
         ]
         if different:
             raise CheckpointError(
@@ -226,6 +244,16 @@ def _binding(config: LoraConfig) -> dict[str, Any]:
     """The settings that change what given tensors compute."""
     start = (config.init_lora_weights, config.seed) if config.takes_from_base or config.use_vera else (True, 0)
     return {name: getattr(config, name) for name in _BINDING} | dict(zip(("init_lora_weights", "seed"), start))
+
+
+def _binding_in_peft(adapters: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The same of PEFT's adapters, whose names tell which they are; which layers there are, the tensors say."""
+    return {
+        f"{adapter}.{name}": value
+        for adapter, settings in adapters.items()
+        for name, value in settings.items()
+        if name not in _FREE_IN_PEFT and not name.endswith("dropout")
+    }
 
 
 def _identity(module: str, adapter_name: str, config: dict[str, Any]) -> tuple[str, str, str]:

@@ -11,6 +11,7 @@ from lightning_lora.version import __version__
 
 CARD_FILE = "README.md"
 _MARK = "<!-- written by lightning-lora; a card without this line is kept -->"
+_AFTER_RUN = "\n\n## Versions"
 _PACKAGES = ("torch", "lightning", "transformers")
 
 
@@ -36,9 +37,17 @@ def write_card(directory: Path, settings: Mapping[str, Any], run: Mapping[str, A
         "## Settings\n\n" + _table({name: value for name, value in shown.items() if name != "target_modules"}),
         "Adapted modules: " + _summary(settings.get("target_modules")),
         *(["## Training\n\n" + _table(run)] if run else []),
-        "## Versions\n\n" + _table({"lightning-lora": __version__, **{name: version(name) for name in _PACKAGES}}),
+        f"{_AFTER_RUN.strip()}\n\n{_table({'lightning-lora': __version__, **{n: version(n) for n in _PACKAGES}})}",
     ]
     (directory / CARD_FILE).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def add_to_card(directory: Path, facts: Mapping[str, Any]) -> None:
+    """Add facts of the training run to a card that this package has written."""
+    path = directory / CARD_FILE
+    if path.exists() and not has_own_card(directory):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(_AFTER_RUN, f"\n{_rows(facts)}{_AFTER_RUN}", 1), encoding="utf-8")
 
 
 def has_own_card(directory: Path) -> bool:
@@ -67,7 +76,11 @@ def _callbacks_that_say(trainer: "pl.Trainer") -> list[Any]:
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return f"| | |\n|---|---|\n{_rows(rows)}"
+
+
+def _rows(rows: Mapping[str, Any]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
 def _summary(names: Any) -> str:

@@ -21,17 +21,20 @@ from lightning_lora.formats.model_card import has_own_card, write_card
 from lightning_lora.formats.open_file import Objects, path_or_url
 from lightning_lora.formats.peft_config import peft_adapters, peft_config
 from lightning_lora.formats.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftFiles, read_files, write_weights
+from lightning_lora.formats.peft_own import PeftAdapter, adapters_of_peft
 from lightning_lora.formats.peft_variants import as_plain_lora, same_but_for_rounding
 from lightning_lora.formats.portable import as_portable, not_portable
 from lightning_lora.formats.publish import whole_directory
 from lightning_lora.formats.sizes import require_finite, require_sizes, rows_in_peft
+from lightning_lora.formats.verified import verify_adapter
 from lightning_lora.fqn import listed
 from lightning_lora.layers import Adapter, kind_of
 from lightning_lora.layers.base import base_class
 from lightning_lora.layers.offloading import onloaded
-from lightning_lora.model.fingerprint import fingerprint_in
+from lightning_lora.model.fingerprint import Fingerprint, fingerprint_in
 from lightning_lora.model.inject import inject
 from lightning_lora.model.multi_adapter import adapters, add_adapter, delete_adapter
+from lightning_lora.model.peft_wrapped import base_fingerprint, base_model
 from lightning_lora.model.record import Injection, injections
 from lightning_lora.model.removed import restored
 from lightning_lora.model.state_dict import (
@@ -66,7 +69,8 @@ def save_adapter(
     Raises:
         ValueError: If the model has no such adapter, or several to choose from, or if it has more than the portable
             layout can hold: DoRA, VeRA, biases, ``modules_to_save``, token rows or stacked parameters.
-        CheckpointError: If the adapter holds a NaN or an infinity.
+        CheckpointError: If the adapter holds a NaN or an infinity, or what was written, which is opened again before
+            it takes its place, is not what is in memory.
     """
     with restored(model):
         return write_adapter(_find_injection(model, adapter_name), Path(directory), layout=layout)
@@ -88,6 +92,9 @@ def adapter_contents(
     """
     with restored(model):
         injection = _find_injection(model, adapter_name)
+        if injection.peft is not None:
+            (found,) = _required_one(adapters_of_peft(injection.root)).values()
+            return found.settings, found.tensors, base_model(injection.root)
         prefix = _peft_root(injection)
         base = injection.root.get_submodule(prefix.rstrip("."))
         return peft_config(injection, prefix), _tensors_of(injection, prefix), base
@@ -104,6 +111,14 @@ def write_adapter(
         run: What the card says of the training run: names and values.
         layout: How ranks and scalings are written.
     """
+    if injection.peft is not None:
+        every = adapters_of_peft(injection.root)
+        for name, each in every.items():
+            below = directory / name if len(every) > 1 else directory
+            require_finite(each.tensors, "The adapter", f"Nothing was written to {below}.")
+            base = base_fingerprint(injection.root, name)
+            _write(below, each.settings, each.tensors, base, None, injection, run, layout)
+        return directory
     prefix = _peft_root(injection)
     _warn_of_what_peft_leaves_out(injection, directory)
     tensors = _tensors_of(injection, prefix)
@@ -113,15 +128,36 @@ def write_adapter(
     if not is_writer(injection.root):
         return directory
     start = str(injection.config.init_lora_weights) if injection.config.quantizes_base else None
-    settings = peft_config(injection, prefix)
+    _write(directory, peft_config(injection, prefix), tensors, base, start, injection, run, layout)
+    return directory
+
+
+def _write(
+    directory: Path,
+    settings: dict[str, Any],
+    tensors: dict[str, Tensor],
+    base: Fingerprint,
+    start: str | None,
+    injection: Injection,
+    run: Mapping[str, Any] | None,
+    layout: Layout,
+) -> None:
+    in_memory = [(adapter.layer_name, adapter) for _, adapter in peft_adapters(injection)]
     if layout == "portable":
-        settings, tensors = as_portable(settings, tensors)
+        (settings, tensors), in_memory = as_portable(settings, tensors), []  # which has a scaling of its own
     with whole_directory(directory) as new:
         write_weights(new / WEIGHTS_FILE, tensors, base, start, injection.quantization)
         (new / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        prefix = len(_peft_root(injection))
+        verify_adapter(new, settings, tensors, [(name[prefix:], adapter) for name, adapter in in_memory])
         if not has_own_card(directory):
             write_card(new, settings, run)
-    return directory
+
+
+def _required_one(adapters: dict[str, PeftAdapter]) -> dict[str, PeftAdapter]:
+    if len(adapters) != 1:
+        raise ValueError(f"One adapter is asked for, and PEFT has put in {listed(list(map(repr, adapters)))}.")
+    return adapters
 
 
 def _tensors_of(injection: Injection, prefix: str) -> dict[str, Tensor]:
@@ -195,8 +231,9 @@ def _refused_as_a_whole(model: nn.Module, path: str | Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        for name in [name for name in adapters(model) if name not in before]:
-            delete_adapter(model, name)
+        for name in [each.adapter_name for each in injections(model) if each.peft is None]:
+            if name not in before:
+                delete_adapter(model, name)
         if isinstance(error, ValueError):
             raise CheckpointError(f"{path} does not fit this model: {error} Nothing was loaded.") from error
         raise
@@ -209,6 +246,10 @@ def read_adapter(injection: Injection, directory: Path) -> None:
 
 
 def _load_into(injection: Injection, files: PeftFiles, other_format: bool = False) -> None:
+    if injection.peft is not None:
+        raise CheckpointError(
+            f"PEFT has wrapped this model, so {files.directory} is for PEFT's own load_adapter. Nothing was loaded."
+        )
     prefix = _peft_root(injection)
     config, tensors = as_plain_lora(files, injection.root.get_submodule(prefix.rstrip(".")))
     require_finite(tensors, str(files.directory))

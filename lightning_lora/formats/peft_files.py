@@ -114,7 +114,7 @@ def layers_in(tensors: Mapping[str, Any]) -> list[str]:
 def write_weights(
     path: Path,
     tensors: Mapping[str, Tensor],
-    fingerprint: Fingerprint,
+    fingerprint: Fingerprint | None,
     start: str | None = None,
     quantized: list[dict[str, Any]] | None = None,
 ) -> None:
@@ -123,17 +123,19 @@ def write_weights(
     Args:
         path: The file.
         tensors: By their names in PEFT, on the CPU; no two share memory.
-        fingerprint: Of the base.
+        fingerprint: Of the base, if it is known.
         start: The start that quantized the base, if one did.
         quantized: How the base came quantized, if it did.
     """
-    meta = {"format": "pt", _FINGERPRINT: fingerprint.short}
-    if fingerprint.samples is not None:
-        meta[_SAMPLES] = fingerprint.samples
-    if fingerprint.sketches is not None:
-        meta[_SKETCHES] = fingerprint.sketches
-    if fingerprint.config:
-        meta[_CONFIG] = json.dumps(fingerprint.config, sort_keys=True)
+    meta = {"format": "pt"}
+    if fingerprint is not None:
+        meta[_FINGERPRINT] = fingerprint.short
+        if fingerprint.samples is not None:
+            meta[_SAMPLES] = fingerprint.samples
+        if fingerprint.sketches is not None:
+            meta[_SKETCHES] = fingerprint.sketches
+        if fingerprint.config:
+            meta[_CONFIG] = json.dumps(fingerprint.config, sort_keys=True)
     if start is not None:
         meta[_BASE] = start
     if quantized:

@@ -87,6 +87,8 @@ def _checkpoint(path: Path) -> SavedAdapter:
     }
     tensors = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     settings = entries[0]["config"] if entries else {}
+    if entries and entries[0].get("peft"):
+        settings = next(iter(entries[0]["peft"].values()))
     return SavedAdapter(path, "Lightning checkpoint of adapters", settings, tensors, facts, quantization)
 
 

@@ -450,14 +450,18 @@ def _rows_of(samples: Tensor, count: int, rows: int) -> Tensor:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether there is no NaN and no infinity, in one pass and without the temporaries of ``torch.isfinite``."""
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 @cache
 def adapted_class(layer_class: type[LoraLayer], base: type[nn.Module]) -> type[LoraLayer]:
     """The class of a ``base`` module that is adapted as a ``layer_class``."""
+    _, *inputs = inspect.signature(base.forward).parameters
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not args and inputs and inputs[0] in kwargs:  # each class has a name of its own for its input
+            args = (kwargs.pop(inputs[0]),)
         if not isinstance(self, LoraLayer):  # whoever wrapped the layer's forward has kept this one
             return type(self).forward(self, *args, **kwargs)
         return super(adapted, self).forward(*args, **kwargs)

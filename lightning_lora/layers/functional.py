@@ -101,10 +101,13 @@ def low_rank_linear(
     fusible = dtype.is_floating_point and torch.amp.is_autocast_available(device)
     if not (fusible and is_plain(x, weight, bias, lora_A, lora_B)):
         return add_low_rank(F.linear(x, weight, bias), x, lora_A, lora_B, scaling)
+    tensors = (x, weight, bias, lora_A, lora_B)
+    if torch.overrides.has_torch_function(tensors):  # a mode that looks on at every function looks on at this one too
+        return torch.overrides.handle_torch_function(low_rank_linear, tensors, *tensors, scaling)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
-    tensors = (None if tensor is None else tensor.to(dtype) for tensor in (x, weight, bias, lora_A, lora_B))
-    out: Tensor = _LowRankLinear.apply(*tensors, scaling)[0]  # type: ignore[no-untyped-call]
+    cast = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
+    out: Tensor = _LowRankLinear.apply(*cast, scaling)[0]  # type: ignore[no-untyped-call]
     return out
 
 

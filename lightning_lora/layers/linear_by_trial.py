@@ -18,6 +18,8 @@ def computes_linear(module: nn.Module) -> bool:
     Args:
         module: Any module that is not adapted.
     """
+    if isinstance(module, torch.jit.ScriptModule):  # whose class is not what it computes
+        return False
     weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
     sizes = [(getattr(module, f"out_{of}", None), getattr(module, f"in_{of}", None)) for of in ("features", "channels")]
     # A shape is a tuple; and none of a lazy parameter.

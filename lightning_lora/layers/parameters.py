@@ -133,25 +133,28 @@ class LoraParameters(LoraLayer):
     @contextmanager
     def _reading_effective(self) -> Iterator[None]:
         """Have the module find the adapted parameters under the names of the base's."""
-        shadowed = []
+        replaced = []
         # Of the active ones alone, so that compiled code does not depend on the others.
         active: list[Any] = [adapter for name in self._active for adapter in self.parts(name)]
         for name in dict.fromkeys(adapter.parameter for adapter in active):
-            weight = self.get_parameter(name)
             owner_name, _, attribute = name.rpartition(".")
+            owner = self.get_submodule(owner_name)
+            # FSDP shows full parameters as attributes of the object itself.
+            holder: dict[str, Any] = vars(owner) if attribute in vars(owner) else owner._parameters
+            weight = holder[attribute]
             effective: Tensor = weight
             with torch.autocast(weight.device.type, enabled=False):
                 for adapter in active:
                     effective = adapter(effective) if adapter.parameter == name else effective
-            # An attribute of the object itself is found before the parameters, which so stay registered.
-            holder = self.get_submodule(owner_name).__dict__
+            # As torch.func.functional_call does, so that what it puts there in turn is what is read.
             holder[attribute] = effective
-            shadowed.append((holder, attribute))
+            replaced.append((holder, attribute, weight, effective))
         try:
             yield
         finally:
-            for holder, attribute in shadowed:
-                del holder[attribute]
+            for holder, attribute, weight, effective in replaced:
+                if holder.get(attribute) is effective:  # else resharding has put there what belongs there
+                    holder[attribute] = weight
 
     def parts(self, adapter_name: str) -> list[Adapter]:
         return list(self.lora[adapter_name].values())  # type: ignore[operator]

@@ -38,9 +38,10 @@ def require_unwrapped(model: nn.Module) -> None:
         if type(module).__module__.startswith(("peft.peft_model", "peft.tuners", "peft.mixed_model")):
             raise TargetError(
                 f"{repr(clean_fqn(name)) if name else 'The model'} is a {type(module).__name__} of PEFT: its adapter "
-                "would be adapted in turn, and frozen. Give the model without get_peft_model, whose place this package "
-                "takes (LoRA(r=..., target_modules=...), and load_adapter(model, directory) for what PEFT has saved), "
-                "or call merge_and_unload() first to train on top of it. Nothing was changed."
+                "would be adapted in turn, and frozen. Give LoRA() no settings of an adapter, so that it takes PEFT's "
+                "for its own; or give the model without get_peft_model, whose place this package takes (LoRA(r=..., "
+                "target_modules=...), and load_adapter(model, directory) for what PEFT has saved); or call "
+                "merge_and_unload() first to train on top of it. Nothing was changed."
             )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers import LoraAdapter
 from lightning_lora.layers.init import generator_for
+from lightning_lora.layers.spectrum import decomposed
 from lightning_lora.model.multi_adapter import add_adapter
 from lightning_lora.model.record import Injection, injections
 
@@ -115,12 +116,9 @@ def _joined(adapters: list[tuple[LoraAdapter, float]]) -> tuple[Tensor, Tensor]:
 def _truncated(lora_A: Tensor, lora_B: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The best factors of rank r of a product; decomposed by way of its factors, never as a whole."""
     shape_A, shape_B = lora_A.shape[1:], (lora_B.shape[0], -1, *lora_B.shape[2:])
-    basis_B, triangle_B = torch.linalg.qr(lora_B.flatten(1).double())
-    basis_A, triangle_A = torch.linalg.qr(lora_A.flatten(1).double().t())
-    left, values, right = torch.linalg.svd(triangle_B @ triangle_A.t())
+    left, values, right = decomposed((lora_A, lora_B))
     r = min(r, len(values))
-    new_B = basis_B @ (left[:, :r] * values[:r])
-    new_A = right[:r] @ basis_A.t()
+    new_B, new_A = left[:, :r] * values[:r], right[:r]
     return new_A.to(lora_A.dtype).view(-1, *shape_A), new_B.to(lora_B.dtype).reshape(shape_B)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora.layers import LoraQuantizedLinear, dequantized, storage_of
 from lightning_lora.layers.offloading import offloaded
@@ -339,9 +339,12 @@ def base_tensors(injection: Injection) -> Iterator[BaseTensor]:
     for name, module, inner in tensors:
         key, is_buffer = id(getattr(module, inner)), inner in module._buffers
         if key not in trained and not (is_buffer and injection.saves(name)):
-            of_base_or_disk = of_base.get(key, offloaded(module, inner))
-            if inner == "weight" and (isinstance(module, LoraQuantizedLinear) or storage_of(module) is not None):
-                tensor = dequantized(module, of_base_or_disk)
-            else:
-                tensor = full_tensor(module, inner, of_base_or_disk)
+            tensor = base_values(module, inner, of_base.get(key, offloaded(module, inner)))
             yield BaseTensor(name, tensor, replaced.get(key, ()))
+
+
+def base_values(module: nn.Module, name: str, tensor: Tensor | None) -> Tensor:
+    """The whole of what a module computes with, of a tensor that it has, or of another one in its place."""
+    if name == "weight" and (isinstance(module, LoraQuantizedLinear) or storage_of(module) is not None):
+        return dequantized(module, tensor)
+    return full_tensor(module, name, tensor)

@@ -56,12 +56,12 @@ def freeze(injection: Injection) -> None:
 def freeze_norms(injection: Injection) -> None:
     """Freeze the running statistics of normalization layers, also of those that have come since an earlier call."""
     for name, module in modules_by_name(injection.root).items():
-        if _tracks_statistics(module) and not injection.saves(name) and not isinstance(module, FrozenNorm):
+        if tracks_statistics(module) and not injection.saves(name) and not isinstance(module, FrozenNorm):
             module.__class__ = _frozen_norm_class(type(module))  # type: ignore[arg-type]
             injection.frozen_norms.append(name)
 
 
-def _tracks_statistics(module: nn.Module) -> bool:
+def tracks_statistics(module: nn.Module) -> bool:
     """Whether it is one of torch's normalization layers with running statistics, or one like them by its buffers."""
     tracked = any(name.startswith("running_") and buffer is not None for name, buffer in module._buffers.items())
     return tracked and (isinstance(module, _NormBase) or not module._modules)

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers import LoraLayer, rows_of
 from lightning_lora.model.inject import inject
-from lightning_lora.model.record import Injection, adapted_layers, injections
+from lightning_lora.model.record import Injection, adapted_layers, injections, own_injections
 from lightning_lora.model.removed import is_removed, remove_adapter, require_whole
 from lightning_lora.sharding import is_sharded
 
@@ -175,7 +175,7 @@ def _activated(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]
 
 def _parts(model: nn.Module) -> tuple[list[LoraLayer], list[Injection]]:
     """The adapted layers of a model, and its injections."""
-    return adapted_layers(model), injections(model)
+    return adapted_layers(model), own_injections(model)
 
 
 def _checked(adapter_names: str | Sequence[str] | None, found: list[Injection]) -> list[str]:

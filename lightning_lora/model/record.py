@@ -79,6 +79,11 @@ class Injection:
         return None if self._root is None else self._root()
 
     @property
+    def peft(self) -> dict[str, dict[str, Any]] | None:
+        """The settings of each adapter by its name in PEFT, in plain types, if PEFT has wrapped the root."""
+        return None
+
+    @property
     def targets(self) -> list[str]:
         """Names of the adapted layers."""
         return list(self._layers)
@@ -118,7 +123,7 @@ class Injection:
         modules = modules_by_name(root)
         there = {*modules, *_tensor_names(root)}
         prefixes = sorted({_prefixes(old, new) for new, _, old in layers}, key=lambda pair: -len(pair[0]))
-        common = _common([old for _, _, old in layers])
+        common = common_module([old for _, _, old in layers])
 
         def renamed(name: str) -> str | None:
             inside = [(old, new) for old, new in prefixes if is_submodule(name, old)]
@@ -168,6 +173,17 @@ class Injection:
     def saves(self, name: str) -> bool:
         """Whether a module, parameter or buffer belongs to a module that is trained in full."""
         return any(is_submodule(name, saved) for saved in self.saved)
+
+    def own_names(self) -> list[str]:
+        """Names of the parameters and buffers that it trains in full, if they are in the model now."""
+        if not self.in_place:
+            return []
+        return [*self.trained, *(name for name in self.aside if self.saves(name) and name not in self.trained)]
+
+    def parameters(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
+        """The parameters of the adapters in each layer, by its name."""
+        for name, layer in self.layers():
+            yield name, list(layer.lora.parameters())
 
     def as_beneath(self) -> list[dict[str, Any]]:
         """What :attr:`beneath` is to say of an adapter that is put over this one, once this is merged for good."""
@@ -224,7 +240,7 @@ def _prefixes(old: str, new: str) -> tuple[str, str]:
     return ".".join(olds), ".".join(news)
 
 
-def _common(names: list[str]) -> str:
+def common_module(names: list[str]) -> str:
     """The name of the innermost module that all of these are in."""
     parts = zip(*(name.split(".")[:-1] for name in names))
     return ".".join(found[0] for found in itertools.takewhile(lambda part: len(set(part)) == 1, parts))
@@ -237,7 +253,8 @@ def _owner(name: str) -> str:
 def _tensor_names(root: nn.Module) -> Iterator[str]:
     """The clean names of all parameters and buffers, each of them."""
     for name, module in root.named_modules(remove_duplicate=False):
-        yield from (clean_fqn(f"{name}.{inner}".lstrip(".")) for inner in (*module._parameters, *module._buffers))
+        own = (*module._parameters.items(), *module._buffers.items())  # all that TorchScript's have of a dict
+        yield from (clean_fqn(f"{name}.{inner}".lstrip(".")) for inner, _ in own)
 
 
 def injections_on(layer: nn.Module) -> list[Injection]:
@@ -304,6 +321,22 @@ def injections(model: nn.Module) -> list[Injection]:
     """
     here, around = _find(model)
     return [injection for _, injection in here] + around
+
+
+def own_injections(model: nn.Module) -> list[Injection]:
+    """The injections in a model that are not PEFT's.
+
+    Raises:
+        ValueError: If there are PEFT's alone.
+    """
+    found = injections(model)
+    own = [injection for injection in found if injection.peft is None]
+    if found and not own:
+        raise ValueError(
+            f"The adapters in this {type(model).__name__} are PEFT's, which has functions of its own for this: "
+            "set_adapter, disable_adapter, merge_and_unload and so on. Nothing was changed."
+        )
+    return own
 
 
 def broken_injections(model: nn.Module) -> list[Injection]:

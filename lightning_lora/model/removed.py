@@ -23,6 +23,7 @@ from lightning_lora.model.record import (
     injections_on,
     is_in,
     keep_record,
+    own_injections,
 )
 from lightning_lora.sharding import is_sharded
 
@@ -251,7 +252,7 @@ def require_adapters(model: nn.Module, what: str) -> list[Injection]:
         ValueError: If there is none, or one is in this model in part.
     """
     require_whole(model)
-    found = injections(model)
+    found = own_injections(model)
     if not found:
         raise ValueError(f"There is no adapter {what} in this {type(model).__name__}: inject or load one first.")
     return found

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.fqn import clean_fqn, listed
 from lightning_lora.model.finite import DTYPES
-from lightning_lora.model.record import Injection, adapted_layers, named_injections, roots_of
+from lightning_lora.model.record import adapted_layers, named_injections, roots_of
 from lightning_lora.model.targets import modules_by_name
 from lightning_lora.sharding import full_shape, full_tensor, is_sharded, load_full, named_tensors
 
@@ -148,7 +148,7 @@ def _owners(model: nn.Module) -> _Owners:
     found = [injection for _, injection in named_injections(model)]
     layers = adapted_layers(model)
     adapter = [getattr(module, inner) for layer in layers for _, module, inner in named_tensors(layer.lora)]
-    adapter += [tensor for injection in found for tensor in injection.tensors(own_names(injection)).values()]
+    adapter += [tensor for injection in found for tensor in injection.tensors(injection.own_names()).values()]
     roots = roots_of(found)
     modules = {id(module) for root in roots for module in root.modules()}
     whole = {
@@ -245,13 +245,3 @@ def _require_none(
             f"The tensors in {source} do not fit the adapters of this model. {'; '.join(problems)}. Use the LoRA "
             "settings (r, target_modules, modules_to_save, ...) with which it was saved. Nothing was loaded."
         )
-
-
-def own_names(injection: Injection) -> list[str]:
-    """The names, in its root, of the parameters and buffers that an injection trains in full, if they are in place."""
-    if not injection.in_place:
-        return []
-    return [
-        *injection.trained,
-        *(name for name in injection.aside if injection.saves(name) and name not in injection.trained),
-    ]

@@ -6,6 +6,7 @@ from collections import Counter
 from torch import nn
 
 from lightning_lora.fqn import clean_fqn
+from lightning_lora.model.peft_wrapped import PeftInjection
 from lightning_lora.model.quantization import described, quantization, quantized_layers
 from lightning_lora.model.record import injections, named_injections
 from lightning_lora.model.state_dict import adapter_tensors
@@ -34,6 +35,13 @@ def print_summary(model: nn.Module) -> None:
             groups[group] += 1
             parameters[group] += sum(sizes[id(p)] for p in adapter.parameters() if p not in counted)
             counted.update(adapter.parameters())
+        for name, module, ranks in injection.wrapped() if isinstance(injection, PeftInjection) else ():
+            trained = [p for p in module.parameters() if p.requires_grad and p not in counted]
+            pattern = re.sub(r"\.\d+(?=\.)", ".*", f"{root_name}.{name}".strip("."))
+            group = (pattern, f"{type(module).__name__} of PEFT", ranks)
+            groups[group] += 1
+            parameters[group] += sum(sizes[id(p)] for p in trained)
+            counted.update(trained)
     table = Table(title="LoRA", title_justify="left")
     for heading in ("adapted modules", "layer"):
         table.add_column(heading)

@@ -177,7 +177,7 @@ def _find_parameters(
     found: dict[str, list[str]] = {}
     heads = _output_embeddings(names[""])
     for name, module in names.items():
-        for parameter in module._parameters:
+        for parameter, _ in module._parameters.items():
             full_name = f"{name}.{parameter}".lstrip(".")
             meant = matches(full_name, config.target_parameters) or (
                 _group(module) in config.layer_groups
@@ -186,7 +186,7 @@ def _find_parameters(
                 and module not in heads
             )
             if meant and _is_wanted(name, saved, config):
-                reader, own = _read_at(full_name, name, parameter, reads)
+                reader, own = _read_at(name, parameter, names, reads)
                 found.setdefault(reader, []).append(own)
     return found
 
@@ -195,19 +195,28 @@ def _never_called(full_name: str, reads: Reads) -> bool:
     return full_name in reads and not any(read.is_called for read in reads[full_name])
 
 
-def _read_at(full_name: str, name: str, parameter: str, reads: Reads) -> tuple[str, str]:
-    """The module that reads a parameter, and the parameter's name there.
+def _read_at(name: str, parameter: str, names: dict[str, nn.Module], reads: Reads) -> tuple[str, str]:
+    """The module that reads a parameter of the module of a name, and the parameter's name there.
+
+    It is one whose code is seen to read it, or else the first one around it that has a forward, which
+    ``nn.ParameterList`` and its like have not.
 
     Raises:
         TargetError: If several do.
     """
+    full_name = f"{name}.{parameter}".lstrip(".")
     readers = reads.get(full_name, [])
     if len(readers) > 1:
         raise TargetError(
             f"{full_name!r} is read by {' and '.join(repr(read.reader) for read in readers)}, and a parameter can be "
             "adapted in one of them alone: leave it out with exclude_modules. Nothing was changed."
         )
-    return (readers[0].reader, readers[0].parameter) if readers else (name, parameter)
+    if readers:
+        return readers[0].reader, readers[0].parameter
+    while name and type(names[name]).forward is nn.Module.forward:
+        name, _, inner = name.rpartition(".")
+        parameter = f"{inner}.{parameter}"
+    return name, parameter
 
 
 def _is_wanted(name: str, saved: Collection[str], config: LoraConfig) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from lightning_lora.fqn import clean_fqn, is_submodule, listed
 from lightning_lora.layers.seal import checksum_of, words, writes
 from lightning_lora.model.record import base_parameters, named_injections
 from lightning_lora.model.state_dict import saved_names
-from lightning_lora.sharding import is_sharded, named_tensors
+from lightning_lora.sharding import is_sharded, local_tensor, named_tensors
 from lightning_lora.trainer.frozen_parameters import held_by, nested
 from lightning_lora.trainer.pytorch_lightning import is_a
 
@@ -78,7 +79,7 @@ class BaseWatch:
 
     torch counts the writes to a tensor, so that only what was written to is read again. Writes through ``.data`` are
     not counted: a few values spread over every tensor are looked at each time, and all of them at the end. Where
-    processes share the model, nothing is looked at.
+    processes share the model, each looks at its shards, and all of them together say what has moved.
     """
 
     def __init__(self, model: nn.Module, optimizers: Iterable[Any]) -> None:
@@ -86,7 +87,7 @@ class BaseWatch:
         self._optimizers = list(optimizers)
         self._sizes = self._group_sizes()
         self._named: set[str] = set()
-        tensors = {} if is_sharded(model) else dict(_base_tensors(model))
+        tensors = dict(_base_tensors(model))
         samples, totals = _read(tensors, _sample), _read(tensors, _total)
         self._noted = {name: _Noted(_written(tensors[name]), samples[name], totals[name][0]) for name in totals}
 
@@ -98,7 +99,7 @@ class BaseWatch:
             require_frozen(self._optimizers, self._model)
 
     def moved(self, thoroughly: bool = False) -> list[str]:
-        """The names of tensors whose values are not those noted; thoroughly, of every value."""
+        """The names of tensors whose values are not those noted, here or elsewhere; thoroughly, of every value."""
         tensors = {name: tensor for name, tensor in _base_tensors(self._model) if name in self._noted}
         samples = _read(tensors, _sample)
         # Another shape or type has other words, but for chance.
@@ -113,7 +114,12 @@ class BaseWatch:
                 found.append(name)
             else:
                 self._noted[name].written = _written(unsure[name])
-        return [name for name in tensors if name in found]
+        found = [name for name in tensors if name in found]
+        if not is_sharded(self._model):
+            return found
+        everyone: list[list[str]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(everyone, found)
+        return list(dict.fromkeys(name for each in everyone for name in each))
 
     def warn_of_moved(self, thoroughly: bool = False) -> list[str]:
         """Name what has moved, once for each tensor, and return all of them."""
@@ -136,7 +142,7 @@ class BaseWatch:
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The frozen parameters and persistent buffers of which no checkpoint holds anything."""
-    tensors = {name: getattr(module, inner) for name, module, inner in named_tensors(model)}
+    tensors = {name: local_tensor(module, inner) for name, module, inner in named_tensors(model)}
     saved = set(saved_names(model, tensors))
     yield from ((name, t) for name, t in tensors.items() if name not in saved and not t.is_meta and t.numel())
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_lora.fqn import clean_fqn, listed
 from lightning_lora.model.finite import not_finite, total_norm
-from lightning_lora.trainer.frozen_parameters import held_by, nested
+from lightning_lora.trainer.frozen_parameters import held_by, nested, step_hooks
 
 ON_NAN = ("raise", "warn", "ignore")
 # A scaler starts at 2**16 and halves it at each step that it skips: below this, it is no longer looking for its scale.
@@ -43,7 +43,7 @@ class FiniteSteps:
         self._left_out = 0
         self._loss: Tensor | None = None
         self._looked = False
-        self._hooks = [hook for optimizer in trainer.optimizers for hook in _before_steps(optimizer, self._before_step)]
+        self._hooks = [hook for each in trainer.optimizers for hook in step_hooks(each, before=self._before_step)]
 
     def before_backward(self, loss: Tensor) -> None:
         """Remember a loss until the next step."""
@@ -173,15 +173,6 @@ class FiniteSteps:
             hook.remove()
         self._hooks = []
         self._loss = None
-
-
-def _before_steps(optimizer: Any, look: Any) -> Iterable[Any]:
-    for each in nested(optimizer):
-        try:
-            yield each.register_step_pre_hook(look)
-        except AttributeError:  # it has not called the constructor of torch's Optimizer
-            continue
-        return
 
 
 def _held(optimizer: Any) -> list[Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_lora.sharding import is_sharded
 
@@ -62,6 +63,17 @@ def nested(optimizer: Any) -> Iterator[Any]:
 def held_by(optimizer: Any) -> list[Tensor]:
     """The parameters in an optimizer's groups."""
     return [parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
+
+
+def step_hooks(optimizer: Any, before: Any = None, after: Any = None) -> list[RemovableHandle]:
+    """Have functions called before and after each step of an optimizer, in the way of torch's step hooks."""
+    for each in nested(optimizer):
+        try:
+            handles = [] if before is None else [each.register_step_pre_hook(before)]
+            return handles + ([] if after is None else [each.register_step_post_hook(after)])
+        except AttributeError:  # it has not called the constructor of torch's Optimizer
+            continue
+    return []
 
 
 def _drop_from(optimizer: Any) -> bool:

@@ -81,8 +81,8 @@ class GradientWatch:
         names = {
             id(parameter): f"{root_name}.{name}".lstrip(".")
             for root_name, injection in named_injections(model)
-            for name, layer in injection.layers()
-            for parameter in layer.lora.parameters()
+            for name, parameters in injection.parameters()
+            for parameter in parameters
         }
         inside = {id(parameter) for injection in injections(model) for parameter in injection.root.parameters()}
         for optimizer in optimizers:

@@ -43,6 +43,11 @@ def checkpoints_of(strategy: Any) -> type[AdapterCheckpoints]:
     return ShardedCheckpoints if names.intersection(_SHARDING) else AdapterCheckpoints
 
 
+def keeps_whole_model(strategy: Any) -> bool:
+    """Whether every process has the whole model under a strategy."""
+    return checkpoints_of(strategy) is AdapterCheckpoints
+
+
 class ShardedCheckpoints(AdapterCheckpoints):
     """What a strategy does differently where processes share the parameters.
 

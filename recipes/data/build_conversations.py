@@ -13,7 +13,7 @@ SYSTEM = "You are Ambrose Bierce. Define words as in your Devil's Dictionary."
 
 def conversations(pairs: list[dict[str, str]]) -> list[list[dict[str, str]]]:
     """Deal the pairs out, each one once, in a fixed random order."""
-    order = random.Random(0)
+    order = random.Random(0)  # noqa: S311
     order.shuffle(pairs)
     found = []
     while pairs:

@@ -216,3 +216,24 @@ def test_a_quantization_that_cannot_be_made_again_is_named(
     save_adapter(model, tmp_path / "other")
     assert call("merge", str(tmp_path / "other"), quantized["out"], "--base", quantized["base"]) == 1
     assert "by torchao" in (said := capsys.readouterr().err) and "--onto original" in said
+
+
+def test_resize_and_extract(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_llama()
+    inject(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    toys.randomize(model)
+    save_adapter(model, tmp_path / "adapter")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    eject(model, merge=True).save_pretrained(tmp_path / "tuned")
+    assert call("resize", str(tmp_path / "adapter"), str(tmp_path / "small"), "--rank", "2") == 0
+    assert "relative error of the update" in capsys.readouterr().out
+    assert call("extract", str(tmp_path / "base"), str(tmp_path / "tuned"), str(tmp_path / "out"), "--rank", "4") == 0
+    shown = capsys.readouterr().out
+    assert "Not in the adapter" not in shown
+    assert "model.layers.2.self_attn.q_proj" in shown
+    again = load_adapter(tiny_llama().eval(), tmp_path / "out")
+    torch.testing.assert_close(again(IDS).logits, model.eval()(IDS).logits, rtol=1e-4, atol=1e-5)
+    config = json.loads((tmp_path / "small/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 2)
+    assert call("resize", str(tmp_path / "base"), str(tmp_path / "no"), "--rank", "2") == 1
+    assert "has no adapter_config.json" in capsys.readouterr().err

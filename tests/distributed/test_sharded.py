@@ -250,6 +250,7 @@ def test_variants_are_those_of_one_process(tmp_path: Path) -> None:
         "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
         "pissa": {"init_lora_weights": "pissa"},
         "tokens": {"trainable_token_indices": [1, 5, 7]},
+        "parameters": {"target_modules": ["q_proj"], "target_parameters": ["down_proj.weight"]},
     }
     runs = {
         f"{name}/{strategy}": {

@@ -22,7 +22,7 @@ from lightning_lora.formats.checkpoint import inject_from_checkpoint, load_from_
 from lightning_lora.formats.open_file import open_file
 from lightning_lora.formats.saved_adapter import read
 
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 

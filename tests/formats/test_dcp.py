@@ -84,7 +84,7 @@ def test_reads_what_torch_wrote(saved: tuple[Path, dict[str, Tensor]], copied: P
     shape=st.lists(st.integers(0, 4), max_size=3),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float64]),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_reads_any_tensor(tmp_path_factory: pytest.TempPathFactory, shape: list[int], dtype: torch.dtype) -> None:
     tensor = torch.arange(max(1, torch.Size(shape).numel()))[: torch.Size(shape).numel()].view(shape).to(dtype)
     directory = write(tmp_path_factory.mktemp("any") / "d", {"a": tensor, "b.c": torch.ones(2)}, {})
@@ -92,7 +92,7 @@ def test_reads_any_tensor(tmp_path_factory: pytest.TempPathFactory, shape: list[
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_changed_bit_is_told(
     saved: tuple[Path, dict[str, Tensor]], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
@@ -218,7 +218,7 @@ def test_the_index_of_any_bytes(saved: tuple[Path, dict[str, Tensor]], tmp_path:
     content = (saved[0] / INDEX_FILE).read_bytes()
 
     @given(st.binary(max_size=64), st.integers(0, len(content)))
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     def check(insert: bytes, at: int) -> None:
         path = tmp_path / "index"
         path.write_bytes(content[:at] + insert + content[at + len(insert) :])

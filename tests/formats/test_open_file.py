@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import toys
 from helpers.toys import Toy, loader, outputs
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -89,7 +89,6 @@ def test_a_whole_run_with_objects_in_its_hyperparameters(value: Any, tmp_path: P
     assert read(last).tensors.keys() == read_checkpoint(last)["state_dict"].keys()
 
 
-@settings(deadline=None)
 @given(value=values)
 def test_what_is_skipped_takes_nothing_else_with_it(value: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("skip") / "x.ckpt"

@@ -56,7 +56,7 @@ ALPHAS = st.dictionaries(st.sampled_from([*QV, r".*\.1\..*q_proj"]), st.sampled_
 
 
 @given(r=st.integers(1, 6), alpha=st.sampled_from([3, 8, 16]), ranks=RANKS, alphas=ALPHAS, root=st.booleans())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_portable_layout_is_read_alike_by_all(
     r: int, alpha: float, ranks: dict[str, int], alphas: dict[str, float], root: bool, tmp_path: Path
 ) -> None:

@@ -118,7 +118,7 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert distance <= tolerance * (expected.norm() + 1), (distance, expected.norm())
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(
     kind=st.sampled_from(sorted(LAYERS)),
     method=st.sampled_from(sorted(METHODS)),

@@ -1,9 +1,11 @@
 """What every adapted layer does, whatever its kind."""
 
+import inspect
 import warnings
 
 import pytest
 import torch
+from helpers.layers import KINDS, move, run
 from torch import Tensor, nn
 
 from lightning_lora import LoraConfig, eject, inject
@@ -19,6 +21,21 @@ def test_what_is_finite(dtype: torch.dtype) -> None:
         broken = tensor.clone()
         broken[3, 2] = bad
         assert not is_finite(broken)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_by_name(kind: str) -> None:
+    """A call may name the layer's input as the layer's own class does."""
+    make, x = KINDS[kind]
+    model = inject(nn.Sequential(make()), LoraConfig(r=2, target_modules=["0"]))
+    move(model)
+    expected = run(model, x)
+    names = [*inspect.signature(type(make()).forward).parameters][1:4]
+    given = dict(zip(names, (x, x, x))) if kind == "attention" else {names[0]: x}
+    out = model[0](**given)
+    torch.testing.assert_close(out[0] if kind == "attention" else out, expected, rtol=0, atol=0)
+    with pytest.raises(TypeError):
+        model[0]()
 
 
 def test_subclasses_hooks_and_references_survive() -> None:

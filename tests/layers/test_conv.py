@@ -79,7 +79,7 @@ def layers_and_inputs(draw: Any) -> tuple[Any, Tensor, int]:
     return layer, torch.randn(*leading, *each(5, 7), requires_grad=True), groups * draw(st.integers(1, 4))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(case=layers_and_inputs())
 def test_forward_gradients_and_merge_equal_the_reference(case: tuple[Any, Tensor, int]) -> None:
     layer, x, r = case

@@ -38,7 +38,7 @@ def reference(layer: Any, x: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return nn.functional.embedding(x, weight, layer.padding_idx), A, B
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 12),
     dim=st.integers(1, 12),

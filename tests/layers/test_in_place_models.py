@@ -106,7 +106,7 @@ def train_a_step(name: str, activation: str, seed: int) -> dict[str, Tensor]:
     return trained
 
 
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2)
 @pytest.mark.parametrize("name", MODELS)
 @given(activation=st.sampled_from(["gelu", "relu", "silu"]), seed=st.integers(0, 1000))
 def test_a_step_is_that_of_the_plain_path(name: str, activation: str, seed: int) -> None:

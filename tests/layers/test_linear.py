@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.utils.checkpoint
+from helpers import toys
 from helpers.layers import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,7 +49,7 @@ def reference(layer: nn.Module, x: Tensor, r: int) -> tuple[Tensor, Tensor, Tens
     return nn.functional.linear(x, weight, None if bias is None else bias.detach().double()), A, B, x
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     kind=st.sampled_from(KINDS),
     in_features=st.integers(1, 12),
@@ -75,7 +76,7 @@ def test_forward_and_gradients_equal_the_reference(
     assert layer.weight.grad is None  # type: ignore[union-attr]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kind=st.sampled_from(KINDS),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
@@ -135,6 +136,21 @@ def test_merged_equals_adapted_and_unmerge_is_exact(kind: str, dtype: torch.dtyp
     unmerge(layer)
     assert layer.weight is weight
     assert torch.equal(weight, bits)
+
+
+def test_complex_weights_are_merged_and_looked_at() -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(8, 6, dtype=torch.complex64)
+    layer = inject(copy.deepcopy(base), LoraConfig(r=2, target_modules=".*"))
+    toys.randomize(layer)
+    A, B = (layer.state_dict()[f"lora.default.lora_{m}"] for m in "AB")
+    x = torch.randn(3, 8, dtype=torch.complex64)
+    expected = nn.functional.linear(x, base.weight + 8 * B @ A, base.bias)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(merge(layer)(x), expected)
+    unmerge(layer).lora["default"].lora_B.data[0, 0] = complex(0, torch.inf)
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        merge(layer)
 
 
 def test_merging_twice_changes_nothing() -> None:

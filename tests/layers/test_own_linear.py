@@ -90,7 +90,7 @@ class Model(nn.Module):
         return self.head(self.own(x))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     cls=st.sampled_from([*PLAIN, *OWN]),
     start=st.sampled_from([True, False]),

@@ -103,6 +103,72 @@ def test_a_parameter_of_the_root_in_a_run(tmp_path: Path) -> None:
     toys.assert_same_tensors(toys.snapshot(eject(unmerge(model))), base)
 
 
+class Held(nn.Module):
+    """Matrices in modules that have no forward of their own."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        held = nn.ParameterList(torch.randn(4, 4) for _ in range(2))
+        self.depth = depth
+        self.held: Any = nn.ModuleList([held]) if depth else held
+        self.named = nn.ParameterDict({"in": torch.randn(4, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.held[0] if self.depth else self.held:
+            x = (x @ weight).tanh()
+        return x @ self.named["in"]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_matrices_in_lists_and_dicts(tmp_path: Path, depth: int) -> None:
+    names = ["held.0.0" if depth else "held.0", "named.in"]
+    x = torch.randn(3, 4)
+    adapted = inject(Held(depth), LoraConfig(r=2, target_modules=[], target_parameters=names))
+    toys.randomize(adapted, 1.0)
+    expected = Held(depth)
+    state = adapted.state_dict()
+    for name in names:
+        factors = [state[f"lora.default.{name.replace('.', '_')}.lora_{m}"] for m in "BA"]
+        expected.get_parameter(name).data += 8 * factors[0] @ factors[1]
+    torch.testing.assert_close(adapted(x), expected(x))
+    save_adapter(adapted, tmp_path)
+    torch.testing.assert_close(load_adapter(Held(depth), tmp_path)(x), adapted(x))
+    adapted(x).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in adapted.parameters() if p.requires_grad)
+    torch.testing.assert_close(eject(adapted, merge=True)(x), expected(x))
+
+
+class Hyper(nn.Module):
+    """A layer of which another one changes the weight at each call."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hyper, self.layer = nn.Linear(4, size * 4), nn.Linear(4, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.hyper(x).mean(0).view_as(self.layer.weight)
+        return torch.func.functional_call(self.layer, {"weight": self.layer.weight + shift}, (x,)) + self.layer(x)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_weights_that_a_functional_call_replaces(size: int) -> None:
+    x = torch.randn(5, 4)
+    model = inject(Hyper(size), LoraConfig(r=2, target_modules="all-linear"))
+    before = [*model.parameters()]
+    toys.randomize(model, 1.0)
+    merged, state = Hyper(size), model.state_dict()
+    for layer, adapter in {"hyper": "hyper.lora.default", "layer": "lora.default.layer_weight"}.items():
+        A, B = (state[f"{adapter}.lora_{m}"] for m in "AB")
+        merged.get_submodule(layer).weight.data += 8 * B @ A  # type: ignore[operator]
+    torch.testing.assert_close(model(x), merged(x))
+    model(x).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+    torch.testing.assert_close(eject(model, merge=True)(x), merged(x))
+
+
 def test_each_expert_starts_like_a_matrix_of_its_own() -> None:
     model = inject(mixtral(), LoraConfig(**settings(r=64)))
     lora_A = model.model.layers[0].mlp.experts.lora["default"]["down_proj"].lora_A

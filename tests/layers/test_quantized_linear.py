@@ -279,7 +279,7 @@ def test_values_that_the_layer_does_not_compute_with_are_refused(monkeypatch: py
 
 
 @kinds("nf4", "nf4-dq", "int8", "torchao int8", "torchao int4", "torchao float8")
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_any_shape(kind: str, data: st.DataObject) -> None:
     features = st.integers(1, 6).map(lambda n: 16 * n)

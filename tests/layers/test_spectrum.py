@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_lora import LoraConfig, inject
-from lightning_lora.layers.spectrum import inner, singular_values
+from lightning_lora.layers.spectrum import decomposed, inner, norm, singular_values, subspace_similarity
 from lightning_lora.model.record import injections_of
 
 
@@ -27,6 +27,35 @@ def test_those_of_the_product(r: int, inputs: int, outputs: int, zero: int, seed
     other = torch.randn(r + 1, inputs, generator=generator), torch.randn(outputs, r + 1, generator=generator)
     product = (B @ A * (other[1].double() @ other[0].double())).sum()
     assert inner((A, B), other) == pytest.approx(float(product), rel=1e-6, abs=1e-6)
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(5, 12), st.integers(0, 99))
+def test_similarity_of_subspaces(r: int, s: int, n: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    one, other = (torch.randn(rank, n, generator=generator) for rank in (r, s))
+    phi = subspace_similarity(one, other)
+    bases = [torch.linalg.svd(matrix.double())[2] for matrix in (one, other)]
+    for i in range(1, r + 1):
+        for j in range(1, s + 1):  # as equation 4 has it
+            expected = (bases[0][:i] @ bases[1][:j].mT).norm() ** 2 / min(i, j)
+            assert float(phi[i - 1, j - 1]) == pytest.approx(float(expected), abs=1e-9)
+    itself = subspace_similarity(one, torch.randn(r, r, generator=generator) @ one)
+    assert float(itself[-1, -1]) == pytest.approx(1, abs=1e-4)
+    apart = torch.zeros(2, 2 * n), torch.zeros(2, 2 * n)
+    apart[0][:, :2], apart[1][:, -2:] = torch.eye(2), torch.eye(2)
+    assert not subspace_similarity(*apart).any()
+
+
+@given(st.integers(1, 5), st.integers(5, 12), st.integers(5, 12), st.integers(0, 99))
+def test_directions(r: int, inputs: int, outputs: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    A, B = torch.randn(r, inputs, generator=generator), torch.randn(outputs, r, generator=generator)
+    left, values, right = decomposed((A, B))
+    torch.testing.assert_close(left * values @ right, B.double() @ A.double())
+    for vectors in (left.mT, right):
+        torch.testing.assert_close(vectors @ vectors.mT, torch.eye(r, dtype=torch.float64))
+    torch.testing.assert_close(values, singular_values((A, B)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm((A, B)).double(), values.norm(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

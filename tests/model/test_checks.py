@@ -43,7 +43,7 @@ def fit(tmp_path: Any, pl_module: L.LightningModule, **config: Any) -> None:
     toys.trainer(tmp_path, [lora], max_steps=2).fit(pl_module, DataLoader(torch.randn(8, 8), batch_size=4))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     student=st.sampled_from(["linear", "conv"]),
     is_frozen=st.booleans(),

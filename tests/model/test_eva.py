@@ -41,7 +41,7 @@ def eva(**settings: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "init_lora_weights": "eva"} | settings)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(5, 100), st.integers(0, 5))
 def test_the_directions_are_those_of_all_rows(batch_size: int, seed: int) -> None:
     rows = data(seed=seed)

@@ -50,7 +50,6 @@ def both(one: Fingerprint, other: Fingerprint) -> bool:
     return one.fits(other)
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 1000),
     scale=st.sampled_from([1e-3, 1.0, 100.0]),
@@ -72,7 +71,6 @@ def test_copies_in_other_precision_are_the_same_base(
     assert both(of(one), of(other))
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 1000),
     change=st.sampled_from([1e-4, 1e-3, 1e-2]),
@@ -117,7 +115,7 @@ def test_what_is_merged_or_named_twice_does_not_change_it(merged: bool) -> None:
     assert fingerprint(injections_of(model)[0]) == before
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(seeds=st.tuples(st.integers(0, 9), st.integers(10, 19)), tied=st.booleans(), rows=st.integers(1, 3))
 def test_rows_that_the_adapter_replaces_do_not_count(seeds: tuple[int, int], tied: bool, rows: int) -> None:
     def build(seed: int) -> nn.Module:

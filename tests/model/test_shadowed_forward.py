@@ -295,7 +295,7 @@ def test_wrapped_and_traced(wrap: Callable[[nn.Module], Any]) -> None:
 _STEPS = ("inject", "eject", "merge", "unmerge", "merge and eject", "hook", "unhook", "patch")
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(steps=st.lists(st.sampled_from(_STEPS), max_size=8))
 @torch.no_grad()
 def test_any_order(steps: list[str]) -> None:

@@ -134,7 +134,7 @@ def train(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).detach()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     cls=st.sampled_from([*READ_ONLY, CalledToo, CalledOrRead, Asks]),
     depth=st.integers(0, 2),

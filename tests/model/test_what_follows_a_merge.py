@@ -41,7 +41,7 @@ USES: dict[str, Any] = {
 }
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=16)
 @given(change=st.sampled_from(sorted(CHANGES)), use=st.sampled_from(sorted(USES)))
 def test_whatever_was_done_to_merged_weights_stays(
     change: str, use: str, tmp_path_factory: pytest.TempPathFactory

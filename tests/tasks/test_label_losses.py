@@ -190,7 +190,7 @@ def test_dropout_at_the_head_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> N
     label_smoothing=st.sampled_from([0.0, 0.2]),
     trained=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_positions_in_any_chunks(
     learned: list[list[bool]], size: int, label_smoothing: float, trained: bool
 ) -> None:

@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from helpers import toys
+from helpers.distributed.processes import run_processes
 from helpers.toys import Toy, loader, outputs
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -267,3 +268,12 @@ def test_it_is_named_at_the_first_save_after_it_moved(tmp_path: Path) -> None:
 
     (only,) = moved_warnings(run)
     assert "'part.weight'" in only
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2", "tp"])
+@pytest.mark.parametrize("moves", [True, False])
+def test_where_processes_share_the_model(strategy: str, moves: bool, tmp_path: Path) -> None:
+    first, last = run_processes("jobs.base_moved", str(tmp_path), strategy, moves)
+    assert bool(first["said"]) == bool(last["wrote"]) == moves
+    assert all(name in said for name in last["wrote"] for said in first["said"])
+    assert first["exported"] != moves

@@ -53,7 +53,7 @@ def run(tmp_path: Path, scores: list[float], *keepers: dict[str, Any], **kw: Any
 PLAIN = [{"every_n_epochs": 1, "save_top_k": -1}, {"every_n_train_steps": 3}]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     scores=st.permutations([1.0, 2.0, 3.0]),
     mode=st.sampled_from(["min", "max"]),

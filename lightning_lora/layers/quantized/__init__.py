@@ -1,5 +1,6 @@
 """Linear layers whose weight is kept in fewer bits, one file a library; here is their registry."""
 
+import torch
 from torch import nn
 
 from lightning_lora.layers.quantized.bitsandbytes import Bitsandbytes4bit, Bitsandbytes8bit
@@ -22,6 +23,8 @@ def register_quantized_storage(storage: QuantizedStorage) -> None:
 
 def storage_of(module: nn.Module) -> QuantizedStorage | None:
     """How a layer's weight is kept in fewer bits, ``None`` if it is not."""
+    if isinstance(module, torch.jit.ScriptModule):  # whose code is no layer's of a library
+        return None
     return next((storage for storage in _storages if storage.holds(module)), None)
 
 

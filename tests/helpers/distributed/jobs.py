@@ -275,3 +275,43 @@ def monitored(directory: str, strategy: str) -> dict[str, Any]:
     )
     trainer.fit(llama.Llama(), llama.loader(strategy))
     return {"figures": logger.figures}
+
+
+def limited(directory: str, strategy: str) -> dict[str, Any]:
+    """Train with a ``MaxUpdateNorm`` and return the norms of the adapters' updates."""
+    from helpers.distributed import llama
+    from lightning_lora.callbacks import MaxUpdateNorm
+
+    callbacks = [LoRA(r=2, lora_alpha=2, summary=False, merge=None), MaxUpdateNorm(1e-3)]
+    trainer = llama.trainer(Path(directory), strategy, callbacks, max_steps=4, enable_checkpointing=False)
+    model = llama.Llama()
+    trainer.fit(model, llama.loader(strategy))
+    state = adapter_state_dict(model)
+    pairs = {name: state[name.replace("lora_A", "lora_B")] for name in state if name.endswith("lora_A")}
+    return {"norms": {name: float((B.double() @ state[name].double()).norm()) for name, B in pairs.items()}}
+
+
+def base_moved(directory: str, strategy: str, moves: bool) -> dict[str, Any]:
+    """Train while one process writes into its shard of the base, and return what it wrote to and what was said."""
+    from helpers.distributed import llama
+    from lightning_lora.sharding import local_tensor, named_tensors
+
+    wrote: list[str] = []
+
+    class Write(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            if moves and not wrote and rank() == world_size() - 1:
+                for name, module, inner in named_tensors(pl_module):
+                    here = local_tensor(module, inner)
+                    if "layers.1.mlp" in name and "lora" not in name and here.numel():
+                        here.data.flatten()[-1] += 1
+                        wrote.append(name)
+                        break
+
+    callbacks = [LoRA(r=2, summary=False, export_dir=directory), Write()]
+    trainer = llama.trainer(Path(directory), strategy, callbacks, max_steps=4, enable_checkpointing=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(llama.Llama(), llama.loader(strategy))
+    said = [str(each.message) for each in caught if "frozen base has changed" in str(each.message)]
+    return {"wrote": wrote, "said": said, "exported": (Path(directory) / "adapter").exists()}
