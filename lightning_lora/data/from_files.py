@@ -191,7 +191,8 @@ class FileData(L.LightningDataModule):
         train_rows = self._rows(train, self.path, "training")
         self.val_rows = self._rows(held_out, self.val_path or self.path, "validation") if held_out else []
         self.train_rows = train_rows
-        self._learned = {"rows": len(train), "content": _digest(repr([row.share for row in train]).encode())}
+        content = repr([(row.share, row.record.weight) for row in train]).encode()
+        self._learned = {"rows": len(train), "content": _digest(content)}
 
     def _seen(self, records: Iterable[Record]) -> Iterator[Record]:
         for record in records:
