@@ -214,6 +214,6 @@ def _with_recipes_found(arguments: list[str]) -> list[str]:
 
 def _config_path(value: str) -> str:
     # A file of one's own goes first.
-    if Path(value).exists():
+    if Path(value).is_file():
         return value
     return str(shipped_recipes.recipes().get(value.removesuffix(".yaml"), value))

@@ -7,7 +7,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_lora.data.conversation import Row, TrainOn, encode_text, encode_turns
-from lightning_lora.data.from_files import Encoded, Paths
+from lightning_lora.data.files import Paths
+from lightning_lora.data.from_files import Encoded
 from lightning_lora.data.keys import unused_keys
 from lightning_lora.data.messages import is_text, read_conversation
 from lightning_lora.data.packing import collate_packs, pack, unpack

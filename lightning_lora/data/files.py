@@ -5,9 +5,11 @@ import csv
 import gzip
 import io
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from glob import glob
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,40 +20,48 @@ from lightning_lora.shipped_recipes import SHIPPED, locate
 
 __all__ = ["Record", "read_records"]
 
+# Files, or files by the weights of their rows.
+Paths = str | list[str] | dict[str, float]
+
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
-def read_records(path: str | list[str], bad: BadRows | None = None) -> Iterator[Record]:
+def read_records(path: Paths, bad: BadRows | None = None) -> Iterator[Record]:
     """The rows of one file or of several, which are looked for at once; blank lines are skipped.
 
     Args:
         path: A file, a folder (all files in it that can be read, by name), a pattern such as ``data/*.jsonl``,
-            ``shipped:<name>``, ``hf:<id>`` (see :mod:`lightning_lora.data.hub`), or a list of these. A file is
+            ``shipped:<name>``, ``hf:<id>`` (see :mod:`lightning_lora.data.hub`), a list of these, or these with the
+            weight of the rows of each. A file is
             ``.jsonl`` (one JSON object per line), ``.json`` (an array of objects, or as ``.jsonl``), ``.csv`` or
             ``.tsv`` (with a header; commas, semicolons and tabs are told apart), ``.conll``, ``.conllu`` or ``.bio``
             (words in columns, see :mod:`lightning_lora.data.conll`) or ``.parquet`` (read by pyarrow), all but the last
-            also as ``.gz``. Text is UTF-8, or UTF-16 with a byte order mark.
+            also as ``.gz``, or as ``.zst`` (read by pyarrow). Text is UTF-8, or UTF-16 with a byte order mark.
         bad: Where rows that cannot be read are noted. Default ``None``: they raise, after the last row.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: For Parquet without pyarrow, or a data set of the hub without datasets.
-        ValueError: For another kind of file, one that is empty, or a row that cannot be read.
+        ValueError: For another kind of file, one that is empty, a row that cannot be read, or a weight that is not
+            positive.
     """
     paths = [path] if isinstance(path, str) else path
-    return _records([file for one in paths for file in ([one] if one.startswith(HUB) else _files(one))], bad)
+    files: list[tuple[str | Path, float]] = []
+    for one in paths:
+        weight = paths[one] if isinstance(paths, dict) else 1.0
+        if not 0 < weight < math.inf:
+            raise ValueError(f"Found the weight {weight} of {one!r}, expected a positive number, such as 0.5.")
+        files += [(file, weight) for file in ([one] if one.startswith(HUB) else _files(one))]
+    return _records(files, bad)
 
 
-def _records(files: list[str | Path], bad: BadRows | None) -> Iterator[Record]:
+def _records(files: list[tuple[str | Path, float]], bad: BadRows | None) -> Iterator[Record]:
     collected = bad or BadRows()
-    for file in files:
-        if isinstance(file, str):
-            yield from hub_records(file)
-            continue
+    for file, weight in files:
         empty, errors = True, len(collected.errors)
-        for record in _read(file, collected):
+        for record in hub_records(file) if isinstance(file, str) else _read(file, collected):
             empty = False
-            yield record
+            yield record if weight == 1 else record._replace(weight=weight)
         if empty and len(collected.errors) == errors:
             raise ValueError(f"{file}: found no rows, expected at least one.")
     if bad is None:
@@ -73,13 +83,13 @@ def _files(path: str) -> list[Path]:
     if _kind(file) not in _READERS:
         raise ValueError(
             f"Found the data file {str(file)!r}, expected a name that ends in {', '.join(_READERS)}, or in one of "
-            "these and .gz. Convert or rename it."
+            "these and .gz or .zst. Convert or rename it."
         )
     return [file]
 
 
 def _kind(file: Path) -> str:
-    return Path(file.name.lower().removesuffix(".gz")).suffix
+    return Path(file.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
 
 
 def _read(file: Path, bad: BadRows) -> Iterator[Record]:
@@ -92,16 +102,28 @@ def _read(file: Path, bad: BadRows) -> Iterator[Record]:
         ) from None
     except (EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{file}: found no whole gzip file ({error}). Copy it again.") from None
+    except OSError as error:
+        if file.suffix.lower() != ".zst":
+            raise
+        raise ValueError(f"{file}: found no whole zstandard file ({error}). Copy it again.") from None
 
 
 def _open(file: Path) -> IO[str]:
-    # Any: the two kinds of files have no common type.
-    data: Any = (gzip.open if file.name.lower().endswith(".gz") else open)(file, "rb")
-    start = data.read(4)
-    data.seek(0)
+    # Any: the kinds of files have no common type.
+    data: Any = _zstandard(file) if file.suffix.lower() == ".zst" else None
+    data = data or (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb")
+    start = data.peek(4)
     # Editors on Windows put a byte order mark in front.
     encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
     return io.TextIOWrapper(data, encoding, newline="")
+
+
+def _zstandard(file: Path) -> IO[bytes]:
+    try:
+        import pyarrow  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise ImportError(f'{file}: reading .zst needs pyarrow. Run: pip install "lightning-lora[parquet]"') from None
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
 
 
 def _jsonl(file: Path, bad: BadRows) -> Iterator[Record]:
@@ -207,10 +229,9 @@ def _csv(file: Path, bad: BadRows) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)
     with _open(file) as lines:
         header = lines.readline()
-        lines.seek(0)
         # What separates the names in the header separates the values too.
         delimiter = max(",;\t", key=header.count)
-        reader = csv.DictReader(lines, strict=True, delimiter=delimiter)
+        reader = csv.DictReader(chain([header], lines), strict=True, delimiter=delimiter)
         names = list(reader.fieldnames or [])
         if len(set(names)) < len(names) or not all(names):
             raise ValueError(

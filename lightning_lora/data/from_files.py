@@ -9,12 +9,10 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lightning_lora.data.files import read_records
+from lightning_lora.data.files import Paths, read_records
 from lightning_lora.data.keys import is_empty
 from lightning_lora.data.record import BadRows, Record
 from lightning_lora.data.resumable import EpochSampler, ResumableDataLoader
-
-Paths = str | list[str]
 
 _NAMED = 5  # rejected rows that are named, and those that something is said of
 
@@ -47,8 +45,9 @@ class FileData(L.LightningDataModule):
 
     Args:
         path: A file, a folder, a pattern such as ``data/*.jsonl``, ``hf:<id>`` for a data set of the hub,
-            ``shipped:<name>`` for a file that comes with the recipes, or a list of these. See
-            :func:`~lightning_lora.data.files.read_records`.
+            ``shipped:<name>`` for a file that comes with the recipes, a list of these, or these with weights, such as
+            ``{a.jsonl: 2, b.jsonl: 0.5}``: how often each row is learned in an epoch, where half of a time is half of
+            the rows. See :func:`~lightning_lora.data.files.read_records`.
         val_path: The same to validate and test on. Default ``None``: rows of ``path``.
         val_fraction: Share of the rows of ``path`` held out where there is no ``val_path``, from 0 (none) to below 1.
             Which ones, the content of each row and ``seed`` say: rows that are added move none of the others, and equal
@@ -192,7 +191,8 @@ class FileData(L.LightningDataModule):
         train_rows = self._rows(train, self.path, "training")
         self.val_rows = self._rows(held_out, self.val_path or self.path, "validation") if held_out else []
         self.train_rows = train_rows
-        self._learned = {"rows": len(train), "content": _digest(repr([row.share for row in train]).encode())}
+        content = repr([(row.share, row.record.weight) for row in train]).encode()
+        self._learned = {"rows": len(train), "content": _digest(content)}
 
     def _seen(self, records: Iterable[Record]) -> Iterator[Record]:
         for record in records:
@@ -204,7 +204,7 @@ class FileData(L.LightningDataModule):
         found = found._replace(remarks={*found.remarks, *(each for row in found.rows for each in self.remarks(row))})
         key = str(self.seed).encode() + self.content(record, found.unused)
         # Its fields are no longer needed but for questions.
-        return _Row(record if stage == "predict" else Record(record.where, {}), found, _digest(key) / 2**64)
+        return _Row(record if stage == "predict" else record._replace(fields={}), found, _digest(key) / 2**64)
 
     def _split(self, rows: list["_Row"]) -> tuple[list["_Row"], list["_Row"]]:
         """Rows to train on and to validate on: a side is told by the content of a row and the seed alone."""
@@ -241,6 +241,9 @@ class FileData(L.LightningDataModule):
         if unused:
             names = ", ".join(map(repr, sorted(unused)))
             rank_zero_info(f"Left out the fields {names}, which {purpose} does not use.")
+        if purpose == "training" and any(row.record.weight != 1 for row in read):
+            kept = [row.found for row in read for _ in range(row.times) if row.found.rows]
+            rank_zero_info(f"By their weights, {len(kept)} are learned in an epoch.")
         if not kept:
             raise ValueError(
                 f"{_named(path)}: no row for {purpose} is left, as it says above. Raise max_length, set overlong to "
@@ -295,6 +298,12 @@ class _Row(NamedTuple):
     record: Record
     found: Encoded
     share: float
+
+    @property
+    def times(self) -> int:
+        """How often it is learned in an epoch."""
+        # Digits of the content's number that say nothing of the side that the row is on.
+        return int(self.record.weight) + (self.share * 2**20 % 1 < self.record.weight % 1)
 
 
 def _digest(content: bytes) -> int:

@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lightning_lora.data.from_files import Encoded, FileData, Paths
+from lightning_lora.data.files import Paths
+from lightning_lora.data.from_files import Encoded, FileData
 from lightning_lora.data.labels import agreed_labels
 from lightning_lora.data.record import BadRows, Record
 from lightning_lora.pretrained import resolve

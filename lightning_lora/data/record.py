@@ -15,11 +15,13 @@ class Record(NamedTuple):
         where: File and line (in Parquet: row), for messages.
         fields: The row's values by field name.
         names: Names that fields have in the file, where a setting renames them.
+        weight: How often it is learned in an epoch.
     """
 
     where: str
     fields: dict[str, Any]
     names: dict[str, str] = {}
+    weight: float = 1.0
 
     def text(self, field: str) -> str:
         """The value of a field that must be a string which is not blank.
@@ -50,7 +52,7 @@ class Record(NamedTuple):
             return self
         others = {name: value for name, value in self.fields.items() if name not in fields.values()}
         mine = {name: self.fields[given] for name, given in fields.items() if given in self.fields}
-        return Record(self.where, {**others, **mine}, dict(fields))
+        return self._replace(fields={**others, **mine}, names=dict(fields))
 
 
 class BadRows:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_lora.data.conversation import IGNORED
-from lightning_lora.data.from_files import Encoded, Paths
+from lightning_lora.data.files import Paths
+from lightning_lora.data.from_files import Encoded
 from lightning_lora.data.keys import unused_keys
 from lightning_lora.data.record import Record
 from lightning_lora.data.texts import TextData

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_lora.data.chat_template import MessageError, special_tokens
 from lightning_lora.data.conversation import IGNORED, Row, encode_question
-from lightning_lora.data.from_files import FileData, Paths
+from lightning_lora.data.files import Paths
+from lightning_lora.data.from_files import FileData
 from lightning_lora.data.messages import Conversation, Message, read_question
 from lightning_lora.data.record import Record
 from lightning_lora.pretrained import load_tokenizer

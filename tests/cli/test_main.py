@@ -120,6 +120,7 @@ def test_a_file_of_ones_own_goes_before_a_recipe_of_that_name(
     text = (RECIPES / "quickstart.yaml").read_text()
     Path("quickstart.yaml").write_text(text.replace("lr: 1.5e-3", "lr: 0.25"))
     assert printed(capsys, "fit", "--config=quickstart.yaml")["model"]["init_args"]["lr"] == 0.25
+    Path("quickstart").mkdir()  # which is no file
     assert printed(capsys, "fit", "--config=quickstart")["model"]["init_args"]["lr"] == 1.5e-3
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import builtins
 import gzip
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,32 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 def test_kinds_of_files(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
     assert [record.fields for record in read(str(tmp_path / name))] == ROWS
+
+
+def test_zstandard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    texts = {"a.jsonl.zst": LINES, "b.csv.zst": "x,y\n1,é\n2,b\n", "c.json.zst": json.dumps(ROWS)}
+    for name, text in texts.items():
+        with pyarrow.output_stream(str(tmp_path / name), compression="zstd") as file:
+            file.write(text.encode())
+        assert [record.fields for record in read(str(tmp_path / name))] == ROWS
+    whole = (tmp_path / "a.jsonl.zst").read_bytes()
+    for broken in (whole[:-9], b"x" * 20):
+        (tmp_path / "broken.jsonl.zst").write_bytes(broken)
+        with pytest.raises(ValueError, match=r"broken\.jsonl\.zst: found no whole zstandard file"):
+            read(str(tmp_path / "broken.jsonl.zst"))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"a\.jsonl\.zst: reading \.zst needs pyarrow. Run: pip install"):
+        read(str(tmp_path / "a.jsonl.zst"))
+
+
+def test_files_have_weights(tmp_path: Path) -> None:
+    one, other = write(tmp_path, "b.jsonl", '{"x": 1}'), write(tmp_path, "a.csv", "x\n2")
+    records = list(read_records({str(tmp_path / "*.jsonl"): 2.5, other: 1}))
+    assert [(record.fields["x"], record.weight) for record in records] == [(1, 2.5), ("2", 1)]
+    for weight in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"Found the weight {weight} of .*b\.jsonl', expected a positive number"):
+            read_records({one: weight})
 
 
 def test_arrays_name_lines(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,19 @@ def test_rows_on_both_sides_are_counted(tmp_path: Path, checkpoint: str) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(PromptCompletionData, train, checkpoint, val_path=write(tmp_path, pairs([77]), "other.jsonl"))
+
+
+def test_rows_are_learned_as_often_as_their_weight_says(tmp_path: Path, checkpoint: str) -> None:
+    twice = write(tmp_path, pairs(list(range(100))), "a.jsonl")
+    half = write(tmp_path, pairs(list(range(200, 700))), "b.jsonl")
+    data: Any = PromptCompletionData({twice: 2, half: 0.5}, checkpoint, val_fraction=0.2)
+    data.setup("fit")
+    found = Counter(data.tokenizer.decode(row["input_ids"]) for row in data.train_rows)
+    counts = Counter(found.values())
+    assert 60 < counts[2] < 95 and 160 < counts[1] < 240 and counts.keys() == {1, 2}
+    assert 80 < len(data.val_rows) < 160  # each once
+    one, other = sides([twice, half], checkpoint, val_fraction=0.2)
+    assert found.keys() <= one and len(other) == len(data.val_rows)
 
 
 def test_resuming_on_other_rows_is_said(tmp_path: Path, checkpoint: str) -> None:

@@ -1,16 +1,27 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from helpers.texts import word_checkpoint
+from helpers.texts import word_checkpoint, word_model
 
 from lightning_lora import BaseAsReference, LoRA
 from lightning_lora.data import PreferenceData
 from lightning_lora.tasks import DPO
+from lightning_lora.tasks.preference_losses import LOSSES, Answers, PreferenceLoss
+
+PAIRS: list[dict[str, Any]] = [
+    {"prompt": "w1", "chosen": "w2 w3", "rejected": "w4"},
+    {"prompt": "w5 w6", "chosen": "w7", "rejected": "w8 w9 w10"},
+    {"prompt": "w11", "chosen": "w12 w13", "rejected": "w14 w15"},
+]
 
 
 def write(folder: Path, rows: list[dict[str, object]]) -> str:
@@ -82,6 +93,100 @@ def test_loss_is_that_of_the_paper(tmp_path: Path, path: str) -> None:
     module.reference = nullcontext
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     torch.testing.assert_close(module._loss(batch, "val_loss", False), torch.tensor(2.0).log())
+
+
+NEEDS_REFERENCE = ("dpo", "ipo", "kto")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_is_that_of_its_paper(loss: PreferenceLoss, tmp_path: Path) -> None:
+    """On a batch of three pairs, each answer of which goes through the model by itself, in float64."""
+    module = DPO(word_checkpoint(tmp_path / "model"), loss=loss, gamma=0.7, dtype="float64")
+    module.configure_model()
+    data = PreferenceData(write(tmp_path, PAIRS), str(tmp_path / "model"), val_fraction=0)
+    data.setup("fit")
+    batch = data.collate(data.train_rows or [])
+    base = word_model().double().eval()
+    trained = word_model().double().eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    module.model = trained
+
+    @contextmanager
+    def reference() -> Iterator[None]:
+        module.model = base
+        yield
+        module.model = trained
+
+    if loss in NEEDS_REFERENCE:
+        module.reference = reference
+    logged: dict[str, float] = {}
+    module.log = lambda name, value, **_: logged.__setitem__(name, float(value))  # type: ignore
+    found = module.eval()._loss(batch, "val_loss", False)
+
+    def log_probabilities(model: Any, question: str, answer: str) -> list[float]:
+        asked, ids = (data.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (question, answer))
+        scores = model(torch.tensor([asked + ids])).logits[0].log_softmax(-1)
+        return [float(scores[len(asked) + i - 1, token]) for i, token in enumerate(ids)]
+
+    def both(question: Any, answer: Any) -> tuple[list[float], float]:
+        parts = f"<s> user {question} </s> <s> assistant", f"{answer} </s>"
+        mine = log_probabilities(trained, *parts)
+        return mine, sum(mine) - sum(log_probabilities(base, *parts))
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    rows = [(pair["prompt"], pair[side]) for side in ("chosen", "rejected") for pair in PAIRS]
+    zero = max(0.0, sum(both(question, rows[i - 1][1])[1] for i, (question, _) in enumerate(rows)) / len(rows))
+    assert zero > 0  # so that KTO's reference point counts
+    losses, margins = [], []
+    for pair in PAIRS:
+        (won, gain_w), (lost, gain_l) = (both(pair["prompt"], pair[side]) for side in ("chosen", "rejected"))
+        mean_w, mean_l = sum(won) / len(won), sum(lost) / len(lost)
+        odds_w, odds_l = (math.exp(mean) / (1 - math.exp(mean)) for mean in (mean_w, mean_l))
+        losses.append(
+            {
+                "dpo": -math.log(sigmoid(0.1 * gain_w - 0.1 * gain_l)),
+                "ipo": (gain_w - gain_l - 1 / (2 * 0.1)) ** 2,
+                "kto": ((1 - sigmoid(0.1 * (gain_w - zero))) + (1 - sigmoid(0.1 * (zero - gain_l)))) / 2,
+                "orpo": -mean_w - 0.1 * math.log(sigmoid(math.log(odds_w / odds_l))),
+                "simpo": -math.log(sigmoid(2 * mean_w - 2 * mean_l - 0.7)),
+            }[loss]
+        )
+        gained = gain_w - gain_l if loss in NEEDS_REFERENCE else mean_w - mean_l
+        margins.append((2 if loss == "simpo" else 0.1) * gained)
+    assert float(found) == pytest.approx(sum(losses) / 3, rel=1e-9)
+    assert logged["val_margin"] == pytest.approx(sum(margins) / 3, rel=1e-9)
+    assert logged["val_accuracy"] == pytest.approx(sum(margin > 0 for margin in margins) / 3)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_tells_answers_apart(loss: PreferenceLoss, tmp_path: Path, path: str) -> None:
+    checkpoint = word_checkpoint(tmp_path / "model")
+    callbacks = [LoRA(r=4, summary=False), *([BaseAsReference()] if loss in NEEDS_REFERENCE else [])]
+    run = trainer(tmp_path, callbacks, max_epochs=3)
+    run.fit(DPO(checkpoint, loss=loss, lr=1e-2), PreferenceData(path, checkpoint, batch_size=6))
+    assert run.callback_metrics["val_accuracy"] == 1 and run.callback_metrics["val_margin"] > 0
+
+
+def test_a_sure_answer_has_a_finite_loss() -> None:
+    """Where the probability of an answer rounds to one, its odds do not."""
+    policy = torch.tensor([0.0, -3.0], requires_grad=True)
+    answers = Answers(policy, torch.ones(2), torch.zeros(2), torch.zeros(()))
+    loss, _ = LOSSES["orpo"].compute(answers, 0.1, 0.0)
+    loss.sum().backward()
+    assert loss.isfinite().all() and policy.grad is not None and policy.grad.isfinite().all()
+
+
+def test_kto_needs_another_question(tmp_path: Path, path: str) -> None:
+    checkpoint = word_checkpoint(tmp_path / "model")
+    module, data = DPO(checkpoint, loss="kto"), PreferenceData(path, checkpoint, batch_size=1)
+    with pytest.raises(ValueError, match="Found loss='kto' and batch_size=1, expected two pairs or more"):
+        trainer(tmp_path, [LoRA(r=2, summary=False), BaseAsReference()]).fit(module, data)
+    with pytest.raises(ValueError, match="Found loss='ppo', expected one of dpo, ipo, kto, orpo, simpo"):
+        DPO(checkpoint, loss="ppo")  # type: ignore[arg-type]
 
 
 def test_without_a_reference(tmp_path: Path, path: str) -> None:
