@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
                 merge="last",
                 export_dir=Path(folder) if "export" in what else None,
                 summary=False,
+                verify=False,  # which maps the files that were written, and the profiler takes that for memory
             )
             trainer = L.Trainer(
                 accelerator=args.device,

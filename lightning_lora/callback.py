@@ -1,7 +1,6 @@
 """``LoRA``: the life of a run, hook by hook, in the order in which Lightning calls them."""
 
 import dataclasses
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.formats.merged import ADAPTER_DIR, MERGED_DIR, save_merged
-from lightning_lora.formats.model_card import add_to_card, facts_of
+from lightning_lora.formats.merged import ADAPTER_DIR
+from lightning_lora.formats.model_card import facts_of
 from lightning_lora.formats.open_file import path_or_url
 from lightning_lora.formats.peft import load_adapter, read_adapter, write_adapter
 from lightning_lora.model.base_dtype import cast_base
@@ -25,8 +24,7 @@ from lightning_lora.model.fingerprint import fingerprint
 from lightning_lora.model.freeze import freeze_norms
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge
-from lightning_lora.model.peft_wrapped import merged_base, wrapped_models
-from lightning_lora.model.quantization import is_quantized
+from lightning_lora.model.peft_wrapped import wrapped_models
 from lightning_lora.model.record import Injection, adopt, injections, injections_of
 from lightning_lora.model.removed import MERGED, REMOVED, forget_removed, how_merged, removed_injections
 from lightning_lora.model.summary import print_summary
@@ -42,6 +40,7 @@ from lightning_lora.trainer import (
     weight_averaging,
 )
 from lightning_lora.trainer.best_checkpoint import load_best, require_best
+from lightning_lora.trainer.end_of_fit import export_merged, merge_in_memory
 from lightning_lora.trainer.eva_calibration import calibrate_eva
 from lightning_lora.trainer.finite_steps import ON_NAN, FiniteSteps
 from lightning_lora.trainer.frozen_parameters import drop_frozen
@@ -336,30 +335,19 @@ class LoRA(Callback):
             load_best(trainer, pl_module)
         # Where processes share the model, all of them take part in gathering it.
         takes_part = trainer.is_global_zero or is_sharded(pl_module)
-        exporting = [cb for cb in callbacks if cb.export_dir is not None and takes_part]
+        exporting = [(cb, cb.export_dir) for cb in callbacks if cb.export_dir is not None and takes_part]
         if moved and exporting:
             rank_zero_warn(
                 f"{ADAPTER_DIR}/ is not exported, since it could not be opened on the base: {moved[0]!r} has changed."
             )
-        for callback in [] if moved else exporting:
-            callback._export_adapter(trainer, pl_module)
+        for cb, directory in [] if moved else exporting:
+            write_adapter(cb._injection(cb._root(pl_module)), directory / ADAPTER_DIR, facts_of(trainer))
         if self._probe is not None:
             self._probe.look()
         if self.merge is not None:
-            if all(injection.peft is not None for injection in injections(pl_module)):
-                rank_zero_info(
-                    "The adapters are PEFT's and stay at work in its layers, so that nothing is merged in memory: "
-                    "PEFT's merge_and_unload() does so. merged/ holds the merged model."
-                )
-            elif is_quantized(pl_module):
-                rank_zero_info(
-                    "The base is quantized, so that a merged model would be several times larger: the adapter stays at "
-                    "work in memory, and merged/ is written layer by layer. eject(model, merge=True) merges it here."
-                )
-            else:
-                eject(pl_module, merge=True)
-            for callback in exporting:
-                callback._export_merged(trainer, pl_module, self._probe)
+            merge_in_memory(pl_module)
+            for cb, directory in exporting:
+                export_merged(trainer, cb._root(pl_module), directory, self._probe, cb.verify)
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -428,23 +416,6 @@ class LoRA(Callback):
                 watch.stop()
         self._gradients = self._base = self._reads = self._finite = self._probe = None
         gradient_checks.disable_through_checkpointing(pl_module)
-
-    def _export_adapter(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        assert self.export_dir is not None
-        root = self._root(pl_module)
-        write_adapter(self._injection(root), self.export_dir / ADAPTER_DIR, facts_of(trainer))
-
-    def _export_merged(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", probe: MergeProbe | None) -> None:
-        assert self.export_dir is not None
-        tokenizer = getattr(pl_module, "tokenizer", getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
-        root = self._root(pl_module)
-        injection = next((found for found in injections(root) if self._is_mine(found)), None)  # none, if it is merged
-        with merged_base(injection.root) if injection and injection.peft is not None else nullcontext(root) as merged:
-            apart = probe.difference() if probe is not None and not is_quantized(root) else None
-            save_merged(merged, self.export_dir / MERGED_DIR, tokenizer, verify=self.verify)
-        if apart is not None:
-            add_to_card(self.export_dir / ADAPTER_DIR, {"merged outputs apart": f"{apart:.1e}"})
-        rank_zero_info(f"Exported the adapter and the merged model to {self.export_dir}")
 
     def _injection(self, root: nn.Module) -> Injection:
         return next(found for found in (*injections_of(root), *injections(root)) if self._is_mine(found))

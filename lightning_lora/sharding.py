@@ -329,7 +329,7 @@ def swap_parameters(module: nn.Module, name: str, other: Tensor) -> Tensor:
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     owner_name, _, attribute = name.rpartition(".")
-    return module.get_submodule(owner_name), attribute
+    return module.get_submodule(owner_name) if owner_name else module, attribute  # TorchScript's cannot be asked
 
 
 @contextmanager
