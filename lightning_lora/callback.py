@@ -342,7 +342,7 @@ class LoRA(Callback):
             )
         for cb, directory in [] if moved else exporting:
             write_adapter(cb._injection(cb._root(pl_module)), directory / ADAPTER_DIR, facts_of(trainer))
-        if self._probe is not None:
+        if self._probe is not None and exporting:
             self._probe.look()
         if self.merge is not None:
             merge_in_memory(pl_module)

@@ -28,7 +28,8 @@ class MaxUpdateNorm(Callback):
 
     Raises:
         ValueError: If ``max_norm`` is not positive, or, when ``fit`` starts, if an adapter's update is no product of
-            two matrices (DoRA, VeRA, token rows) or starts at a part of the weight (PiSSA, OLoRA, LoftQ).
+            two matrices (DoRA, VeRA, token rows) or starts at a part of the weight (PiSSA, OLoRA, LoftQ), or if there
+            is no adapter of this package.
     """
 
     def __init__(self, max_norm: float) -> None:
@@ -54,6 +55,11 @@ class MaxUpdateNorm(Callback):
                 f"MaxUpdateNorm cannot scale the updates of {listed(others)}: they are not B A alone (DoRA, VeRA and "
                 "token rows), or start at a part of the weight (PiSSA, OLoRA, LoftQ). Take out the callback, or train "
                 "these layers otherwise."
+            )
+        if not self._adapters:
+            raise ValueError(
+                "MaxUpdateNorm found no adapter of this package to limit. Put LoRA(...) beside it, on a model without "
+                "PEFT's adapters."
             )
 
         self._hooks = [hook for each in trainer.optimizers for hook in step_hooks(each, after=self._scale_back)]

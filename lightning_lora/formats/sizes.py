@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # of which torch 2.13 has no public name
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.formats.peft_files import OF_LAYER, PREFIX
 from lightning_lora.fqn import clean_fqn, listed
 from lightning_lora.layers import LoraParameters
+from lightning_lora.layers.seal import wraps_tensors
 from lightning_lora.model.finite import DTYPES, not_finite
 from lightning_lora.model.state_dict import CheckpointError
 from lightning_lora.model.targets import find_modules_to_save, find_targets, parameters_in
@@ -118,7 +118,7 @@ def require_finite(tensors: Mapping[str, Any], source: str, done: str = "Nothing
             name: tensor
             for name, tensor in tensors.items()
             if isinstance(tensor, Tensor)
-            and (isinstance(tensor, DTensor) or not is_traceable_wrapper_subclass(tensor))
+            and (isinstance(tensor, DTensor) or not wraps_tensors(tensor))
             and tensor.layout is torch.strided
             and tensor.dtype in DTYPES
             and not tensor.is_meta

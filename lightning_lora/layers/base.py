@@ -10,7 +10,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # of which torch 2.13 has no public name
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import base_modules
@@ -18,7 +17,7 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.functional import add_low_rank_by_sample
 from lightning_lora.layers.offloading import Shown, onloaded, swap_offloaded
 from lightning_lora.layers.quantized import storage_of
-from lightning_lora.layers.seal import Seal
+from lightning_lora.layers.seal import Seal, wraps_tensors
 from lightning_lora.sharding import local_tensor, shard_of, swap_parameters, unsharded, unwrap_fsdp
 
 
@@ -411,7 +410,7 @@ def unreadable_reason(target: Target) -> str | None:
 
 def _is_readable(parameter: Tensor) -> bool:
     """Whether the values of a parameter are in it as they are, which they are not in packed and quantized ones."""
-    is_foreign = is_traceable_wrapper_subclass(parameter) and not type(parameter).__module__.startswith("torch.")
+    is_foreign = wraps_tensors(parameter) and not type(parameter).__module__.startswith("torch.")
     return not is_foreign and (parameter.is_floating_point() or parameter.is_complex())
 
 

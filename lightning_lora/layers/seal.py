@@ -29,6 +29,11 @@ class Seal:
         return checksum(tensor) == self._checksum
 
 
+def wraps_tensors(tensor: Tensor) -> bool:
+    """Whether a tensor is made of others, as a ``DTensor`` and quantized ones are."""
+    return is_traceable_wrapper_subclass(tensor)
+
+
 def writes(tensor: Tensor) -> int:
     """How often torch has counted a write to a tensor; not counted are those through ``.data``."""
     # torch has no public name for it, and tensors made in inference mode have none.

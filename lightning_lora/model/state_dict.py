@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # of which torch 2.13 has no public name
 
 from lightning_lora.fqn import clean_fqn, listed
+from lightning_lora.layers.seal import wraps_tensors
 from lightning_lora.model.finite import DTYPES
 from lightning_lora.model.record import adapted_layers, named_injections, roots_of
 from lightning_lora.model.targets import modules_by_name
@@ -99,8 +99,7 @@ def scatter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 def adapter_only(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out of a full state dict of ``model`` what the adapters' injections hold frozen."""
-    owners = _owners(model)
-    return {name: value for name, value in state_dict.items() if owners.keep(clean_fqn(name), value)}
+    return _owners(model).kept_in(state_dict)
 
 
 def adapter_whole(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +107,8 @@ def adapter_whole(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, 
 
     A state dict may have other names, by hooks of the model or where its methods are overridden.
     """
-    return {**_owners(model).adapters_in(state_dict), **adapter_only(model, state_dict)}
+    owners = _owners(model)
+    return {**owners.adapters_in(state_dict), **owners.kept_in(state_dict)}
 
 
 def saved_names(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -161,6 +161,10 @@ class _Owners:
         there = {_place(tensors[clean_fqn(name)]) for name in found}
         return found | {name: tensor for name, tensor in tensors.items() if _place(tensor) not in there}
 
+    def kept_in(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint holds of a state dict."""
+        return {name: value for name, value in state_dict.items() if self.keep(clean_fqn(name), value)}
+
     def keep(self, name: str, value: Any = None) -> bool:
         """Whether a checkpoint holds an entry. What modules store beside tensors goes by the module."""
         if name in self.adapters:
@@ -172,7 +176,7 @@ class _Owners:
 
 def _place(tensor: Tensor) -> tuple[Any, ...] | None:
     """Where a tensor's values are, ``None`` if that cannot be told."""
-    if tensor.is_nested or tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+    if tensor.is_nested or tensor.layout is not torch.strided or wraps_tensors(tensor):
         return None
     return (tensor.device, tensor.data_ptr(), tensor.shape) if tensor.numel() and not tensor.is_meta else None
 

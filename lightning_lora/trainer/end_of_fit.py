@@ -51,7 +51,7 @@ def export_merged(
     tokenizer = getattr(module, "tokenizer", getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
     wrapped = [injection.root for injection in injections(root) if injection.peft is not None]
     with merged_base(wrapped[0]) if wrapped else nullcontext(root) as merged:
-        apart = probe.difference() if probe is not None and not is_quantized(root) else None
+        apart = probe.difference() if probe is not None else None
         save_merged(merged, directory / MERGED_DIR, tokenizer, verify=verify)
     if apart is not None:
         add_to_card(directory / ADAPTER_DIR, {"merged outputs apart": f"{apart:.1e}"})

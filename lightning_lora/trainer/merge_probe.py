@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map  # of which torch 2.13 has
 from lightning_lora.compiled import is_compiled
 from lightning_lora.eval_mode import evaluating
 from lightning_lora.layers import LoraLayer
+from lightning_lora.model.quantization import is_quantized
 from lightning_lora.model.record import common_module, named_injections
 from lightning_lora.sharding import is_sharded
 
@@ -26,15 +27,15 @@ class MergeProbe:
     """Keeps what the adapted model was first called with, and compares what it computes before and after a merge.
 
     The outermost module around all adapters that is called is looked at, in eval mode and with the first sample.
-    Models that processes share, that are compiled, or too large for a CPU, are left out, and so are inputs that are
-    more than tensors and plain values.
+    Models that processes share, that are compiled, quantized (which are not merged in memory), or too large for a CPU,
+    are left out, and so are inputs that are more than tensors and plain values.
     """
 
     def __init__(self, pl_module: "pl.LightningModule") -> None:
         self._module: nn.Module | None = None
         self._inputs: Any = None
         self._before: list[Tensor] = []
-        skipped = is_sharded(pl_module) or any(map(is_compiled, pl_module.modules()))
+        skipped = is_sharded(pl_module) or is_quantized(pl_module) or any(map(is_compiled, pl_module.modules()))
         modules = [] if skipped else _holders(pl_module)
         self._hooks = [module.register_forward_pre_hook(self._keep, with_kwargs=True) for module in modules]
 

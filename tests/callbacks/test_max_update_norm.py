@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import peft
 import pytest
 import torch
 from helpers import toys
@@ -12,6 +13,7 @@ from helpers.distributed.processes import run_processes
 from helpers.toys import Toy, loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from lightning_lora import LoRA, LoraConfig, inject
 from lightning_lora.callbacks import MaxUpdateNorm
@@ -90,6 +92,15 @@ def test_a_run_stays_below(tmp_path: Path) -> None:
 def test_what_is_no_product_is_named_before_a_step(variant: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot scale the updates of '?net\.\d.*DoRA, VeRA"):
         fit(tmp_path, [MaxUpdateNorm(1.0)], **variant)
+
+
+def test_no_adapter_is_an_error_and_not_a_limit_of_nothing(tmp_path: Path) -> None:
+    wrapped = Toy()
+    wrapped.net[0] = peft.get_peft_model(nn.Sequential(wrapped.net[0]), peft.LoraConfig(target_modules=["0"]))
+    for model, callbacks in ((Toy(), []), (wrapped, [LoRA(merge=None, summary=False)])):
+        trainer = toys.trainer(tmp_path, [*callbacks, MaxUpdateNorm(1.0)], enable_checkpointing=False)
+        with pytest.raises(ValueError, match="no adapter of this package"):
+            trainer.fit(model, loader())
 
 
 @pytest.mark.parametrize("max_norm", [0, -1.0, float("nan")])
