@@ -62,6 +62,7 @@ ELSEWHERE = {
         "test_an_architecture"
     ),
     "python -m benchmarks.saving": "benchmarks/results/saving.json",
+    "python -m benchmarks.data": "benchmarks/results/data.json",
 }
 
 
