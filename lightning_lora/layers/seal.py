@@ -34,7 +34,6 @@ class Seal:
             return Seal, (tensor,)  # whose copy has another count of writes, and may be cast
         return _broken, (self._dtype, self._checksum)
 
-
     def fits(self, tensor: Tensor) -> bool:
         """Whether a tensor has the sealed values; after a cast, whether it was changed by autograd's count."""
         if tensor.dtype != self._dtype:
