@@ -433,8 +433,9 @@ class LongLifetime(Lifetime):
     def fit(self) -> None:
         (name,) = self.settings
         set_adapter(self.model, [name])
-        if not self.model(self.x).requires_grad:
-            return  # no adapted block has a place in the order
+        out = self.model(self.x)
+        if not out.requires_grad or out.detach().abs().max() > 1e3:
+            return  # no adapted block has a place in the order, or steps of this size diverge
         lora = LoRA(config=self.settings[name], module="network", adapter_name=name, merge=None, summary=False)
         trainer = Trainer(
             accelerator="cpu", max_steps=1, callbacks=[lora], logger=False, precision="64-true",
