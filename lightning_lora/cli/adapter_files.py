@@ -19,6 +19,8 @@ _DESCRIPTIONS = {
     "amplifies what it adds to.",
     "resize": "Write an adapter at smaller ranks: of each layer's update, the best approximation. Says how far it is.",
     "extract": "Make an adapter of what a full fine-tune has changed in linear layers, and say what it leaves out.",
+    "push": "Upload an exported adapter or merged model to the Hugging Face Hub, in one commit. It needs a token: run "
+    "`hf auth login`, or set HF_TOKEN.",
     "diff": "Compare two saved adapters: settings, layers and weights. Ends with 0 if they are the same, else with 1.",
 }
 _SERVERS = ("vllm", "sglang", "llama.cpp", "transformers", "diffusers")
@@ -51,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "extract":
             command.add_argument("adapter", metavar="BASE", help="the model before: a hub id or a directory")
             command.add_argument("tuned", metavar="TUNED", help="the fine-tuned one: a hub id or a directory")
+        elif name == "push":
+            command.add_argument("folder", type=Path, metavar="FOLDER", help="the directory that was written")
+            command.add_argument("repo_id", metavar="REPO_ID", help="owner/name; made if it is not there")
+            command.add_argument("--private", action="store_true", help="whether the repository is to be private")
         else:
             command.add_argument("adapter", type=Path, metavar="ADAPTER", help=what)
     for name in ("resize", "extract"):

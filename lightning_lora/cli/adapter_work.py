@@ -12,6 +12,7 @@ from lightning_lora.cli.new_adapters import extract, resize
 from lightning_lora.cli.terminal import console, printable, steps
 from lightning_lora.formats.diffusers_adapter import save_diffusers_adapter, save_kohya_adapter
 from lightning_lora.formats.gguf_adapter import save_gguf_adapter
+from lightning_lora.formats.hub import push_to_hub
 from lightning_lora.formats.merged import save_merged
 from lightning_lora.formats.peft import not_portable_of, save_adapter
 from lightning_lora.formats.peft_files import read_files
@@ -41,6 +42,7 @@ def run(given: argparse.Namespace) -> int:
         "check": _check,
         "resize": resize,
         "extract": extract,
+        "push": _push,
     }
     try:
         return commands[given.command](given)
@@ -161,6 +163,11 @@ def _check(given: argparse.Namespace) -> int:
     else:
         print(f"{given.server} serves it as it was trained.")
     return int(bool(problems))
+
+
+def _push(given: argparse.Namespace) -> int:
+    print(f"Uploaded: {push_to_hub(given.folder, given.repo_id, private=given.private or None)}")
+    return 0
 
 
 Factors = tuple[torch.Tensor, torch.Tensor]

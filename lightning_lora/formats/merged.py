@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
+from lightning_lora.formats.model_card import Run, has_own_card, write_merged_card
 from lightning_lora.formats.publish import whole_directory
 from lightning_lora.formats.verified import verify_merged
 from lightning_lora.layers import LoraLayer, MergedForm, dequantized
@@ -26,7 +27,7 @@ ADAPTER_DIR = "adapter"
 MERGED_DIR = "merged"
 _OTHER_FILE = "model.pt"  # where safetensors cannot hold what is to be stored
 # Of an earlier model, in other shards.
-_WEIGHT_FILES = ("model*.safetensors*", "diffusion_pytorch_model*", "model.pt", "pytorch_model*.bin*")
+WEIGHT_FILES = ("model*.safetensors*", "diffusion_pytorch_model*", "model.pt", "pytorch_model*.bin*")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -46,6 +47,7 @@ def save_merged(
     max_shard_size: str = "5GB",
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    run: Run | None = None,
 ) -> Path:
     """Write a merged model: one of transformers or diffusers for ``from_pretrained``, others as ``model.safetensors``.
 
@@ -67,6 +69,7 @@ def save_merged(
         dtype: Of the weights that were quantized. ``None`` is what they were before.
         verify: Whether the files are opened again before they take their place, and every tensor compared with the
             model; not, where tensors were merged or gathered one by one.
+        run: What the model's card says of the training run.
 
     Returns:
         The directory.
@@ -78,11 +81,19 @@ def save_merged(
     directory = Path(directory)
     if not is_writer(model):
         return _write(model, directory, tokenizer, max_shard_size, dtype)
-    with whole_directory(directory, _WEIGHT_FILES) as new:
+    with whole_directory(directory, WEIGHT_FILES) as new:
         _write(model, new, tokenizer, max_shard_size, dtype)
         if verify and not (_is_written_one_by_one(model) or (new / _OTHER_FILE).exists()):
             verify_merged(_one_inside(model), new)
+        if not has_own_card(directory):
+            _write_card(_one_inside(model), new, run)
     return directory
+
+
+def _write_card(model: nn.Module, directory: Path, run: Run | None) -> None:
+    library = "diffusers" if is_of_diffusers(model) else "transformers" if "" in models_with_files(model) else None
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    write_merged_card(directory, library, type(model).__name__, base, run)
 
 
 def _is_written_one_by_one(model: nn.Module) -> bool:

@@ -42,6 +42,11 @@ def _is_left_behind(path: Path, host: str) -> bool:
     return int(number) == os.getpid()
 
 
+def is_unfinished(directory: Path) -> bool:
+    """Whether a directory is not what a write has left that came to its end: a part, or one that has parts in it."""
+    return fnmatch(directory.resolve().name, ".*.partial") or any(directory.glob(".*.partial"))
+
+
 @contextmanager
 def whole_directory(directory: Path, stale: tuple[str, ...] = ()) -> Iterator[Path]:
     """Write the files of a directory so that it has all of them, or is as it was before.
