@@ -3,8 +3,8 @@
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from uuid import uuid4
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -60,7 +62,8 @@ def encode_in_folder(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder.parent)
-        part = Path(tempfile.mkdtemp(suffix=".part", prefix=f"{folder.name}.", dir=folder.parent))
+        part = folder.with_name(f"{folder.name}.{uuid4().hex}.part")
+        part.mkdir()
     except OSError as error:
         raise _unwritable(folder, error) from None
     collector = Collector(part)
@@ -84,6 +87,9 @@ def encode_in_folder(
 
 
 def _publish(part: Path, folder: Path) -> None:
+    for file in part.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())  # or a power cut could keep the new name without the content
     try:
         part.rename(folder)
     except OSError:
@@ -100,8 +106,11 @@ def _unwritable(folder: Path, error: OSError) -> OSError:
 
 def _remove_stale(parent: Path) -> None:
     for part in parent.glob("*.part"):
-        if all(time.time() - file.stat().st_mtime > _STALE for file in [part, *part.iterdir()]):
-            shutil.rmtree(part, ignore_errors=True)
+        try:
+            if all(time.time() - file.stat().st_mtime > _STALE for file in [part, *part.iterdir()]):
+                shutil.rmtree(part, ignore_errors=True)
+        except FileNotFoundError:  # another run has finished or removed it just now
+            continue
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -150,6 +159,16 @@ _encode: Encode
 def _start(encode: Encode) -> None:
     global _encode
     _encode = encode
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is killed, which could not tell it so."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _encode_chunk(records: list[Record]) -> Part:

@@ -205,28 +205,47 @@ class FileData(L.LightningDataModule):
 
     def encoded(self, bad: BadRows) -> list[EncodedRecords]:
         """The records of the files to train on, and of those to validate on if there are any."""
+        encoded = []
+        for path, own, records in self._sources():
+            folder, records = self._folder(path, records)
+            if folder is None:
+                encoded.append(encode_in_memory(records, self._look_at, own))
+            elif folder.is_dir():
+                found, own.errors = opened(folder)
+                encoded.append(found)
+                rank_zero_info(f"{_named(path)}: took the rows that were encoded before, in {folder}.")
+            else:
+                encoded.append(encode_in_folder(records, self._look_at, own, folder, _named(path)))
+            bad.errors += own.errors
+        return encoded
+
+    def encode_large_files(self) -> None:
+        """Encode the files whose rows are kept, where they are not kept yet.
+
+        Raises:
+            ValueError: If rows are bad and not to be skipped.
+        """
+        for path, own, records in self._sources():
+            folder, records = self._folder(path, records)
+            if folder is not None and not folder.is_dir():
+                encode_in_folder(records, self._look_at, own, folder, _named(path))
+
+    def _sources(self) -> list[tuple[Paths, BadRows, Iterator[Record]]]:
+        """The paths to train and to validate on, where to note their bad rows, and their records, not read yet."""
         # All files are looked for before the tokenizer is loaded.
-        files = [
+        sources = [
             (path, own := BadRows(self.on_error), self._seen(self.read(path, own)))
             for path in (self.path, self.val_path)
             if path is not None
         ]
         self.prepare()
-        encoded = [self._encode_file(*file) for file in files]
-        bad.errors += [error for _, own, _ in files for error in own.errors]
-        return encoded
+        return sources
 
-    def _encode_file(self, path: Paths, bad: BadRows, records: Iterator[Record]) -> EncodedRecords:
+    def _folder(self, path: Paths, records: Iterator[Record]) -> tuple[Path | None, Iterator[Record]]:
+        """Where the rows of records are kept if they are many, and all of the records."""
         first = list(islice(records, _MANY))
         name = self.cache_name(path) if len(first) == _MANY else None
-        if name is None:
-            return encode_in_memory(chain(first, records), self._look_at, bad)
-        folder = Path(self.cache_dir or default_cache()) / name
-        if folder.is_dir():
-            found, bad.errors = opened(folder)
-            rank_zero_info(f"{_named(path)}: took the rows of an earlier run, in {folder}.")
-            return found
-        return encode_in_folder(chain(first, records), self._look_at, bad, folder, _named(path))
+        return None if name is None else Path(self.cache_dir or default_cache()) / name, chain(first, records)
 
     def _seen(self, records: Iterable[Record]) -> Iterator[Record]:
         for record in records:

@@ -13,7 +13,7 @@ from lightning_lora.data.conversation import IGNORED, Row, encode_question
 from lightning_lora.data.files import Paths, data_files
 from lightning_lora.data.from_files import FileData
 from lightning_lora.data.messages import Conversation, Message, read_question
-from lightning_lora.data.record import BadRows, Record
+from lightning_lora.data.record import Record
 from lightning_lora.pretrained import load_tokenizer
 
 # Attributes that say nothing of how a record is encoded.
@@ -21,7 +21,7 @@ _OTHERS = frozenset(
     (
         *vars(L.LightningDataModule()),
         *("path", "val_path", "val_fraction", "predict_path", "on_error", "batch_size", "num_workers", "cache_dir"),
-        *("train_rows", "val_rows", "predict_rows", "tokenizer", "_learned"),
+        *("train_rows", "val_rows", "predict_rows", "highest_token", "longest_row", "tokenizer", "_learned"),
     )
 )
 
@@ -75,7 +75,7 @@ class TextData(FileData):
         """Encode the rows of large files before the processes of a machine, which share them, look for them."""
         trainer = self.trainer
         if trainer is not None and trainer.world_size > 1 and not (trainer.predicting and self.predict_path):
-            self.encoded(BadRows(self.on_error))
+            self.encode_large_files()
 
     def cache_name(self, path: Paths) -> str | None:
         """A name that files, tokenizer and settings give; ``None`` where a subclass has settings of another kind."""

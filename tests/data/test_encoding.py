@@ -6,7 +6,11 @@ import importlib
 import json
 import os
 import pickle
-from collections.abc import Callable
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from hypothesis import strategies as st
 
 from lightning_lora.data import ChatData, LabelledTextData, PreferenceData, Seq2SeqData, TaggedWordsData, from_files
 from lightning_lora.data.cache import cache_name
+from lightning_lora.data.encoded import Encoded, Outcome
 from lightning_lora.data.encoding import encode_in_folder
 from lightning_lora.data.from_files import FileData
 from lightning_lora.data.json_rows import ChosenRows, JsonRows, as_json
@@ -74,11 +79,11 @@ def test_many_rows_are_those_that_few_would_be(
         caplog.clear()
         with caplog.at_level("INFO"):
             data = set_up(make, path, checkpoint)
-        said = [message for message in caplog.messages if "of an earlier run" not in message]
+        said = [message for message in caplog.messages if "encoded before" not in message]
         rows = (data.train_rows[:], data.val_rows[:], data._learned, data.highest_token, data.longest_row)
         found.append((said, *rows))
         assert len(kept(checkpoint)) == (many == 1000)
-    assert found[0] == found[1] == found[2] and "of an earlier run" in caplog.text
+    assert found[0] == found[1] == found[2] and "encoded before" in caplog.text
 
 
 def test_what_rows_depend_on_is_never_met_by_older_ones(
@@ -197,6 +202,60 @@ def test_a_run_that_ends_early_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         encode_in_folder([Record("a", {})], stop, BadRows(), tmp_path / "cache" / "x", "a")
     assert [each.name for each in (tmp_path / "cache").iterdir()] == ["y.2.part"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lightning_lora.data.encoded import Encoded, Outcome
+from lightning_lora.data.encoding import encode_in_folder
+from lightning_lora.data.record import BadRows, Record
+
+mine = os.getpid()
+
+def encode(record):
+    if record.where == "900":
+        os.kill(mine, signal.SIGKILL)
+    return Outcome(record.where, 0.5, 1.0, Encoded([1]), [])
+
+encode_in_folder((Record(str(i), {}) for i in range(3000)), encode, BadRows(), Path(sys.argv[1]), "rows")
+"""
+
+
+def test_a_run_that_is_killed_leaves_no_rows_and_no_process(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "x"
+    # Which waits until all that have inherited the outputs have ended.
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(folder)], capture_output=True, timeout=60, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert [each.suffix for each in folder.parent.iterdir()] == [".part"]
+    found = encode_in_folder(
+        (Record(str(i), {}) for i in range(3000)),
+        lambda record: Outcome(record.where, 0.5, 1.0, Encoded([1]), []),
+        BadRows(),
+        folder,
+        "rows",
+    )
+    assert len(found) == len(found.rows) == 3000 and found.places[-1] == "2999"
+    # Whoever shares the folder can read them, as far as the mode of new files says.
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~mask
+
+
+def test_a_folder_that_another_run_finishes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose name changes while stale ones are looked for; and the faster run's rows are taken."""
+    folder = tmp_path / "x"
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [self / f"gone{pattern[1:]}"])
+
+    def encode(record: Record) -> Outcome:
+        return Outcome(record.where, 0.5, 1.0, Encoded([1]), [])
+
+    def records() -> Iterator[Record]:
+        if not folder.is_dir():
+            encode_in_folder([Record("fast", {})], encode, BadRows(), folder, "a")
+        yield Record("slow", {})
+
+    assert encode_in_folder(records(), encode, BadRows(), folder, "a").places[:] == ["fast"]
 
 
 def test_a_subclass_with_settings_of_its_own_is_not_kept(
