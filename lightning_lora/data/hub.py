@@ -47,7 +47,8 @@ def _load(path: str) -> Any:
     try:
         return load_dataset(name, configuration or None, split=split or "train")
     except (DatasetsError, OSError, ValueError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        cause = error.__cause__ or error  # of a file that datasets cannot read, it says no more itself
+        said = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
             f"Found path={path!r} and no way to such a data set ({said}), expected one of the hub, which needs a "
             "network the first time, or a folder with data files. Correct the id, the split or the configuration, or "
