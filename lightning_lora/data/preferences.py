@@ -1,9 +1,10 @@
-"""Pairs of a better and a worse answer to the same question."""
+"""Pairs of a better and a worse answer to the same question, or single answers that are marked as good or bad."""
 
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_lora.data.conversation import encode_answers
@@ -17,12 +18,15 @@ from lightning_lora.data.messages import (
     left_out,
     messages_in,
     question_in,
+    read_conversation,
     tools_in,
 )
 from lightning_lora.data.record import Record
 from lightning_lora.data.texts import LanguageModelData, in_row, remarks_on
 
 _REPEATED = "messages"  # UltraFeedback's, which repeat what was chosen
+_MARK = "label"
+_MARKS = {"true": True, "false": False, "1": True, "0": False}
 _TURN = re.compile(r"\s*(?:^|\n\n)(Human|Assistant): ?")
 
 
@@ -36,11 +40,24 @@ class PreferenceData(LanguageModelData):
     together, the oldest exchanges are left out of both, then answers lose their end. Pairs that are equal after that
     are dropped and counted.
 
+    For the loss ``kto``, a row may also be a conversation, in any layout of
+    :func:`~lightning_lora.data.messages.read_conversation`, with ``label``: whether its last answer is a good one, as
+    ``true`` or ``false``, or 1 or 0.
+
     The arguments are those of :class:`~lightning_lora.data.texts.LanguageModelData`.
     """
 
+    pairs_only = False  # whether the model that is trained learns from pairs alone
+
+    def prepare(self) -> None:
+        """Load the tokenizer, and find out what the model learns from."""
+        super().prepare()
+        self.pairs_only = self.of_model("takes_single_answers") is False
+
     def encode(self, record: Record) -> Encoded:
-        """The question with each of its two answers."""
+        """The question with each of its two answers, or with the one that is marked."""
+        if all(is_empty(record.fields.get(field)) for field in ("chosen", "rejected")) and _MARK in record.fields:
+            return self._encode_single(record)
         question, answers = _pair(record)
         try:
             rows, truncated = encode_answers(
@@ -56,6 +73,31 @@ class PreferenceData(LanguageModelData):
             remarks = [*remarks, "Both answers begin with the words of the question, which is learned in them"]
         return Encoded([] if rows is None else [rows], truncated, question.unused, remarks=remarks)
 
+    def _encode_single(self, record: Record) -> Encoded:
+        if self.pairs_only:
+            raise record.error(_MARK, "'chosen' and 'rejected', for only model.loss=kto learns from single answers")
+        desirable = _MARKS.get(str(record.fields[_MARK]).strip().lower())
+        if desirable is None:
+            raise record.error(_MARK, "true for a good answer or false for a bad one")
+        others = {field: value for field, value in record.fields.items() if field != _MARK}
+        found = read_conversation(record._replace(fields=others))
+        if found.messages[-1]["role"] != "assistant" or found.messages[-1].get("weight") == 0:
+            raise record.error(
+                found.fields[-1].partition("[")[0], "an answer at its end, which the label is for", "none"
+            )
+        *question, answer = found.messages
+        try:
+            rows, truncated = encode_answers(self.tokenizer, question, [answer], self.max_length, found.tools)
+        except ValueError as error:
+            raise in_row(record, found, error) from None
+        marked = [[{**row, "desirable": desirable} for row in rows]] if rows else []
+        return Encoded(marked, truncated, found.unused, remarks=remarks_on(self.tokenizer, found.messages))
+
+    def label(self, row: Any) -> str | None:
+        """Whether an answer without a pair is a good one."""
+        marks = {True: "desirable", False: "undesirable"}
+        return marks.get(row[0].get("desirable"))
+
     def token_ids(self, row: Any) -> Iterator[list[int]]:
         """Those of each answer with its question."""
         yield from (half["input_ids"] for half in row)
@@ -66,9 +108,14 @@ class PreferenceData(LanguageModelData):
             yield from super().learned(half)
 
     def collate(self, rows: list[Any]) -> dict[str, Tensor]:
-        """The chosen of all rows, then the rejected of all rows, padded on the right."""
-        both = [row[0] for row in rows] + [row[1] for row in rows]
-        return super().collate(both)
+        """The chosen of all rows, then the rejected of all rows, padded on the right.
+
+        Where a row has a single answer, all are single ones, with ``desirable`` of shape ``(answers,)``.
+        """
+        if all(len(row) == 2 for row in rows):
+            return super().collate([row[half] for half in (0, 1) for row in rows])
+        marks = [mark for row in rows for mark in ((True, False) if len(row) == 2 else (row[0]["desirable"],))]
+        return {**super().collate([answer for row in rows for answer in row]), "desirable": torch.tensor(marks)}
 
 
 def _pair(record: Record) -> tuple[Conversation, list[Message]]:
