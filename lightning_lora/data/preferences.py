@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lora.data.conversation import encode_answers
+from lightning_lora.data.conversation import Row, encode_answers
 from lightning_lora.data.encoded import Encoded
 from lightning_lora.data.keys import is_empty
 from lightning_lora.data.messages import (
@@ -56,15 +56,10 @@ class PreferenceData(LanguageModelData):
 
     def encode(self, record: Record) -> Encoded:
         """The question with each of its two answers, or with the one that is marked."""
-        if all(is_empty(record.fields.get(field)) for field in ("chosen", "rejected")) and _MARK in record.fields:
-            return self._encode_single(record)
-        question, answers = _pair(record)
-        try:
-            rows, truncated = encode_answers(
-                self.tokenizer, question.messages, answers, self.max_length, question.tools
-            )
-        except ValueError as error:
-            raise in_row(record, question, error) from None
+        if not has_pair(record) and _MARK in record.fields:
+            return self._encode_marked(record)
+        question, answers = read_pair(record)
+        rows, truncated = self.encode_answers(record, question, answers)
         if rows is not None and rows[0] == rows[1]:
             return Encoded([], True, question.unused, "without a difference in max_length tokens")
         remarks = remarks_on(self.tokenizer, [*question.messages, *answers])
@@ -73,25 +68,26 @@ class PreferenceData(LanguageModelData):
             remarks = [*remarks, "Both answers begin with the words of the question, which is learned in them"]
         return Encoded([] if rows is None else [rows], truncated, question.unused, remarks=remarks)
 
-    def _encode_single(self, record: Record) -> Encoded:
+    def encode_answers(
+        self, record: Record, question: Conversation, answers: list[Message]
+    ) -> tuple[list[Row] | None, bool]:
+        """See :func:`~lightning_lora.data.conversation.encode_answers`, with file and line in errors."""
+        try:
+            return encode_answers(self.tokenizer, question.messages, answers, self.max_length, question.tools)
+        except ValueError as error:
+            raise in_row(record, question, error) from None
+
+    def _encode_marked(self, record: Record) -> Encoded:
         if self.pairs_only:
             raise record.error(_MARK, "'chosen' and 'rejected', for only model.loss=kto learns from single answers")
         desirable = _MARKS.get(str(record.fields[_MARK]).strip().lower())
         if desirable is None:
             raise record.error(_MARK, "true for a good answer or false for a bad one")
-        others = {field: value for field, value in record.fields.items() if field != _MARK}
-        found = read_conversation(record._replace(fields=others))
-        if found.messages[-1]["role"] != "assistant" or found.messages[-1].get("weight") == 0:
-            raise record.error(
-                found.fields[-1].partition("[")[0], "an answer at its end, which the label is for", "none"
-            )
-        *question, answer = found.messages
-        try:
-            rows, truncated = encode_answers(self.tokenizer, question, [answer], self.max_length, found.tools)
-        except ValueError as error:
-            raise in_row(record, found, error) from None
+        question, answer = read_single(record)
+        rows, truncated = self.encode_answers(record, question, [answer])
         marked = [[{**row, "desirable": desirable} for row in rows]] if rows else []
-        return Encoded(marked, truncated, found.unused, remarks=remarks_on(self.tokenizer, found.messages))
+        remarks = remarks_on(self.tokenizer, [*question.messages, answer])
+        return Encoded(marked, truncated, question.unused, remarks=remarks)
 
     def label(self, row: Any) -> str | None:
         """Whether an answer without a pair is a good one."""
@@ -118,8 +114,32 @@ class PreferenceData(LanguageModelData):
         return {**super().collate([answer for row in rows for answer in row]), "desirable": torch.tensor(marks)}
 
 
-def _pair(record: Record) -> tuple[Conversation, list[Message]]:
-    """The question of a row, and its two answers."""
+def has_pair(record: Record) -> bool:
+    """Whether a row has an answer that was chosen or rejected."""
+    return not all(is_empty(record.fields.get(field)) for field in ("chosen", "rejected"))
+
+
+def read_single(record: Record) -> tuple[Conversation, Message]:
+    """The question of a row, and its single answer, of which ``label`` may say how good it is.
+
+    Raises:
+        ValueError: If the row does not end with an answer, and as
+            :func:`~lightning_lora.data.messages.read_conversation`.
+    """
+    others = {field: value for field, value in record.fields.items() if field != _MARK}
+    found = read_conversation(record._replace(fields=others))
+    *question, answer = found.messages
+    if answer["role"] != "assistant" or answer.get("weight") == 0:
+        raise record.error(found.fields[-1].partition("[")[0], "an answer at its end", "none")
+    return found._replace(messages=question), answer
+
+
+def read_pair(record: Record) -> tuple[Conversation, list[Message]]:
+    """The question of a row, and its two answers.
+
+    Raises:
+        ValueError: If a value is bad, or an answer is missing.
+    """
     halves = [_messages(record, field) for field in ("chosen", "rejected")]
     if halves[0] == halves[1]:
         raise record.error("rejected", "an answer that differs from 'chosen'", "the same")

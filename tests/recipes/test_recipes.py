@@ -29,6 +29,7 @@ VISION = [
         pytest.param("seq2seq", "val_loss val_rouge1 val_rougeL val_bleu", marks=MINILM),
         pytest.param("image_classification", "val_loss val_accuracy val_f1 val_mcc", marks=VISION),
         pytest.param("dpo", "val_loss val_accuracy val_margin", marks=SMOLLM),
+        pytest.param("reward_model", "val_loss val_accuracy val_margin", marks=SMOLLM),
     ],
 )
 def test_runs_and_logs(recipe: str, metrics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
