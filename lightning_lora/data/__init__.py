@@ -7,6 +7,7 @@ from lightning_lora.data.preferences import PreferenceData
 from lightning_lora.data.prompt_completion import PromptCompletionData
 from lightning_lora.data.resumable import EpochSampler, ResumableDataLoader
 from lightning_lora.data.rewards import RewardData
+from lightning_lora.data.sentence_pairs import SentencePairData
 from lightning_lora.data.seq2seq import Seq2SeqData
 from lightning_lora.data.tagged_words import TaggedWordsData
 
@@ -19,6 +20,7 @@ __all__ = [
     "PromptCompletionData",
     "ResumableDataLoader",
     "RewardData",
+    "SentencePairData",
     "Seq2SeqData",
     "TaggedWordsData",
 ]
