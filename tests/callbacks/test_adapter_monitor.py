@@ -14,7 +14,7 @@ from helpers.toys import Toy, loader
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from lightning_lora import LoRA, LoraConfig, inject
+from lightning_lora import LoRA
 from lightning_lora.callbacks import AdapterMonitor
 from lightning_lora.callbacks.adapter_monitor import dead_components
 
