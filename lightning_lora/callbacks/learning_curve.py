@@ -1,6 +1,5 @@
 """The learning curve of a run, beside its checkpoints."""
 
-import csv
 from pathlib import Path
 
 import lightning as L
@@ -8,9 +7,15 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lightning_lora.callbacks.throughput import METRICS
-
-Curves = dict[str, list[tuple[int, float]]]
+from lightning_lora.formats.curves import (
+    CURVE_FILE,
+    METRICS_FILE,
+    SPEED,
+    Curves,
+    read_curves,
+    read_metrics,
+    write_curves,
+)
 
 
 class LearningCurve(Callback):
@@ -43,39 +48,17 @@ class LearningCurve(Callback):
     def _save(self, trainer: L.Trainer) -> None:
         logger = _logger(trainer)
         logger.save()
-        table = Path(logger.log_dir) / "metrics.csv"
+        table = Path(logger.log_dir) / METRICS_FILE
         if not table.exists():
             return
-        curves = read_curves(table)
+        curves = read_metrics(table)
         folder = _folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "learning_curve.csv"
+        path = folder / CURVE_FILE
         if self._start and path.exists():
-            curves = _joined(_read_saved(path), curves, self._start)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["metric", "step", "value"])
-            writer.writerows((name, *point) for name, points in curves.items() for point in points)
+            curves = _joined(read_curves(path), curves, self._start)
+        write_curves(curves, path)
         plot(curves, folder / "learning_curve.png")
-
-
-def read_curves(table: Path) -> Curves:
-    """The curves in a ``metrics.csv`` of Lightning's ``CSVLogger``, by the metric's name."""
-    curves: Curves = {}
-    with table.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name not in ("epoch", "step"):
-                    curves.setdefault(name, []).append((int(row["step"]), float(value)))
-    return curves
-
-
-def _read_saved(path: Path) -> Curves:
-    curves: Curves = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            curves.setdefault(row["metric"], []).append((int(row["step"]), float(row["value"])))
-    return curves
 
 
 def _joined(earlier: Curves, later: Curves, start: int) -> Curves:
@@ -94,7 +77,7 @@ def plot(curves: Curves, path: Path) -> None:
         rank_zero_info(f"No picture of the learning curve beside {path.parent}: run pip install matplotlib for one.")
         return
     panels = [
-        {name: points for name, points in curves.items() if ("loss" in name) == wanted and name not in METRICS}
+        {name: points for name, points in curves.items() if ("loss" in name) == wanted and name not in SPEED}
         for wanted in (True, False)
     ]
     panels = [panel for panel in panels if panel]

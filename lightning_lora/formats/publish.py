@@ -123,6 +123,17 @@ def publish(partial: Path, target: Path) -> None:
     _flush(target.parent)
 
 
+def write_text(text: str, target: Path) -> None:
+    """Write a text file in UTF-8, with the directory that it is in."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(target)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        publish(partial, target)
+    finally:
+        remove(partial)
+
+
 def _rename_to_free(partial: Path, target: Path) -> bool:
     """Give a directory its name, if nothing has it."""
     if os.path.lexists(target):
