@@ -78,7 +78,7 @@ class AdapterMonitor(Callback):
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Say what the figures advise, before the adapters are merged."""
         updates = [looked[0] for each in self._learners if (looked := each.look()) is not None]
-        self.advice = [each.text for each in advice_on(updates)]
+        self.advice = advice_on(updates)
         if self.advice:
             rank_zero_info("\n".join(["What the adapters learned:", *(f"- {line}" for line in self.advice)]))
         self._before = {}

@@ -64,7 +64,7 @@ def _render(run: RunFiles, plotly: str) -> str:
         took=str(timedelta(seconds=round(record["seconds"]))) if record else None,
         verdict=_verdict(before, after),
         notes=_notes(run.curves, before),
-        advice=[each.text for each in advice_on(run.updates)],
+        advice=advice_on(run.updates),
         metrics=_metrics(before, after, bool(record and record["samples"])),
         settings=run.settings,
         layers=[_layer(update) for update in run.updates],

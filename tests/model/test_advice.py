@@ -21,11 +21,7 @@ def updates(**values: list[float]) -> list[Update]:
 def test_advice() -> None:
     small = [0.5, 0.3] + [1e-4] * 14
     (line,) = advice_on(updates(a__0__q=small, a__1__q=small))
-    assert line.text.startswith("q uses 2.0 of 16 ranks: r=2 would hold 99%")
-    assert line.settings == {"rank_pattern": {"q": 2}}
+    assert line.startswith("q uses 2.0 of 16 ranks: r=2 holds 99%")
     (line,) = advice_on(updates(a__0__q=[0.5] * 16))
-    assert line.text.startswith("The update of a.0.q is 20% of its weight's norm")
-    (line,) = advice_on(updates(a__0__q=[0.2] * 16, a__1__q=[0.2] * 16, a__2__q=[1e-4] * 16))
-    assert line.text.startswith("1 of 3 layers moved less than 1% of the median, the first is a.2.q")
-    assert line.settings == {"exclude_modules": ["a.2.q"]}
+    assert line.startswith("The update of a.0.q is 20% of its weight's norm")
     assert advice_on(updates(a__0__q=[0.2] * 16)) == advice_on([]) == advice_on(updates(q=[0.0] * 16)) == []
