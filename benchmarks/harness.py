@@ -167,7 +167,11 @@ def take_turns(
 
 
 def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
-    """The most memory in tensors that a call has at once, beyond what was there before it."""
+    """The most memory in tensors that a call has at once, beyond what was there before it.
+
+    On a CPU, tensors that other threads free (as gloo's do after a collective) count as if they stayed: the least of
+    several calls is the truest.
+    """
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

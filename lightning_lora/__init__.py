@@ -36,6 +36,7 @@ __all__ = [
     "lora_auto_wrap_policy",
     "merge",
     "param_groups",
+    "push_to_hub",
     "save_adapter",
     "save_merged",
     "set_adapter",
@@ -49,6 +50,7 @@ _PUBLIC = {
     "config": ("LoraConfig",),
     "formats.checkpoint": ("load_from_checkpoint",),
     "formats.foreign": ("load_foreign_adapter",),
+    "formats.hub": ("push_to_hub",),
     "formats.merged": ("save_merged",),
     "formats.peft": ("load_adapter", "save_adapter"),
     "model.combine": ("combine_adapters",),
@@ -89,6 +91,7 @@ if TYPE_CHECKING:
     from lightning_lora.config import LoraConfig
     from lightning_lora.formats.checkpoint import load_from_checkpoint
     from lightning_lora.formats.foreign import load_foreign_adapter
+    from lightning_lora.formats.hub import push_to_hub
     from lightning_lora.formats.merged import save_merged
     from lightning_lora.formats.peft import load_adapter, save_adapter
     from lightning_lora.model.combine import combine_adapters

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.formats.merged import ADAPTER_DIR
-from lightning_lora.formats.model_card import facts_of
+from lightning_lora.formats.model_card import run_of
 from lightning_lora.formats.open_file import path_or_url
 from lightning_lora.formats.peft import load_adapter, read_adapter, write_adapter
 from lightning_lora.model.base_dtype import cast_base
@@ -341,7 +341,7 @@ class LoRA(Callback):
                 f"{ADAPTER_DIR}/ is not exported, since it could not be opened on the base: {moved[0]!r} has changed."
             )
         for cb, directory in [] if moved else exporting:
-            write_adapter(cb._injection(cb._root(pl_module)), directory / ADAPTER_DIR, facts_of(trainer))
+            write_adapter(cb._injection(cb._root(pl_module)), directory / ADAPTER_DIR, run_of(trainer))
         if self._probe is not None and exporting:
             self._probe.look()
         if self.merge is not None:

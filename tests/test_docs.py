@@ -61,6 +61,7 @@ ELSEWHERE = {
     "ARCHITECTURES_TABLE=docs/architectures.md pytest -m slow tests/projects/test_architectures.py": (
         "test_an_architecture"
     ),
+    "lightning-lora push export/adapter me/my-adapter --private": "test_the_command_line_uploads",
     "python -m benchmarks.saving": "benchmarks/results/saving.json",
 }
 

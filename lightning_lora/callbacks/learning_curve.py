@@ -16,13 +16,16 @@ from lightning_lora.formats.curves import (
     read_metrics,
     write_curves,
 )
+from lightning_lora.formats.publish import whole_file
+
+PICTURE = "learning_curve.png"
 
 
 class LearningCurve(Callback):
     """Save ``learning_curve.csv`` and ``learning_curve.png`` beside the checkpoints when a fit ends, or is interrupted.
 
     Both hold what the run logged, by step, as Lightning's ``CSVLogger`` recorded it, and where it was resumed, what it
-    had logged before. The picture needs matplotlib.
+    had logged before. The picture needs matplotlib; the cards of what ``LoRA(export_dir=...)`` exports show it too.
 
     Raises:
         ValueError: At the start of a fit, if the trainer has no ``CSVLogger`` or no ``ModelCheckpoint``.
@@ -44,21 +47,34 @@ class LearningCurve(Callback):
         if stage == "fit" and _is_recorded(trainer):
             self._save(trainer)
 
-    @rank_zero_only
-    def _save(self, trainer: L.Trainer) -> None:
+    def card_picture(self, trainer: L.Trainer, directory: Path) -> str | None:
+        """Draw the run so far for the card of what it exports.
+
+        Returns:
+            The name of the picture in the directory, ``None`` if there is nothing to draw.
+        """
+        drawn = _is_recorded(trainer) and plot(self._curves(trainer), directory / PICTURE)
+        return PICTURE if drawn else None
+
+    def _curves(self, trainer: L.Trainer) -> Curves:
+        """What was logged so far, and where the run was resumed, before."""
         logger = _logger(trainer)
         logger.save()
         table = Path(logger.log_dir) / METRICS_FILE
-        if not table.exists():
+        curves = read_metrics(table) if table.exists() else {}
+        saved = _folder(trainer) / CURVE_FILE
+        if self._start and saved.exists():
+            curves = _joined(read_curves(saved), curves, self._start)
+        return curves
+
+    @rank_zero_only
+    def _save(self, trainer: L.Trainer) -> None:
+        curves = self._curves(trainer)
+        if not curves:
             return
-        curves = read_metrics(table)
         folder = _folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / CURVE_FILE
-        if self._start and path.exists():
-            curves = _joined(read_curves(path), curves, self._start)
-        write_curves(curves, path)
-        plot(curves, folder / "learning_curve.png")
+        write_curves(curves, folder / CURVE_FILE)
+        plot(curves, folder / PICTURE)
 
 
 def _joined(earlier: Curves, later: Curves, start: int) -> Curves:
@@ -69,20 +85,24 @@ def _joined(earlier: Curves, later: Curves, start: int) -> Curves:
     }
 
 
-def plot(curves: Curves, path: Path) -> None:
-    """Draw losses in one panel and other metrics but speed in a second, if there are any."""
+def plot(curves: Curves, path: Path) -> bool:
+    """Draw losses in one panel and other metrics but speed in a second, if there are any.
+
+    Returns:
+        Whether there is a picture.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         rank_zero_info(f"No picture of the learning curve beside {path.parent}: run pip install matplotlib for one.")
-        return
+        return False
     panels = [
         {name: points for name, points in curves.items() if ("loss" in name) == wanted and name not in SPEED}
         for wanted in (True, False)
     ]
     panels = [panel for panel in panels if panel]
     if not panels:
-        return
+        return False
     # Not through pyplot, which would look for a display.
     figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
@@ -91,7 +111,9 @@ def plot(curves: Curves, path: Path) -> None:
         axes.set_xlabel("step")
         axes.legend()
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as new:
+        figure.savefig(new, dpi=150, format="png")
+    return True
 
 
 def _is_recorded(trainer: L.Trainer) -> bool:

@@ -12,19 +12,23 @@ from lightning_lora.cli.help import ADAPTER_FILES
 _DESCRIPTIONS = {
     "inspect": "Say what is in a saved adapter: its settings, its base, its layers with their ranks and sizes.",
     "export": "Write a checkpoint's adapter as a directory that PEFT opens, or as a GGUF file for llama.cpp.",
-    "merge": "Write base and adapter as one model directory, for from_pretrained, with the tokenizer if there is one.",
+    "merge": "Write base and adapter as one model directory, for from_pretrained, with the tokenizer if there is one, "
+    "or as a GGUF file for llama.cpp.",
     "check": "Say what a server would refuse of an adapter, or compute otherwise. Ends with 0 if nothing, else with 1.",
     "compare": "Say how far two adapters of one base learned the same directions, layer by layer, by the similarity of "
     "the subspaces of their A (Hu et al., 2021, section 7), and draw it; with --base, also by how much an update "
     "amplifies what it adds to.",
     "resize": "Write an adapter at smaller ranks: of each layer's update, the best approximation. Says how far it is.",
     "extract": "Make an adapter of what a full fine-tune has changed in linear layers, and say what it leaves out.",
+    "push": "Upload an exported adapter or merged model to the Hugging Face Hub, in one commit. It needs a token: run "
+    "`hf auth login`, or set HF_TOKEN.",
     "diff": "Compare two saved adapters: settings, layers and weights. Ends with 0 if they are the same, else with 1.",
 }
 _SERVERS = ("vllm", "sglang", "llama.cpp", "transformers", "diffusers")
 _FORMATS = ("peft", "gguf", "diffusers", "kohya")
 _LAYOUTS = ("portable", "peft")
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_MERGED_FORMATS = ("directory", "gguf")
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "q8_0")
 
 
 def run(arguments: list[str]) -> int:
@@ -33,7 +37,10 @@ def run(arguments: list[str]) -> int:
     Returns:
         The exit code.
     """
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.command == "merge" and given.dtype == "q8_0" and given.format != "gguf":
+        parser.error("--dtype q8_0 is for --format gguf")
     from lightning_lora.cli import adapter_work
 
     return adapter_work.run(given)
@@ -51,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "extract":
             command.add_argument("adapter", metavar="BASE", help="the model before: a hub id or a directory")
             command.add_argument("tuned", metavar="TUNED", help="the fine-tuned one: a hub id or a directory")
+        elif name == "push":
+            command.add_argument("folder", type=Path, metavar="FOLDER", help="the directory that was written")
+            command.add_argument("repo_id", metavar="REPO_ID", help="owner/name; made if it is not there")
+            command.add_argument("--private", action="store_true", help="whether the repository is to be private")
         else:
             command.add_argument("adapter", type=Path, metavar="ADAPTER", help=what)
     for name in ("resize", "extract"):
@@ -89,7 +100,16 @@ def _parser() -> argparse.ArgumentParser:
         "default: portable, or peft where the adapter has more than that can hold",
     )
     commands["merge"].add_argument(
-        "--dtype", choices=_DTYPES, default="auto", help="type of the weights; default: that of the base"
+        "--format",
+        choices=_MERGED_FORMATS,
+        default="directory",
+        help="directory: for from_pretrained; gguf: a file for llama.cpp, Ollama and LM Studio; default: directory",
+    )
+    commands["merge"].add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        default="auto",
+        help="type of the weights, q8_0 for a GGUF file alone; default: that of the base",
     )
     commands["merge"].add_argument(
         "--onto", choices=("quantized", "original"), default="quantized", help="of an adapter that was trained on a "

@@ -7,12 +7,15 @@ import torch
 from rich.table import Table
 
 from lightning_lora.cli.compare import amplification, draw, similarities
-from lightning_lora.cli.load_base import open_on_base, tokenizer_of
+from lightning_lora.cli.load_base import gguf_tokenizer_of, local_base, open_on_base, tokenizer_of
 from lightning_lora.cli.new_adapters import extract, resize
 from lightning_lora.cli.terminal import console, printable, steps
 from lightning_lora.formats.diffusers_adapter import save_diffusers_adapter, save_kohya_adapter
 from lightning_lora.formats.gguf_adapter import save_gguf_adapter
+from lightning_lora.formats.gguf_model import save_gguf
+from lightning_lora.formats.hub import push_to_hub
 from lightning_lora.formats.merged import save_merged
+from lightning_lora.formats.modelfile import write_modelfile
 from lightning_lora.formats.peft import not_portable_of, save_adapter
 from lightning_lora.formats.peft_files import read_files
 from lightning_lora.formats.portable import not_portable
@@ -41,6 +44,7 @@ def run(given: argparse.Namespace) -> int:
         "check": _check,
         "resize": resize,
         "extract": extract,
+        "push": _push,
     }
     try:
         return commands[given.command](given)
@@ -79,7 +83,9 @@ def _export(given: argparse.Namespace) -> int:
         begin("writing the adapter")
         if given.format in _OTHER_FORMATS:
             _OTHER_FORMATS[given.format](model, given.target)
-            print(f"Wrote {given.target}")
+            place = local_base(saved, given.base, given.gguf_file) if given.format == "gguf" else None
+            written = [given.target, *([write_modelfile(given.target, place)] if place is not None else [])]
+            print(f"Wrote {' and '.join(map(str, written))}")
             return 0
         problems = not_portable_of(model)
         if problems and given.layout is None:
@@ -90,16 +96,22 @@ def _export(given: argparse.Namespace) -> int:
 
 
 def _merge(given: argparse.Namespace) -> int:
-    saved = read(given.adapter)
+    saved, as_gguf = read(given.adapter), given.format == "gguf"
     with steps(3) as begin:
         begin("loading the base")
-        dtype = getattr(torch, given.dtype, "auto")
+        make_tokenizer = gguf_tokenizer_of if as_gguf else tokenizer_of
+        tokenizer = make_tokenizer(saved, given.base, given.gguf_file)
+        dtype = "auto" if as_gguf else getattr(torch, given.dtype, "auto")
         model = open_on_base(saved, given.base, given.gguf_file, dtype, given.onto == "original")
         begin("folding the adapter in")
-        if not is_quantized(model):  # which is done as it is written
+        if not (as_gguf or is_quantized(model)):  # which are done as they are written
             eject(model, merge=True)
         begin("writing the model")
-        save_merged(model, given.target, tokenizer_of(saved, given.base), given.max_shard_size)
+        if as_gguf:
+            save_gguf(model, given.target, tokenizer, None if given.dtype == "auto" else given.dtype)
+            write_modelfile(given.target)
+        else:
+            save_merged(model, given.target, tokenizer, given.max_shard_size)
     print(f"Wrote {given.target}")
     return 0
 
@@ -161,6 +173,11 @@ def _check(given: argparse.Namespace) -> int:
     else:
         print(f"{given.server} serves it as it was trained.")
     return int(bool(problems))
+
+
+def _push(given: argparse.Namespace) -> int:
+    print(f"Uploaded: {push_to_hub(given.folder, given.repo_id, private=given.private or None)}")
+    return 0
 
 
 Factors = tuple[torch.Tensor, torch.Tensor]

@@ -18,6 +18,7 @@ ADAPTER_FILES = {
     "check": "say what a server would make of an adapter",
     "resize": "write an adapter at smaller ranks",
     "extract": "make an adapter of a full fine-tune",
+    "push": "upload an exported directory to the Hugging Face Hub",
 }
 
 HELP = f"""usage: lightning-lora <command> [options]

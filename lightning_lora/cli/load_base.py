@@ -43,13 +43,9 @@ def open_on_base(
     Raises:
         CheckpointError: If the base is not known, or the adapter does not fit it.
     """
-    hyper = {} if saved.path.is_dir() else read_checkpoint(saved.path).get("hyper_parameters", {})
-    hyper = {name: value for name, value in hyper.items() if isinstance(value, str)} if isinstance(hyper, dict) else {}
-    name = base or saved.settings.get("base_model_name_or_path") or hyper.get("pretrained")
-    if not name:
-        raise CheckpointError(f"{saved.path} does not say what its base model is: name it with --base.")
+    name, gguf_file = _named(saved, base, gguf_file)
     quantize = None if unquantized else _quantize_as(saved)
-    model = load_base(str(name), gguf_file or (None if base else hyper.get("gguf_file")), dtype, quantize)
+    model = load_base(name, gguf_file, dtype, quantize)
     if saved.path.is_dir():
         load_adapter(model, saved.path, other_format=unquantized)
         return model
@@ -57,6 +53,16 @@ def open_on_base(
     _put(holder, _prefix(saved, model), model)
     load_adapter(holder, saved.path, other_format=unquantized)
     return holder
+
+
+def _named(saved: SavedAdapter, base: str | None, gguf_file: str | None) -> tuple[str, str | None]:
+    """The base model and the GGUF file in it, as they are given, or else as the adapter names them."""
+    hyper = {} if saved.path.is_dir() else read_checkpoint(saved.path).get("hyper_parameters", {})
+    hyper = {name: value for name, value in hyper.items() if isinstance(value, str)} if isinstance(hyper, dict) else {}
+    name = base or saved.settings.get("base_model_name_or_path") or hyper.get("pretrained")
+    if not name:
+        raise CheckpointError(f"{saved.path} does not say what its base model is: name it with --base.")
+    return str(name), gguf_file or (None if base else hyper.get("gguf_file"))
 
 
 def _quantize_as(saved: SavedAdapter) -> str | None:
@@ -140,15 +146,51 @@ def _put(holder: nn.Module, name: str, model: nn.Module) -> None:
     holder.add_module(last, model)
 
 
-def tokenizer_of(saved: SavedAdapter, base: str | None) -> Any | None:
+def tokenizer_of(saved: SavedAdapter, base: str | None, gguf_file: str | None = None) -> Any | None:
     """The tokenizer that lies with the adapter or with its base, if there is one."""
     from transformers import AutoTokenizer
 
+    from lightning_lora.pretrained import load_tokenizer, resolve
+
+    name, gguf_file = _named(saved, base, gguf_file)
+    place = resolve(name)
+    for folder in [saved.path, Path(place)]:
+        if (folder / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(folder)
+    if gguf_file is not None:
+        return load_tokenizer(name, gguf_file)
+    if Path(place).exists():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError):  # the hub has none of it
+        return None
+
+
+def gguf_tokenizer_of(saved: SavedAdapter, base: str | None, gguf_file: str | None = None) -> Any:
+    """What the tokenizer of a GGUF file is made of: the GGUF file that the base is, or a tokenizer.
+
+    Raises:
+        CheckpointError: If there is neither.
+    """
+    name, _ = _named(saved, base, gguf_file)
+    place = local_base(saved, base, gguf_file)
+    if place is not None and place.is_file():
+        return place
+    tokenizer = tokenizer_of(saved, base)
+    if tokenizer is None:
+        raise CheckpointError(f"A GGUF file holds a tokenizer too, and there is none with {saved.path} or {name}.")
+    return tokenizer
+
+
+def local_base(saved: SavedAdapter, base: str | None, gguf_file: str | None = None) -> Path | None:
+    """The base on this machine: its GGUF file, or its directory, ``None`` where a hub's id names it alone."""
+    from transformers.utils.hub import cached_file
+
     from lightning_lora.pretrained import resolve
 
-    places = [saved.path] if saved.path.is_dir() else []
-    name = base or saved.settings.get("base_model_name_or_path")
-    for place in [*places, *([Path(resolve(name))] if name else [])]:
-        if (place / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(place)
-    return None
+    name, gguf_file = _named(saved, base, gguf_file)
+    if gguf_file is not None:
+        return Path(str(cached_file(resolve(name), gguf_file))).absolute()
+    place = Path(resolve(name)).absolute()
+    return place if place.is_dir() else None

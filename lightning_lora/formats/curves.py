@@ -3,6 +3,8 @@
 import csv
 from pathlib import Path
 
+from lightning_lora.formats.publish import whole_file
+
 Curves = dict[str, list[tuple[int, float]]]
 
 CURVE_FILE = "learning_curve.csv"
@@ -32,7 +34,7 @@ def read_curves(table: Path) -> Curves:
 
 def write_curves(curves: Curves, table: Path) -> None:
     """Write a ``learning_curve.csv``."""
-    with table.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(table) as new, new.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["metric", "step", "value"])
         writer.writerows((name, *point) for name, points in curves.items() for point in points)

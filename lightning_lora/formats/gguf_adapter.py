@@ -6,30 +6,14 @@ The layout is that of llama.cpp's own converter: https://github.com/ggml-org/lla
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_lora.formats.gguf_names import GgufNames
 from lightning_lora.formats.peft import adapter_contents
 from lightning_lora.formats.peft_files import OF_LAYER
 from lightning_lora.formats.portable import as_portable
-from lightning_lora.formats.publish import partial_path, publish, remove
-
-
-class _Family(NamedTuple):
-    """How llama.cpp has a family of models of transformers: its name there, and whether queries and keys are turned."""
-
-    architecture: str
-    turns_heads: bool
-
-
-# As llama.cpp's convert_hf_to_gguf.py has them: it permutes queries and keys of Llama and Mistral, and not of Qwen.
-_FAMILIES = {
-    "llama": _Family("LLAMA", True),
-    "mistral": _Family("LLAMA", True),
-    "qwen2": _Family("QWEN2", False),
-    "qwen3": _Family("QWEN3", False),
-}
+from lightning_lora.formats.publish import whole_file
 
 
 def save_gguf_adapter(model: nn.Module, path: str | Path, adapter_name: str | None = None) -> Path:
@@ -53,37 +37,21 @@ def save_gguf_adapter(model: nn.Module, path: str | Path, adapter_name: str | No
     """
     settings, tensors, base = adapter_contents(model, adapter_name)
     settings, tensors = as_portable(settings, tensors)
-    config: Any = getattr(base, "config", None)
-    family = _FAMILIES.get(str(getattr(config, "model_type", None)))
-    if family is None:
-        raise ValueError(
-            f"An adapter of a {type(base).__name__} cannot be written as GGUF: known are {', '.join(_FAMILIES)}. Write "
-            "the merged model and convert that by llama.cpp's convert_hf_to_gguf.py."
-        )
-    named = _in_gguf_names(tensors, config, family)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    try:
-        _write(partial, family, float(settings["lora_alpha"]), named)
-        publish(partial, path)
-    finally:
-        remove(partial)
-    return path
+    names = GgufNames(base)
+    tied = getattr(getattr(base, "config", None), "tie_word_embeddings", False)
+    named = _in_gguf_names(tensors, names, "lm_head" if tied else None)
+    with whole_file(Path(path)) as new:
+        _write(new, names.architecture, float(settings["lora_alpha"]), named)
+    return Path(path)
 
 
-def _in_gguf_names(tensors: Mapping[str, Tensor], config: Any, family: _Family) -> dict[str, Tensor]:
-    import gguf
-
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.architecture], config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    tied_head = "lm_head" if getattr(config, "tie_word_embeddings", False) else None
+def _in_gguf_names(tensors: Mapping[str, Tensor], names: GgufNames, tied_head: str | None) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         match = OF_LAYER.fullmatch(name)
         assert match is not None  # the portable layout has nothing else
         layer, inner = match["layer"], match["inner"]
-        own_name = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
+        own_name = names.name_of(f"{layer}.weight")
         if own_name is None or inner.startswith("lora_embedding") or layer == tied_head:
             raise ValueError(
                 f"llama.cpp has no place for an adapter of {layer!r}"
@@ -91,25 +59,16 @@ def _in_gguf_names(tensors: Mapping[str, Tensor], config: Any, family: _Family) 
                 + ": leave it out of target_modules, or write the merged model."
             )
         matrix = inner.removesuffix(".weight").lower()
-        kind = layer.rpartition(".")[2]
-        if family.turns_heads and matrix == "lora_b" and kind in heads:
-            tensor = _neighbors(tensor, heads[kind])
+        if matrix == "lora_b":
+            tensor = names.in_order(layer, tensor)
         found[f"{own_name}.{matrix}"] = tensor.float().contiguous()
     return found
 
 
-def _neighbors(lora_B: Tensor, heads: int) -> Tensor:
-    """Rows of B in the order of llama.cpp's rotary embedding for Llama, which turns neighbors against each other.
-
-    Transformers' turns one half of a head against the other, so the two halves are interleaved.
-    """
-    return lora_B.view(heads, 2, -1, lora_B.shape[1]).transpose(1, 2).reshape(lora_B.shape)
-
-
-def _write(path: Path, family: _Family, alpha: float, tensors: Mapping[str, Tensor]) -> None:
+def _write(path: Path, architecture: str, alpha: float, tensors: Mapping[str, Tensor]) -> None:
     import gguf
 
-    writer = gguf.GGUFWriter(os.fspath(path), gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[family.architecture]])
+    writer = gguf.GGUFWriter(os.fspath(path), architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)

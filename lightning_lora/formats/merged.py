@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
+from lightning_lora.formats.model_card import Run, has_own_card, write_merged_card
 from lightning_lora.formats.publish import whole_directory
 from lightning_lora.formats.verified import verify_merged
 from lightning_lora.layers import LoraLayer, MergedForm, dequantized
@@ -26,12 +27,19 @@ ADAPTER_DIR = "adapter"
 MERGED_DIR = "merged"
 _OTHER_FILE = "model.pt"  # where safetensors cannot hold what is to be stored
 # Of an earlier model, in other shards.
-_WEIGHT_FILES = ("model*.safetensors*", "diffusion_pytorch_model*", "model.pt", "pytorch_model*.bin*")
+WEIGHT_FILES = ("model*.safetensors*", "diffusion_pytorch_model*", "model.pt", "pytorch_model*.bin*")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-class _Part(NamedTuple):
-    """A tensor to be written, which is computed or gathered when its turn comes."""
+class Part(NamedTuple):
+    """A tensor to be written, which is computed or gathered when its turn comes.
+
+    Attributes:
+        name: Its name in a state dict.
+        shape: Of the values.
+        dtype: Of the values.
+        values: Makes them.
+    """
 
     name: str
     shape: torch.Size
@@ -46,6 +54,7 @@ def save_merged(
     max_shard_size: str = "5GB",
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    run: Run | None = None,
 ) -> Path:
     """Write a merged model: one of transformers or diffusers for ``from_pretrained``, others as ``model.safetensors``.
 
@@ -67,6 +76,7 @@ def save_merged(
         dtype: Of the weights that were quantized. ``None`` is what they were before.
         verify: Whether the files are opened again before they take their place, and every tensor compared with the
             model; not, where tensors were merged or gathered one by one.
+        run: What the model's card says of the training run.
 
     Returns:
         The directory.
@@ -78,11 +88,19 @@ def save_merged(
     directory = Path(directory)
     if not is_writer(model):
         return _write(model, directory, tokenizer, max_shard_size, dtype)
-    with whole_directory(directory, _WEIGHT_FILES) as new:
+    with whole_directory(directory, WEIGHT_FILES) as new:
         _write(model, new, tokenizer, max_shard_size, dtype)
         if verify and not (_is_written_one_by_one(model) or (new / _OTHER_FILE).exists()):
-            verify_merged(_one_inside(model), new)
+            verify_merged(one_inside(model), new)
+        if not has_own_card(directory):
+            _write_card(one_inside(model), new, run)
     return directory
+
+
+def _write_card(model: nn.Module, directory: Path, run: Run | None) -> None:
+    library = "diffusers" if is_of_diffusers(model) else "transformers" if "" in models_with_files(model) else None
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    write_merged_card(directory, library, type(model).__name__, base, run)
 
 
 def _is_written_one_by_one(model: nn.Module) -> bool:
@@ -90,7 +108,7 @@ def _is_written_one_by_one(model: nn.Module) -> bool:
     return is_sharded(model) or is_quantized(model) or bool(adapted_layers(model))
 
 
-def _one_inside(model: nn.Module) -> nn.Module:
+def one_inside(model: nn.Module) -> nn.Module:
     """The model of transformers or diffusers in another one, if there is just one."""
     hf_models = list(models_with_files(model).values())
     return hf_models[0] if len(hf_models) == 1 else model
@@ -102,7 +120,7 @@ def _write(
     hf_models = list(models_with_files(model).values())
     one_by_one = _is_written_one_by_one(model)
     if one_by_one:
-        _save_one_by_one(_one_inside(model), directory, max_shard_size, dtype)
+        _save_one_by_one(one_inside(model), directory, max_shard_size, dtype)
     elif not all(map(_is_storable, model.state_dict().values())):
         torch.save(model.state_dict(), directory / _OTHER_FILE)
     elif len(hf_models) == 1:
@@ -125,7 +143,7 @@ def _is_storable(value: Any) -> bool:
 
 def _save_one_by_one(model: nn.Module, directory: Path, max_shard_size: str, dtype: torch.dtype | None) -> None:
     """Write a model that processes share, or that is not merged, in files of a given size, as transformers does."""
-    files = list(_files(_parts(model, dtype), _bytes(max_shard_size)))
+    files = list(_files(parts_of(model, dtype), _bytes(max_shard_size)))
     stem = "diffusion_pytorch_model" if is_of_diffusers(model) else "model"
     weight_map, total = {}, 0
     for number, content in enumerate(files, 1):
@@ -144,12 +162,12 @@ def _save_one_by_one(model: nn.Module, directory: Path, max_shard_size: str, dty
         (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _parts(model: nn.Module, dtype: torch.dtype | None) -> list[_Part]:
+def parts_of(model: nn.Module, dtype: torch.dtype | None) -> list[Part]:
     """What is to be written of a model: no adapters, quantized weights as ordinary ones, and what is tied once."""
     form = MergedForm(dtype, otherwise=surrounding_dtype(model))
     quantized = {id(module): (storage, packed) for _, module, storage, packed in quantized_layers(model)}
     adapters = {id(inner) for m in model.modules() if isinstance(m, LoraLayer) for inner in m.lora.modules()}
-    parts: dict[tuple[int, int], _Part] = {}
+    parts: dict[tuple[int, int], Part] = {}
     for name, module, inner in named_tensors(model):
         tensor, shape = getattr(module, inner), full_shape(module, inner)
         key = _identity(module, tensor)
@@ -158,11 +176,11 @@ def _parts(model: nn.Module, dtype: torch.dtype | None) -> list[_Part]:
         if inner == "weight" and id(module) in quantized:
             storage, packed = quantized[id(module)]
             plain = dtype or storage.dtype(module, packed) or form.otherwise
-            parts[key] = _Part(name, storage.shape(module, packed), plain, partial(_plain, module, form, plain))
+            parts[key] = Part(name, storage.shape(module, packed), plain, partial(_plain, module, form, plain))
         elif isinstance(module, LoraLayer) and inner in module.adapted_parameters() and not module.merged:
-            parts[key] = _Part(name, shape, tensor.dtype, partial(_merged, module, inner, form))
+            parts[key] = Part(name, shape, tensor.dtype, partial(_merged, module, inner, form))
         else:
-            parts[key] = _Part(name, shape, tensor.dtype, partial(full_tensor, module, inner))
+            parts[key] = Part(name, shape, tensor.dtype, partial(full_tensor, module, inner))
     return list(parts.values())
 
 
@@ -177,9 +195,9 @@ def _merged(layer: LoraLayer, name: str, form: MergedForm) -> Tensor:
     return full_tensor(layer, name, layer.merged_as(form)[name])
 
 
-def _files(parts: list[_Part], limit: int) -> Iterator[list[_Part]]:
+def _files(parts: list[Part], limit: int) -> Iterator[list[Part]]:
     """What goes into each file: as much as the limit allows, and one tensor at least."""
-    content: list[_Part] = []
+    content: list[Part] = []
     size = 0
     for part in parts:
         own = part.shape.numel() * part.dtype.itemsize

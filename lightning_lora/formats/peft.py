@@ -5,7 +5,7 @@ the transformers model where there is one. https://huggingface.co/docs/peft/deve
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.formats.checkpoint import KEY, inject_from_checkpoint, read_checkpoint
 from lightning_lora.formats.dcp import is_directory
 from lightning_lora.formats.metadata import Base, check_metadata, require_same_base
-from lightning_lora.formats.model_card import has_own_card, write_card
+from lightning_lora.formats.model_card import Run, has_own_card, write_card
 from lightning_lora.formats.open_file import Objects, path_or_url
 from lightning_lora.formats.peft_config import peft_adapters, peft_config
 from lightning_lora.formats.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftFiles, read_files, write_weights
@@ -100,15 +100,13 @@ def adapter_contents(
         return peft_config(injection, prefix), _tensors_of(injection, prefix), base
 
 
-def write_adapter(
-    injection: Injection, directory: Path, run: Mapping[str, Any] | None = None, layout: Layout = "peft"
-) -> Path:
+def write_adapter(injection: Injection, directory: Path, run: Run | None = None, layout: Layout = "peft") -> Path:
     """Write the adapter of one injection, and a card; see :func:`save_adapter`.
 
     Args:
         injection: The injection.
         directory: Made if it is not there.
-        run: What the card says of the training run: names and values.
+        run: What the card says of the training run.
         layout: How ranks and scalings are written.
     """
     if injection.peft is not None:
@@ -139,7 +137,7 @@ def _write(
     base: Fingerprint,
     start: str | None,
     injection: Injection,
-    run: Mapping[str, Any] | None,
+    run: Run | None,
     layout: Layout,
 ) -> None:
     in_memory = [(adapter.layer_name, adapter) for _, adapter in peft_adapters(injection)]

@@ -54,6 +54,7 @@ def as_plain_lora(files: PeftFiles, base: nn.Module) -> tuple[LoraConfig, Tensor
             config, tensors = _biases_in_full(config, tensors, modules, source)
         if settings.get("ensure_weight_tying"):
             config = _with_tied_targets(config, tensors, modules)
+    config = _with_every_ending(config, modules)
     config = _without_absent_modules(config, tensors, base)
     return _with_stored_embeddings(config, tensors, base, str(files.directory))
 
@@ -175,6 +176,21 @@ def _with_tied_targets(config: LoraConfig, tensors: Tensors, modules: Mapping[st
         layer for layer in found if layer not in declared and id(getattr(modules[layer], "weight", None)) in weights
     ]
     return dataclasses.replace(config, target_modules=[*config.target_modules, *tied]) if tied else config
+
+
+def _with_every_ending(config: LoraConfig, modules: Mapping[str, nn.Module]) -> LoraConfig:
+    """Name the modules that are trained in full as PEFT finds them: by how their names end, in the midst of a part too.
+
+    So ``"norm"`` is each ``input_layernorm``, too.
+    """
+    if not isinstance(config.modules_to_save, list):
+        return config
+    found = [
+        name
+        for pattern in config.modules_to_save
+        for name in ([each for each in modules if each.endswith(pattern)] or [pattern])
+    ]
+    return dataclasses.replace(config, modules_to_save=list(dict.fromkeys(found)) or None)
 
 
 def _without_absent_modules(config: LoraConfig, tensors: Tensors, base: nn.Module) -> LoraConfig:

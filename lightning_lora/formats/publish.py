@@ -43,6 +43,30 @@ def _is_left_behind(path: Path, host: str) -> bool:
 
 
 @contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write a file so that it is there in full, or is as it was before.
+
+    Args:
+        path: The file; its directory is made if it is not there.
+
+    Yields:
+        The name to write it under.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    try:
+        yield partial
+        publish(partial, path)
+    finally:
+        remove(partial)
+
+
+def is_unfinished(directory: Path) -> bool:
+    """Whether a directory is not what a write has left that came to its end: a part, or one that has parts in it."""
+    return fnmatch(directory.resolve().name, ".*.partial") or any(directory.glob(".*.partial"))
+
+
+@contextmanager
 def whole_directory(directory: Path, stale: tuple[str, ...] = ()) -> Iterator[Path]:
     """Write the files of a directory so that it has all of them, or is as it was before.
 
@@ -125,13 +149,8 @@ def publish(partial: Path, target: Path) -> None:
 
 def write_text(text: str, target: Path) -> None:
     """Write a text file in UTF-8, with the directory that it is in."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(target)
-    try:
-        partial.write_text(text, encoding="utf-8")
-        publish(partial, target)
-    finally:
-        remove(partial)
+    with whole_file(target) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def _rename_to_free(partial: Path, target: Path) -> bool:

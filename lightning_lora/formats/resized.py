@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lora.formats.model_card import write_card
+from lightning_lora.formats.model_card import Run, write_card
 from lightning_lora.formats.peft_config import config_from_peft
 from lightning_lora.formats.peft_files import CONFIG_FILE, OF_LAYER, PREFIX, WEIGHTS_FILE, read_files, write_weights
 from lightning_lora.formats.publish import whole_directory
@@ -81,7 +81,7 @@ def resize_adapter(
         (new / CONFIG_FILE).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         verify_adapter(new, settings, tensors, [])
         largest = max((each.error for each in done.values()), default=0.0)
-        write_card(new, settings, {"resized": f"largest relative error of an update {largest:.2g}"})
+        write_card(new, settings, Run({"resized": f"largest relative error of an update {largest:.2g}"}))
     return done
 
 

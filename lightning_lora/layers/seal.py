@@ -1,5 +1,8 @@
 """Whether a tensor still has the values that it had."""
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # of which torch 2.13 has no public name
@@ -13,20 +16,36 @@ _FACTOR = -0x61C8864680B583EB  # odd, so that it loses no bit modulo 2**64
 class Seal:
     """Put on a tensor, it tells later whether the tensor was changed since, in whatever way.
 
+    A copy made with the tensor's own, by ``copy.deepcopy`` or ``pickle``, is a seal on that.
+
     Args:
         tensor: A parameter or buffer.
     """
 
     def __init__(self, tensor: Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
         self._dtype = tensor.dtype
-        self._writes = writes(tensor)
+        self._writes: int | None = writes(tensor)
         self._checksum = checksum(tensor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        tensor = self._tensor()
+        if tensor is not None and self.fits(tensor):
+            return Seal, (tensor,)  # whose copy has another count of writes, and may be cast
+        return _broken, (self._dtype, self._checksum)
 
     def fits(self, tensor: Tensor) -> bool:
         """Whether a tensor has the sealed values; after a cast, whether it was changed by autograd's count."""
         if tensor.dtype != self._dtype:
             return writes(tensor) == self._writes
         return checksum(tensor) == self._checksum
+
+
+def _broken(dtype: torch.dtype, checksum: int) -> Seal:
+    """A seal on a copy of a tensor that is not, or is not known to be, as it was sealed: its bytes alone can fit."""
+    seal = Seal(torch.empty(0, dtype=dtype))
+    seal._writes, seal._checksum = None, checksum
+    return seal
 
 
 def wraps_tensors(tensor: Tensor) -> bool:

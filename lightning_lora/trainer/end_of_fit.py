@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_lora.formats.merged import ADAPTER_DIR, MERGED_DIR, save_merged
-from lightning_lora.formats.model_card import add_to_card
+from lightning_lora.formats.model_card import add_to_card, run_of
 from lightning_lora.model.eject import eject
 from lightning_lora.model.peft_wrapped import merged_base
 from lightning_lora.model.quantization import is_quantized
@@ -35,7 +35,7 @@ def merge_in_memory(pl_module: "pl.LightningModule") -> None:
 def export_merged(
     trainer: "pl.Trainer", root: nn.Module, directory: Path, probe: MergeProbe | None, verify: bool
 ) -> None:
-    """Write the merged model, and into the adapter's card how far its outputs are from those of the trained one.
+    """Write the merged model, and into the cards how far its outputs are from those of the trained one.
 
     Args:
         trainer: The Trainer.
@@ -52,7 +52,10 @@ def export_merged(
     wrapped = [injection.root for injection in injections(root) if injection.peft is not None]
     with merged_base(wrapped[0]) if wrapped else nullcontext(root) as merged:
         apart = probe.difference() if probe is not None else None
-        save_merged(merged, directory / MERGED_DIR, tokenizer, verify=verify)
-    if apart is not None:
-        add_to_card(directory / ADAPTER_DIR, {"merged outputs apart": f"{apart:.1e}"})
+        facts = {"merged outputs apart": f"{apart:.1e}"} if apart is not None else {}
+        run = run_of(trainer)
+        run = run._replace(facts={**run.facts, **facts})
+        save_merged(merged, directory / MERGED_DIR, tokenizer, verify=verify, run=run)
+    if facts:
+        add_to_card(directory / ADAPTER_DIR, facts)
     rank_zero_info(f"Exported the adapter and the merged model to {directory}")

