@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from lightning_lora.callbacks.logged_files import log_file
 from lightning_lora.formats.curves import (
     CURVE_FILE,
     METRICS_FILE,
@@ -25,7 +26,8 @@ class LearningCurve(Callback):
     """Save ``learning_curve.csv`` and ``learning_curve.png`` beside the checkpoints when a fit ends, or is interrupted.
 
     Both hold what the run logged, by step, as Lightning's ``CSVLogger`` recorded it, and where it was resumed, what it
-    had logged before. The picture needs matplotlib; the cards of what ``LoRA(export_dir=...)`` exports show it too.
+    had logged before. The picture needs matplotlib; the cards of what ``LoRA(export_dir=...)`` exports show it too, and
+    MLflow, W&B and TensorBoard, where the Trainer has their loggers.
 
     Raises:
         ValueError: At the start of a fit, if the trainer has no ``CSVLogger`` or no ``ModelCheckpoint``.
@@ -74,7 +76,8 @@ class LearningCurve(Callback):
             return
         folder = _folder(trainer)
         write_curves(curves, folder / CURVE_FILE)
-        plot(curves, folder / PICTURE)
+        if plot(curves, folder / PICTURE):
+            log_file(trainer, folder / PICTURE)
 
 
 def _joined(earlier: Curves, later: Curves, start: int) -> Curves:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_lora.callbacks.before_after import BeforeAfter
+from lightning_lora.callbacks.logged_files import log_file
 from lightning_lora.callbacks.outputs import file_bytes, outputs, weight_bytes
 from lightning_lora.data.from_files import FileData
 from lightning_lora.data.lengths import lengths_of
@@ -37,6 +38,7 @@ class Report(Callback):
     are in the Trainer, before it in the list, the update of each layer with its singular values, the data, sizes,
     settings and versions, and what to try next. What no other file of the run says is in ``run.json`` beside it, from
     which ``lightning-lora report`` makes the page again. The page needs plotly; without it, ``run.json`` is written.
+    The loggers of MLflow and W&B get the page too.
 
     Args:
         run_dir: The directory of the run, below which the others of its files are, such as ``runs/quickstart``.
@@ -96,6 +98,7 @@ class Report(Callback):
         except ModuleNotFoundError as error:
             rank_zero_info(str(error))
         else:
+            log_file(trainer, written)
             rank_zero_info(f"What came of it: open {written} in a browser.")
 
 

@@ -5,8 +5,6 @@ from statistics import fmean
 from lightning_lora.fqn import group_of
 from lightning_lora.model.learned import ENERGY, Update
 
-_LARGE = 0.1  # of a weight's norm
-
 
 def advice_on(updates: list[Update]) -> list[str]:
     """What the updates of all layers advise, in words; nothing for what has learned nothing."""
@@ -22,12 +20,5 @@ def advice_on(updates: list[Update]) -> list[str]:
             lines.append(
                 f"{group} uses {used:.1f} of {rank} ranks: r={enough} holds {ENERGY:.0%} of each update's energy "
                 f"(lightning-lora resize --energy {ENERGY})."
-            )
-        large = [(share, update.layer) for update in found if (share := update.relative_norm) is not None]
-        share, name = max(large, default=(0.0, ""))
-        if share > _LARGE:
-            lines.append(
-                f"The update of {name} is {share:.0%} of its weight's norm: a lower learning rate keeps more of the "
-                "base."
             )
     return lines

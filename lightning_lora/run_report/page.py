@@ -47,6 +47,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 def _render(run: RunFiles, plotly: str) -> str:
     record = run.record
+    relative = all(update.relative_norm is not None for update in run.updates)
     before, after = (record["before"], record["after"]) if record else ({}, {})
     drawn = {
         **figures.learning_curves(run.curves, before),
@@ -67,8 +68,8 @@ def _render(run: RunFiles, plotly: str) -> str:
         advice=advice_on(run.updates),
         metrics=_metrics(before, after, bool(record and record["samples"])),
         settings=run.settings,
-        layers=[_layer(update) for update in run.updates],
-        relative=all(update.relative_norm is not None for update in run.updates),
+        layers=[_layer(update, relative) for update in run.updates],
+        relative=relative,
         figures=drawn,
         plotly=plotly.replace("</script", "<\\/script"),
     )
@@ -120,9 +121,10 @@ def _metrics(before: dict[str, float], after: dict[str, float], with_perplexity:
     return rows
 
 
-def _layer(update: Update) -> dict[str, Any]:
+def _layer(update: Update, relative: bool) -> dict[str, Any]:
     """What the page shows of a layer when it is chosen."""
     spectrum, share = update.spectrum, update.relative_norm
     text = f"effective rank {spectrum.effective_rank:.1f} of {update.r}; {spectrum.enough} hold 99% of the energy; "
     text += f"norm {spectrum.norm:.3g}" + ("" if share is None else f", {share:.2%} of the weight's")
-    return {"name": update.layer, "values": update.values, "text": text}
+    size = share if relative else spectrum.norm
+    return {"name": update.layer, "values": update.values, "text": text, "size": size}

@@ -73,6 +73,7 @@ def test_a_recipe(tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPat
         assert 0 < lengths["learned"] < lengths["tokens"]
     assert record["settings"]["adapter default"]["r"] > 0
     assert {Path(each["path"]).name for each in record["outputs"]} >= {"adapter"}
+    assert "merged outputs apart" in (folder / "export/adapter/README.md").read_text()
     page = (folder / "report.html").read_bytes()
     main(["report", "runs/chat_sft"])
     assert (folder / "report.html").read_bytes() == page

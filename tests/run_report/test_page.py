@@ -38,7 +38,12 @@ def record(**changes: Any) -> RunRecord:
         "samples": [{"prompt": "Define: Internet", "before": "A network.", "after": "A place."}],
         "outputs": [{"name": "exported adapter", "path": "export/adapter", "bytes": 1_900_000}],
         "updates": [
-            {"layer": layer, "r": 4, "weight_norm": 10.0, "values": [0.4 + number, 0.2, 0.1, 0.05]}
+            {
+                "layer": layer,
+                "r": 4,
+                "weight_norm": 1.0 if number == 2 else 10.0,
+                "values": [0.4 + number, 0.2, 0.1, 0.05],
+            }
             for number, layer in enumerate(layers)
         ],
     }
@@ -196,7 +201,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
         page.on("request", lambda asked: said.append(asked.url) if not asked.url.startswith("file:") else None)
         page.goto((tmp_path / "run" / "report.html").as_uri())
         page.wait_for_selector("#spectrum .bars path")
-        assert page.inner_text("#layer-name").endswith("2.self_attn.v_proj")  # the largest
+        assert page.inner_text("#layer-name").endswith("1.self_attn.q_proj")  # the largest, relative to its weight
         page.locator("#norms").scroll_into_view_if_needed()
         box = page.locator("#norms .nsewdrag").bounding_box()
         page.mouse.click(box["x"] + box["width"] / 6, box["y"] + box["height"] / 4)
