@@ -1,5 +1,6 @@
 """``lightning-lora data``: what a run would learn, before it does."""
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -23,7 +24,7 @@ def show(data: FileData, rows: int) -> None:
             colors.
     """
     console = Console(highlight=False)
-    parts: dict[str, list[Any]] = {"training": data.train_rows or [], "validation": data.val_rows}
+    parts: dict[str, Sequence[Any]] = {"training": data.train_rows or [], "validation": data.val_rows}
     for purpose, part in parts.items():
         _lengths(console, data, purpose, part)
     part = parts["training"]
@@ -38,7 +39,7 @@ def show(data: FileData, rows: int) -> None:
             console.print(_marked(label, console.is_terminal), soft_wrap=True)
 
 
-def _lengths(console: Console, data: FileData, purpose: str, rows: list[Any]) -> None:
+def _lengths(console: Console, data: FileData, purpose: str, rows: Sequence[Any]) -> None:
     """A histogram of the lengths, and how much is learned."""
     found = lengths_of(data, rows)
     if found is None:

@@ -1,17 +1,18 @@
 """Conversations for instruction tuning of a causal language model."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_lora.data.conversation import Row, TrainOn, encode_text, encode_turns
+from lightning_lora.data.encoded import Encoded
 from lightning_lora.data.files import Paths
-from lightning_lora.data.from_files import Encoded
+from lightning_lora.data.json_rows import ChosenRows
 from lightning_lora.data.keys import unused_keys
 from lightning_lora.data.messages import is_text, read_conversation
-from lightning_lora.data.packing import collate_packs, pack, unpack
+from lightning_lora.data.packing import Packs, collate_packs, pack, unpack
 from lightning_lora.data.record import Record
 from lightning_lora.data.texts import LanguageModelData, in_row, remarks_on
 
@@ -84,14 +85,14 @@ class ChatData(ConversationData):
         self.packing = packing
         self.train_on = train_on
 
-    def arrange(self, rows: list[Row]) -> list[Row]:
+    def arrange(self, rows: ChosenRows) -> Sequence[Row]:
         """Pack the rows, if asked for."""
         if not self.packing:
             return rows
-        packs = pack(rows, self.max_length)
-        used = sum(len(row["input_ids"]) for row in rows) / (len(packs) * self.max_length)
+        packs = pack(rows.lengths.tolist(), self.max_length)
+        used = rows.lengths.sum() / (len(packs) * self.max_length)
         rank_zero_info(f"Packed {len(rows)} rows into {len(packs)} of {self.max_length} tokens, {used:.0%} full.")
-        return packs
+        return Packs(rows, packs)
 
     def token_ids(self, row: Row) -> Iterator[list[int]]:
         """Those of each row in a pack."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning_lora.data.conll import sentences
-from lightning_lora.data.hub import HUB, hub_records
+from lightning_lora.data.hub import HUB, hub_files, hub_records
 from lightning_lora.data.record import BadRows, Record
 from lightning_lora.shipped_recipes import SHIPPED, locate
 
@@ -45,14 +45,19 @@ def read_records(path: Paths, bad: BadRows | None = None) -> Iterator[Record]:
         ValueError: For another kind of file, one that is empty, a row that cannot be read, or a weight that is not
             positive.
     """
-    paths = [path] if isinstance(path, str) else path
     files: list[tuple[str | Path, float]] = []
-    for one in paths:
-        weight = paths[one] if isinstance(paths, dict) else 1.0
+    for one in [path] if isinstance(path, str) else path:
+        weight = path[one] if isinstance(path, dict) else 1.0
         if not 0 < weight < math.inf:
             raise ValueError(f"Found the weight {weight} of {one!r}, expected a positive number, such as 0.5.")
         files += [(file, weight) for file in ([one] if one.startswith(HUB) else _files(one))]
     return _records(files, bad)
+
+
+def data_files(path: Paths) -> list[Path]:
+    """The files on this machine that hold the rows of a path."""
+    paths = [path] if isinstance(path, str) else path
+    return [file for one in paths for file in (hub_files(one) if one.startswith(HUB) else _files(one))]
 
 
 def _records(files: list[tuple[str | Path, float]], bad: BadRows | None) -> Iterator[Record]:
@@ -276,6 +281,9 @@ def _conll(file: Path, bad: BadRows) -> Iterator[Record]:
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
+_BATCH = 1000  # rows of Parquet that are in memory at once
+
+
 def _parquet(file: Path, bad: BadRows) -> Iterator[Record]:
     try:
         from pyarrow import ArrowInvalid, parquet  # type: ignore[import-not-found, unused-ignore]
@@ -285,7 +293,7 @@ def _parquet(file: Path, bad: BadRows) -> Iterator[Record]:
         ) from None
     try:
         number = 0
-        for batch in parquet.ParquetFile(file).iter_batches():
+        for batch in parquet.ParquetFile(file, memory_map=True).iter_batches(_BATCH):
             for fields in batch.to_pylist():
                 number += 1
                 yield Record(f"{file}, row {number}", fields)

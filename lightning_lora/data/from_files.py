@@ -1,38 +1,28 @@
 """What the data modules that read files share: splitting, counting, and loaders that can resume."""
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from hashlib import blake2b
-from typing import Any, Literal, NamedTuple
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
+from lightning_lora.data.cache import default_cache
+from lightning_lora.data.encoded import Encoded, EncodedRecords, Outcome, opened
+from lightning_lora.data.encoding import encode_in_folder, encode_in_memory
 from lightning_lora.data.files import Paths, read_records
+from lightning_lora.data.json_rows import ChosenRows
 from lightning_lora.data.keys import is_empty
 from lightning_lora.data.record import BadRows, Record
 from lightning_lora.data.resumable import EpochSampler, ResumableDataLoader
 
 _NAMED = 5  # rejected rows that are named, and those that something is said of
-
-
-class Encoded(NamedTuple):
-    """What became of a record.
-
-    Args:
-        rows: What the loader yields in batches, mostly one; none if the record is rejected.
-        truncated: Whether a part of it had to be left out.
-        unused: Fields of the record that are left out.
-        reason: Why it is rejected, if it is.
-        remarks: What else there is to say of it.
-    """
-
-    rows: list[Any]
-    truncated: bool = False
-    unused: Collection[str] = ()
-    reason: str = "too long"
-    remarks: Collection[str] = ()
+_MANY = 20_000  # records of which the rows are made in several processes, and kept for the next run
 
 
 class FileData(L.LightningDataModule):
@@ -61,6 +51,8 @@ class FileData(L.LightningDataModule):
         batch_size: Rows in a batch. Default 8.
         num_workers: Processes that load batches; 0 loads in the training process. Default 0.
         seed: Seed of the split and of the training order. Default 0.
+        cache_dir: Folder where the rows of files with 20,000 records or more are kept for later runs with the same
+            files, tokenizer and settings. Default ``None``: ``lightning_lora`` in the user's folder of caches.
 
     Raises:
         ValueError: If ``val_fraction`` or ``batch_size`` is out of range, or, in ``setup``, for rows that cannot be
@@ -79,6 +71,7 @@ class FileData(L.LightningDataModule):
         batch_size: int = 8,
         num_workers: int = 0,
         seed: int = 0,
+        cache_dir: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= val_fraction < 1:
@@ -97,9 +90,13 @@ class FileData(L.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.train_rows: list[Any] | None = None
-        self.val_rows: list[Any] = []
+        self.cache_dir = cache_dir
+        self.train_rows: Sequence[Any] | None = None
+        self.val_rows: Sequence[Any] = []
         self.predict_rows: list[Any] = []
+        # The greatest token id of the rows and the most tokens in one, after ``setup``, by which a task makes sure that
+        # its model can take them.
+        self.highest_token = self.longest_row = -1
         self._learned: dict[str, Any] = {}
 
     def of_model(self, name: str) -> Any:
@@ -149,7 +146,7 @@ class FileData(L.LightningDataModule):
         """
         return self.encode(record).rows[0]
 
-    def arrange(self, rows: list[Any]) -> list[Any]:
+    def arrange(self, rows: ChosenRows) -> Sequence[Any]:
         """Bring the rows of one split into the form in which they are batched. Default: as they are."""
         return rows
 
@@ -160,6 +157,10 @@ class FileData(L.LightningDataModule):
     def collate_predict(self, rows: list[Any]) -> Any:
         """Make a batch for ``predict``. Default: as for validation."""
         return self.collate(rows)
+
+    def cache_name(self, path: Paths) -> str | None:
+        """A name to keep the rows of files by, which changes with what they depend on. Default: they are not kept."""
+        return None
 
     def content(self, record: Record, unused: Collection[str]) -> bytes:
         """What a record says, by which equal ones are found. Default: the fields that are used, as JSON."""
@@ -178,78 +179,121 @@ class FileData(L.LightningDataModule):
         if stage != "predict" and self.train_rows is not None:
             return
         bad = BadRows(self.on_error)
-        files = [self._seen(self.read(path, bad)) for path in (self.path, self.val_path) if path is not None]
-        self.prepare()
-        read = [list(_each(lambda record: self._look_at(record, stage), records, bad)) for records in files]
+        encoded = self.encoded(bad)
         bad.report()
-        train, held_out = (read[0], read[1]) if self.val_path is not None else self._split(read[0])
+        self.highest_token = max(each.highest for each in encoded)
+        self.longest_row = max(each.longest for each in encoded)
+        if self.val_path is None:
+            read = held_out_of = encoded[0]
+            train, held_out = self._split(read)
+        else:
+            read, held_out_of = encoded
+            train, held_out = np.arange(len(read)), np.arange(len(held_out_of))
         if stage == "predict":
-            self.predict_rows = [self.encode_predict(row.record) for row in held_out]
+            places = {held_out_of.places[record] for record in held_out.tolist()}
+            records = self._seen(self.read(self.val_path or self.path, BadRows("skip")))
+            self.predict_rows = [self.encode_predict(record) for record in records if record.where in places]
             return
         if self.val_path is not None:
-            _warn_of_rows_on_both_sides(train, held_out)
-        train_rows = self._rows(train, self.path, "training")
-        self.val_rows = self._rows(held_out, self.val_path or self.path, "validation") if held_out else []
+            _warn_of_rows_on_both_sides(read, held_out_of)
+        train_rows = self._rows(read, train, self.path, "training")
+        if len(held_out):
+            self.val_rows = self._rows(held_out_of, held_out, self.val_path or self.path, "validation")
         self.train_rows = train_rows
-        content = repr([(row.share, row.record.weight) for row in train]).encode()
+        content = read.shares[train].tobytes() + read.weights[train].tobytes()
         self._learned = {"rows": len(train), "content": _digest(content)}
+
+    def encoded(self, bad: BadRows) -> list[EncodedRecords]:
+        """The records of the files to train on, and of those to validate on if there are any."""
+        encoded = []
+        for path, own, records in self._sources():
+            folder, records = self._folder(path, records)
+            if folder is None:
+                encoded.append(encode_in_memory(records, self._look_at, own))
+            elif folder.is_dir():
+                found, own.errors = opened(folder)
+                encoded.append(found)
+                rank_zero_info(f"{_named(path)}: took the rows that were encoded before, in {folder}.")
+            else:
+                encoded.append(encode_in_folder(records, self._look_at, own, folder, _named(path)))
+            bad.errors += own.errors
+        return encoded
+
+    def encode_large_files(self) -> None:
+        """Encode the files whose rows are kept, where they are not kept yet.
+
+        Raises:
+            ValueError: If rows are bad and not to be skipped.
+        """
+        for path, own, records in self._sources():
+            folder, records = self._folder(path, records)
+            if folder is not None and not folder.is_dir():
+                encode_in_folder(records, self._look_at, own, folder, _named(path))
+
+    def _sources(self) -> list[tuple[Paths, BadRows, Iterator[Record]]]:
+        """The paths to train and to validate on, where to note their bad rows, and their records, not read yet."""
+        # All files are looked for before the tokenizer is loaded.
+        sources = [
+            (path, own := BadRows(self.on_error), self._seen(self.read(path, own)))
+            for path in (self.path, self.val_path)
+            if path is not None
+        ]
+        self.prepare()
+        return sources
+
+    def _folder(self, path: Paths, records: Iterator[Record]) -> tuple[Path | None, Iterator[Record]]:
+        """Where the rows of records are kept if they are many, and all of the records."""
+        first = list(islice(records, _MANY))
+        name = self.cache_name(path) if len(first) == _MANY else None
+        return None if name is None else Path(self.cache_dir or default_cache()) / name, chain(first, records)
 
     def _seen(self, records: Iterable[Record]) -> Iterator[Record]:
         for record in records:
             record = record.renamed(self.fields)
             yield record._replace(fields=_without(record.fields, self.ignore)) if self.ignore else record
 
-    def _look_at(self, record: Record, stage: str) -> "_Row":
+    def _look_at(self, record: Record) -> Outcome:
         found = self.encode(record)
         found = found._replace(remarks={*found.remarks, *(each for row in found.rows for each in self.remarks(row))})
         key = str(self.seed).encode() + self.content(record, found.unused)
-        # Its fields are no longer needed but for questions.
-        return _Row(record if stage == "predict" else record._replace(fields={}), found, _digest(key) / 2**64)
+        tokens = [list(self.token_ids(row)) for row in found.rows]
+        return Outcome(record.where, _digest(key) / 2**64, record.weight, found, tokens)
 
-    def _split(self, rows: list["_Row"]) -> tuple[list["_Row"], list["_Row"]]:
-        """Rows to train on and to validate on: a side is told by the content of a row and the seed alone."""
+    def _split(self, read: EncodedRecords) -> tuple[np.ndarray, np.ndarray]:
+        """Records to train on and to validate on: a side is told by the content of a record and the seed alone."""
         if not self.val_fraction:
-            return rows, []
-        shares = [row.share for row in rows if row.found.rows] or [0.0, 1.0]
-        lowest, highest = min(shares), max(shares)
+            return np.arange(len(read)), np.arange(0)
+        shares = read.shares[read.counts > 0]
+        lowest, highest = (shares.min(), shares.max()) if len(shares) else (0.0, 1.0)
         if lowest == highest:
             raise ValueError(
                 f"{_named(self.path)}: found no two rows that differ, expected one at least to train on and one to "
                 "validate on. Add rows, or set val_fraction to 0."
             )
-        sides: tuple[list[_Row], list[_Row]] = ([], [])
-        for row in rows:
-            held_out = row.share == lowest or (row.share < self.val_fraction and row.share != highest)
-            sides[held_out].append(row)
-        return sides
+        held_out = (read.shares == lowest) | ((read.shares < self.val_fraction) & (read.shares != highest))
+        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
-    def _rows(self, read: list["_Row"], path: Paths, purpose: str) -> list[Any]:
+    def _rows(self, read: EncodedRecords, records: np.ndarray, path: Paths, purpose: str) -> Sequence[Any]:
         """The rows to batch, once it is said what became of the records."""
-        unused = {field for row in read for field in row.found.unused}
-        places: dict[str, list[str]] = {}
-        for row in read:
-            said = [f"Rejected as {row.found.reason}"] if not row.found.rows else sorted(row.found.remarks)
-            for each in said:
-                places.setdefault(each, []).append(row.record.where)
-        kept = [row.found for row in read if row.found.rows]
+        kept = records[read.counts[records] > 0]
         rank_zero_info(
-            f"{_named(path)}, {purpose}: kept {len(kept)} rows, {sum(found.truncated for found in kept)} of them "
-            f"truncated, and rejected {len(read) - len(kept)}."
+            f"{_named(path)}, {purpose}: kept {len(kept)} rows, {read.truncated[kept].sum()} of them "
+            f"truncated, and rejected {len(records) - len(kept)}."
         )
-        for each, where in sorted(places.items()):
-            rank_zero_info(f"{each}: {_first(where)}.")
-        if unused:
+        for said, about in sorted(read.said_of(records).items()):
+            rank_zero_info(f"{said}: {_first(read, about)}.")
+        if unused := read.unused_in(records):
             names = ", ".join(map(repr, sorted(unused)))
             rank_zero_info(f"Left out the fields {names}, which {purpose} does not use.")
-        if purpose == "training" and any(row.record.weight != 1 for row in read):
-            kept = [row.found for row in read for _ in range(row.times) if row.found.rows]
+        if purpose == "training" and (read.weights[records] != 1).any():
+            kept = np.repeat(kept, read.times[kept])
             rank_zero_info(f"By their weights, {len(kept)} are learned in an epoch.")
-        if not kept:
+        if not len(kept):
             raise ValueError(
                 f"{_named(path)}: no row for {purpose} is left, as it says above. Raise max_length, set overlong to "
                 "'truncate', or correct the rows."
             )
-        return self.arrange([row for found in kept for row in found.rows])
+        return self.arrange(ChosenRows(read.rows, read.lengths, read.rows_of(kept)))
 
     def state_dict(self) -> dict[str, Any]:
         """Which rows are learned, to tell if others are when the run resumes."""
@@ -282,9 +326,9 @@ class FileData(L.LightningDataModule):
         """The rows of ``predict_path``, or those held out."""
         return self._loader(self.predict_rows, self.collate_predict) if self.predict_rows else []
 
-    def _loader(self, rows: list[Any], collate: Any, sampler: EpochSampler | None = None) -> DataLoader[Any]:
+    def _loader(self, rows: Sequence[Any], collate: Any, sampler: EpochSampler | None = None) -> DataLoader[Any]:
         return ResumableDataLoader(
-            rows,  # type: ignore[arg-type]  # a list is a map-style dataset
+            rows,  # type: ignore[arg-type]  # a sequence is a map-style dataset
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
@@ -292,37 +336,22 @@ class FileData(L.LightningDataModule):
         )
 
 
-class _Row(NamedTuple):
-    """A record, what became of it, and a number from 0 to below 1 that its content gives."""
-
-    record: Record
-    found: Encoded
-    share: float
-
-    @property
-    def times(self) -> int:
-        """How often it is learned in an epoch."""
-        # Digits of the content's number that say nothing of the side that the row is on.
-        return int(self.record.weight) + (self.share * 2**20 % 1 < self.record.weight % 1)
-
-
 def _digest(content: bytes) -> int:
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "big")
 
 
-def _warn_of_rows_on_both_sides(train: list[_Row], held_out: list[_Row]) -> None:
-    learned = {row.share for row in train}
-    both = [row.record.where for row in held_out if row.share in learned]
-    if both:
+def _warn_of_rows_on_both_sides(train: EncodedRecords, held_out: EncodedRecords) -> None:
+    both = np.flatnonzero(np.isin(held_out.shares, train.shares))
+    if len(both):
         rank_zero_warn(
             f"{len(both)} of the {len(held_out)} rows to validate on are learned too, so that what is measured on them "
-            f"says little: {_first(both)}. Remove them from one side."
+            f"says little: {_first(held_out, both)}. Remove them from one side."
         )
 
 
-def _first(places: list[str]) -> str:
-    more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
-    return "; ".join(places[:_NAMED]) + more
+def _first(read: EncodedRecords, records: np.ndarray) -> str:
+    more = f" and {len(records) - _NAMED} more" if len(records) > _NAMED else ""
+    return "; ".join(read.places[record] for record in records[:_NAMED].tolist()) + more
 
 
 def _each(encode: Callable[[Record], Any], records: Iterable[Record], bad: BadRows) -> Iterator[Any]:

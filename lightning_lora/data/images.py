@@ -11,8 +11,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from lightning_lora.data.encoded import Encoded
 from lightning_lora.data.files import Paths
-from lightning_lora.data.from_files import Encoded, FileData
+from lightning_lora.data.from_files import FileData
 from lightning_lora.data.labels import agreed_labels
 from lightning_lora.data.record import BadRows, Record
 from lightning_lora.pretrained import resolve
@@ -98,18 +99,19 @@ class ImageData(FileData):
         return b"%d:" % record.fields["label"] + data
 
     def encode(self, record: Record) -> Encoded:
-        """The image, not yet opened, and the index of its label."""
-        return Encoded([(record.fields["image"], record.fields["label"])])
+        """The image's file, or its pixels if it has none, and the index of its label."""
+        image = record.fields["image"]
+        return Encoded([[str(image) if isinstance(image, Path) else image.tolist(), record.fields["label"]]])
 
-    def label(self, row: tuple[Any, int]) -> str:
+    def label(self, row: list[Any]) -> str:
         """The name of its label, and of its file."""
-        return self.labels[row[1]] + (f" {row[0]}" if isinstance(row[0], Path) else "")
+        return f"{self.labels[row[1]]} {row[0] if isinstance(row[0], str) else ''}".rstrip()
 
     def encode_predict(self, record: Record) -> Any:
         """The image, not yet opened."""
         return record.fields["image"]
 
-    def collate(self, rows: list[tuple[Any, int]]) -> dict[str, Tensor]:
+    def collate(self, rows: list[list[Any]]) -> dict[str, Tensor]:
         """``pixel_values`` of shape ``(images, 3, size, size)``, and ``labels``."""
         images, labels = zip(*rows)
         return {**self.collate_predict(images), "labels": torch.tensor(labels)}
@@ -151,9 +153,10 @@ def _digits(labels: list[str]) -> list[Record]:
     if len(labels) != 10:
         raise ValueError(f"Found {len(labels)} labels for {DIGITS!r}, expected 10, one for each digit.")
     images, targets = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(images.astype(np.float32) / 16).view(-1, 1, 8, 8)
     return [
-        Record(DIGITS, {"image": torch.from_numpy(image.astype(np.float32) / 16).view(1, 8, 8), "label": int(target)})
-        for image, target in zip(images, targets)
+        Record(f"{DIGITS}, image {number}", {"image": image, "label": int(target)})
+        for number, (image, target) in enumerate(zip(pixels, targets), start=1)
     ]
 
 
@@ -203,7 +206,7 @@ def _readable(records: list[Record], bad: BadRows) -> list[Record]:
     return [record for record, error in zip(records, problems) if error is None]
 
 
-def _load(file: Path, check: bool = False) -> Any:
+def _load(file: str | Path, check: bool = False) -> Any:
     """The image in a file, upright; for a check, in the smallest size that the format can be decoded in."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -219,8 +222,8 @@ def _load(file: Path, check: bool = False) -> Any:
 
 def _pixels(image: Any) -> Tensor:
     """Values from 0 to 1, of shape ``(channels, height, width)``."""
-    if isinstance(image, Tensor):
-        return image
+    if not isinstance(image, (str, Path)):
+        return torch.as_tensor(image)
     from PIL import Image
 
     loaded = _load(image)

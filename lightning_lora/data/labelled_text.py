@@ -1,5 +1,6 @@
 """Texts with a label each."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,8 +8,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_lora.data.encoded import Encoded
 from lightning_lora.data.files import Paths
-from lightning_lora.data.from_files import Encoded
 from lightning_lora.data.keys import unused_keys
 from lightning_lora.data.labels import (
     REGRESSION,
@@ -67,13 +68,16 @@ class LabelledTextData(TextData):
     @property
     def class_counts(self) -> list[int]:
         """Training rows of each class, after ``setup``."""
-        found = [row["labels"] for row in self.train_rows or []]
-        if self.problem_type == SINGLE_LABEL:
-            return [found.count(index) for index in range(len(self.labels))]
-        return [sum(labels[index] == 1 for labels in found) for index in range(len(self.labels))]
+        counts = Counter[int]()
+        for row in self.train_rows or []:
+            found = row["labels"]
+            single = self.problem_type == SINGLE_LABEL
+            counts.update([found] if single else [index for index, on in enumerate(found) if on == 1])
+        return [counts[index] for index in range(len(self.labels))]
 
-    def setup(self, stage: str) -> None:
-        """Read, split and encode the files, once, and say how many rows each class has."""
+    def prepare(self) -> None:
+        """Take from the model what is not set, and load the tokenizer."""
+        super().prepare()
         self.labels = agreed_labels(self._given, self.of_model("labels"))
         of_model = self.of_model("problem_type")
         if None not in (self.problem_type, of_model) and self.problem_type != of_model:
@@ -82,6 +86,9 @@ class LabelledTextData(TextData):
                 "same. Leave out data.problem_type, which is then the model's."
             )
         self.problem_type = self.problem_type or of_model or SINGLE_LABEL
+
+    def setup(self, stage: str) -> None:
+        """Read, split and encode the files, once, and say how many rows each class has."""
         new = self.train_rows is None
         super().setup(stage)
         if new and self.train_rows is not None:

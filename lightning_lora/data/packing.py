@@ -1,34 +1,32 @@
 """Several rows in one, so that no step is spent on padding."""
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_lora.data.conversation import IGNORED, Row
+from lightning_lora.data.json_rows import Rows
 
 
-def pack(rows: list[Row], max_length: int) -> list[Row]:
+def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """Put rows together in as few packs of at most ``max_length`` tokens as best-fit-decreasing finds, in n log n.
 
-    Each row's ``position_ids`` begin at zero, by which transformers tells the rows in a pack apart: no token attends to
-    those of another row. The first label of each row is ignored already, so no row predicts the next one's beginning.
-
     Args:
-        rows: With ``input_ids`` and ``labels``, each of at most ``max_length`` tokens.
+        lengths: Tokens of each row, at most ``max_length``.
         max_length: Longest pack, in tokens.
 
     Returns:
-        Rows with ``input_ids``, ``labels`` and ``position_ids``.
+        The indices of the rows in each pack.
     """
-    packs: list[list[Row]] = []
+    packs: list[list[int]] = []
     # Packs by the room that is left in them, and those rooms in order.
     with_room: dict[int, list[int]] = {}
     rooms: list[int] = []
     # `sorted` is stable, so equal files give equal packs.
-    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
-        length = len(row["input_ids"])
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        length = lengths[row]
         place = bisect_left(rooms, length)
         if place == len(rooms):
             index, room = len(packs), max_length
@@ -43,14 +41,41 @@ def pack(rows: list[Row], max_length: int) -> list[Row]:
             with_room[room - length] = []
             insort(rooms, room - length)
         with_room[room - length].append(index)
-    return [
-        {
-            "input_ids": [token for row in pack for token in row["input_ids"]],
-            "labels": [label for row in pack for label in row["labels"]],
-            "position_ids": [position for row in pack for position in range(len(row["input_ids"]))],
-        }
-        for pack in packs
-    ]
+    return packs
+
+
+def joined(rows: Iterable[Row]) -> Row:
+    """Rows as one, whose ``position_ids`` begin at zero with each, by which transformers tells them apart.
+
+    No token attends to those of another row. The first label of each row is ignored already, so no row predicts the
+    next one's beginning.
+    """
+    pack: Row = {"input_ids": [], "labels": [], "position_ids": []}
+    for row in rows:
+        pack["input_ids"] += row["input_ids"]
+        pack["labels"] += row["labels"]
+        pack["position_ids"] += range(len(row["input_ids"]))
+    return pack
+
+
+class Packs(Rows):
+    """Rows in packs, joined when they are looked at.
+
+    Args:
+        rows: The rows.
+        packs: The indices of the rows in each.
+    """
+
+    def __init__(self, rows: Sequence[Row], packs: list[list[int]]) -> None:
+        self._rows = rows
+        self._packs = packs
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def row(self, index: int) -> Row:
+        """The pack of this index."""
+        return joined(self._rows[row] for row in self._packs[index])
 
 
 def unpack(row: Row) -> Iterator[Row]:
@@ -61,7 +86,7 @@ def unpack(row: Row) -> Iterator[Row]:
 
 
 def collate_packs(packs: list[Row], pad_token_id: int) -> dict[str, Tensor]:
-    """Batch packs of :func:`pack`; the padding at the end of each is a row of its own, which is not learned.
+    """Batch packs of :func:`joined`; the padding at the end of each is a row of its own, which is not learned.
 
     Returns:
         ``input_ids``, ``labels`` and ``position_ids``, each of shape ``(packs, tokens of the longest)``. There is no

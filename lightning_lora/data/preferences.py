@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.data.conversation import encode_answers
-from lightning_lora.data.from_files import Encoded
+from lightning_lora.data.encoded import Encoded
 from lightning_lora.data.keys import is_empty
 from lightning_lora.data.messages import (
     QUESTION,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_lora.data.conversation import IGNORED
+from lightning_lora.data.encoded import Encoded
 from lightning_lora.data.files import Paths
-from lightning_lora.data.from_files import Encoded
 from lightning_lora.data.keys import unused_keys
 from lightning_lora.data.record import Record
 from lightning_lora.data.texts import TextData
@@ -68,13 +68,14 @@ class Seq2SeqData(TextData):
                 f"Found source_lang={source!r} and target_lang={target!r} with a tokenizer of several languages, "
                 "expected the names of both, such as en_XX and de_DE. Set them in the model's settings."
             )
+        self.source_lang, self.target_lang = source, target
         self.tokenizer.src_lang, self.tokenizer.tgt_lang = source, target
 
     def token_ids(self, row: Any) -> Iterator[list[int]]:
         """Those of the source and of the target."""
         yield from row
 
-    def learned(self, row: tuple[list[int], list[int]]) -> Iterator[list[bool]]:
+    def learned(self, row: list[list[int]]) -> Iterator[list[bool]]:
         """The target is learned."""
         yield from ([on] * len(ids) for on, ids in zip((False, True), row))
 
@@ -83,13 +84,13 @@ class Seq2SeqData(TextData):
         unused = unused_keys(record, {self.source_field, self.target_field})
         source, cut = self._source(record)
         target, cut_too = self._cut({"text_target": record.text(self.target_field)}, self.max_target_length)
-        return Encoded([(source, target)], cut or cut_too, unused)
+        return Encoded([[source, target]], cut or cut_too, unused)
 
     def encode_predict(self, record: Record) -> list[int]:
         """Token ids of the source."""
         return self._source(record)[0]
 
-    def collate(self, rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+    def collate(self, rows: list[list[list[int]]]) -> dict[str, Tensor]:
         """Pad sources and targets to the longest."""
         longest = max(len(target) for _, target in rows)
         labels = [target + [IGNORED] * (longest - len(target)) for _, target in rows]

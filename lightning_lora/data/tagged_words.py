@@ -1,6 +1,7 @@
 """Sentences whose words have a tag each."""
 
 from bisect import bisect_right
+from collections import Counter
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_lora.data.conversation import IGNORED
+from lightning_lora.data.encoded import Encoded
 from lightning_lora.data.files import Paths
-from lightning_lora.data.from_files import Encoded
 from lightning_lora.data.keys import unused_keys
 from lightning_lora.data.labels import agreed_labels, label_indices
 from lightning_lora.data.record import Record
@@ -79,13 +80,13 @@ class TaggedWordsData(TextData):
     @property
     def class_counts(self) -> list[int]:
         """Training words of each tag, after ``setup``."""
-        found = [label for row in self.train_rows or [] for label in row["labels"]]
-        return [found.count(index) for index in range(len(self.labels))]
+        counts = Counter(label for row in self.train_rows or [] for label in row["labels"])
+        return [counts[index] for index in range(len(self.labels))]
 
-    def setup(self, stage: str) -> None:
-        """Read, split and encode the files, once."""
+    def prepare(self) -> None:
+        """Take the labels from the model if they are not set, and load the tokenizer."""
         self.labels = agreed_labels(self._given, self.of_model("labels"))
-        super().setup(stage)
+        super().prepare()
 
     def encode(self, record: Record) -> Encoded:
         """Token ids of a row, and the tags at the first token of each word."""

@@ -3,16 +3,27 @@
 from collections.abc import Iterator
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_lora.data.cache import cache_name
 from lightning_lora.data.chat_template import MessageError, special_tokens
 from lightning_lora.data.conversation import IGNORED, Row, encode_question
-from lightning_lora.data.files import Paths
+from lightning_lora.data.files import Paths, data_files
 from lightning_lora.data.from_files import FileData
 from lightning_lora.data.messages import Conversation, Message, read_question
 from lightning_lora.data.record import Record
 from lightning_lora.pretrained import load_tokenizer
+
+# Attributes that say nothing of how a record is encoded.
+_OTHERS = frozenset(
+    (
+        *vars(L.LightningDataModule()),
+        *("path", "val_path", "val_fraction", "predict_path", "on_error", "batch_size", "num_workers", "cache_dir"),
+        *("train_rows", "val_rows", "predict_rows", "highest_token", "longest_row", "tokenizer", "_learned"),
+    )
+)
 
 
 class TextData(FileData):
@@ -60,6 +71,20 @@ class TextData(FileData):
                 )
         self.tokenizer = tokenizer
 
+    def prepare_data(self) -> None:
+        """Encode the rows of large files before the processes of a machine, which share them, look for them."""
+        trainer = self.trainer
+        if trainer is not None and trainer.world_size > 1 and not (trainer.predicting and self.predict_path):
+            self.encode_large_files()
+
+    def cache_name(self, path: Paths) -> str | None:
+        """A name that files, tokenizer and settings give; ``None`` where a subclass has settings of another kind."""
+        settings = {name: value for name, value in vars(self).items() if name not in _OTHERS}
+        try:
+            return cache_name(type(self), {**settings, "path": path}, self.tokenizer, data_files(path))
+        except TypeError:
+            return None
+
     def token_ids(self, row: Any) -> Iterator[list[int]]:
         """Token ids of the texts in a row. Default: its ``input_ids``."""
         yield row["input_ids"]
@@ -67,11 +92,6 @@ class TextData(FileData):
     def learned(self, row: Any) -> Iterator[list[bool]]:
         """Which of these tokens are learned. Default: those that have a label."""
         yield [label != IGNORED for label in row["labels"]]
-
-    def sequences(self) -> Iterator[list[int]]:
-        """Token ids of all rows, after ``setup``, by which a task makes sure that its model can take them."""
-        for row in [*(self.train_rows or []), *self.val_rows]:
-            yield from self.token_ids(row)
 
     def remarks(self, row: Any) -> Iterator[str]:
         """Whether the tokenizer does not know a part of a row."""

@@ -58,9 +58,9 @@ class FineTuning(L.LightningModule):
         Raises:
             ValueError: If it cannot.
         """
-        sequences = getattr(getattr(self.trainer, "datamodule", None), "sequences", None)
-        if sequences is not None:
-            require_fit(self.model, sequences())
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "highest_token"):
+            require_fit(self.model, data.highest_token, data.longest_row)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW on the trainable parameters."""

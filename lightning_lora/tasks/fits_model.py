@@ -1,24 +1,21 @@
 """Whether a model can take the rows that it is to learn."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 
-def require_fit(model: Any, sequences: Iterable[list[int]]) -> None:
+def require_fit(model: Any, highest: int, longest: int) -> None:
     """Require that each token of some rows has an embedding, and each of their places a position.
 
     Args:
         model: A model of transformers.
-        sequences: Token ids of the rows.
+        highest: The greatest token id in the rows, or -1 if they have none.
+        longest: Tokens of the longest row.
 
     Raises:
         ValueError: If the model has fewer tokens than the tokenizer, or rows are longer than it has positions.
     """
-    highest = longest = -1
-    for ids in sequences:
-        highest, longest = max(highest, max(ids, default=-1)), max(longest, len(ids))
     config = getattr(model.config, "encoder", None) or model.config.get_text_config()
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and highest >= vocabulary:

@@ -1,6 +1,7 @@
 """Each benchmark runs and writes its figures. How large they are is no matter of tests."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from benchmarks import (
     chart,
     checkpoint,
+    data,
     end_of_fit,
     harness,
     held,
@@ -174,6 +176,18 @@ def test_imports_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setattr(imports, "import_seconds", lambda package, before: float(len(package)))
     rows = figures(imports.main, tmp_path / "imports.json", "--turns", "1")
     assert rows["lightning_lora"]["seconds"] == len("lightning_lora")
+
+
+def test_data_takes_the_figures_of_each_contender(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = {"seconds": 1.0, "cpu_seconds": 2.0, "packs": 3, "bytes": 4}
+
+    def measured(contender: str, path: Path, cache: Path, others: str) -> dict[str, float]:
+        return found | {"lines": len(path.read_text().splitlines())}
+
+    monkeypatch.setattr(data, "measured", measured)
+    rows = figures(data.main, tmp_path / "data.json", "--rows", "7")
+    assert list(rows) == ["ours", "ours, found again", "TRL"] and all(row["lines"] == 7 for row in rows.values())
+    assert data.tree(os.getpid())[0] == os.getpid() and data.proportional_bytes(os.getpid()) > 10**7
 
 
 def test_scaling_and_the_chart_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_lora.data import ChatData
 from lightning_lora.data.conversation import IGNORED, RewrittenTurnsError, encode_conversation, encode_turns
-from lightning_lora.data.packing import collate_packs, pack
+from lightning_lora.data.packing import Packs, collate_packs, pack
 from lightning_lora.data.record import Record
 from lightning_lora.tasks.packed import require_separation
 
@@ -137,9 +137,13 @@ def encoded(count: int) -> list[dict[str, list[int]]]:
     return rows
 
 
+def packed(rows: list[Any]) -> Packs:
+    return Packs(rows, pack([len(row["input_ids"]) for row in rows], 32))
+
+
 def test_packs_hold_every_row_once_within_the_length() -> None:
     rows = encoded(50)
-    packs = pack(rows, 32)
+    packs = packed(rows)
     found = []
     for one in packs:
         assert len(one["input_ids"]) == len(one["labels"]) == len(one["position_ids"]) <= 32
@@ -155,7 +159,7 @@ def test_packs_hold_every_row_once_within_the_length() -> None:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_logits_of_a_packed_row_are_those_of_the_row_alone(attention: str) -> None:
     model = word_model(attn_implementation=attention).eval()
-    packs = pack(encoded(12), 32)
+    packs = packed(encoded(12))
     batch = collate_packs(packs, pad_token_id=1)
     with torch.no_grad():
         logits = model(**batch, use_cache=False).logits
@@ -225,8 +229,8 @@ def test_csv_and_jsonl_give_the_same_rows(tmp_path: Path) -> None:
     one, other = (ChatData(path, checkpoint) for path in (write(tmp_path, rows), str(tmp_path / "rows.csv")))
     one.setup("fit")
     other.setup("fit")
-    assert one.train_rows == other.train_rows
-    assert one.val_rows == other.val_rows
+    assert list(one.train_rows) == list(other.train_rows)
+    assert list(one.val_rows) == list(other.val_rows)
 
 
 def test_questions_are_padded_on_the_left(tmp_path: Path) -> None:

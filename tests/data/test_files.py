@@ -147,6 +147,17 @@ def test_a_data_set_as_the_hub_has_it(tmp_path: Path) -> None:
     assert records[1].where == f"hf:{tmp_path}, train row 2"
     with pytest.raises(ValueError, match=r"expected hf:<id>, hf:<id>:<split>"):
         read("hf:a:b:c:d")
+    for path in (f"hf:{tmp_path}:tset", f"hf:{tmp_path}::other"):
+        with pytest.raises(ValueError, match=r"^Found path='hf:.*' and no way to such a data set \(.*\), expected one"):
+            read(path)
+
+
+def test_a_data_set_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"^Found path='hf:nobody/nothing' and no way .*Offline.*needs a network"):
+        read("hf:nobody/nothing")
 
 
 @pytest.mark.parametrize(

@@ -97,15 +97,15 @@ def test_split_is_deterministic_and_disjoint(path: str, pretrained: str, caplog:
     torch.manual_seed(99)
     second = PromptCompletionData(path, pretrained, val_fraction=0.25)
     second.setup("fit")
-    assert first.val_rows == second.val_rows
+    assert list(first.val_rows) == list(second.val_rows)
     assert first.train_rows is not None
-    words = [row["input_ids"][3] for row in first.train_rows + first.val_rows]
+    words = [row["input_ids"][3] for row in [*first.train_rows, *first.val_rows]]
     assert len(set(words)) == 40
     batches = [[batch["input_ids"].tolist() for batch in data.train_dataloader()] for data in (first, second)]
     assert batches[0] == batches[1]
     other = PromptCompletionData(path, pretrained, val_fraction=0.25, seed=1)
     other.setup("fit")
-    assert other.val_rows != first.val_rows
+    assert list(other.val_rows) != list(first.val_rows)
 
 
 def test_questions_to_predict_are_written_as_in_training(tmp_path: Path, path: str, pretrained: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.chat_templates import byte_tokenizer
+from helpers.texts import word_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -122,6 +123,6 @@ def test_what_is_too_long_loses_its_end_in_training() -> None:
 def test_labels_of_the_model(tmp_path: Path) -> None:
     source = TaggedWordsData("absent", "absent")
     source.trainer = SimpleNamespace(lightning_module=Tagger("absent", LABELS))  # type: ignore[assignment]
-    with pytest.raises(FileNotFoundError):
-        source.setup("fit")
+    source.tokenizer = word_tokenizer()
+    source.prepare()
     assert source.labels == LABELS

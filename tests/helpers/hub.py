@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub: its HTTP API for making repositories and committing files to them."""
+"""A stand-in for the Hugging Face Hub: its HTTP API for making repositories and commits, and for reading data sets."""
 
 import base64
 import hashlib
@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 TOKEN = "hf_standin"
+COMMIT = "1" * 40  # the only one of a data set
 _LFS = (".safetensors", ".png", ".gguf", ".pt")
 
 
@@ -31,12 +32,14 @@ class Hub:
     Attributes:
         url: Where it answers.
         repositories: By their ids.
+        datasets: Files by their names, by the ids of public data sets.
         refused: The start of paths that are answered by an error of the server.
         asked: The method and path of each request.
     """
 
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
+    datasets: dict[str, dict[str, bytes]] = field(default_factory=dict)
     uploaded: dict[str, bytes] = field(default_factory=dict)  # large files by their SHA-256, before their commit
     refused: str | None = None
     asked: list[str] = field(default_factory=list)
@@ -80,16 +83,20 @@ class _Handler(BaseHTTPRequestHandler):
             status, answer = 200, self._route(path, body)
         except _RefusedError as refusal:
             status, answer = refusal.status, refusal.answer
-        content = json.dumps(answer).encode()
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         if status == 404:
-            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("X-Error-Code", "EntryNotFound" if "/resolve/" in path else "RepoNotFound")
+        elif isinstance(answer, bytes):
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
-    do_GET = do_POST = do_PUT = _answer
+    do_HEAD = do_GET = do_POST = do_PUT = _answer
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -100,6 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _RefusedError(400, "These are not the bytes that were announced.")
             self.hub.uploaded[match[1]] = body
             return {}
+        if match := re.match(r"/(?:api/)?datasets/([^/]+/[^/]+)", path):
+            return self._dataset(match[1], path.partition(match[1])[2], body)
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             raise _RefusedError(401, "Invalid username or password.")
         if path == "/api/repos/create":
@@ -123,6 +132,22 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in self.hub.repositories:
             raise _RefusedError(404, "Repository not found")
         return self.hub.repositories[name]
+
+    def _dataset(self, name: str, asked: str, body: bytes) -> Any:
+        if name not in self.hub.datasets:
+            raise _RefusedError(404, "Repository not found")
+        files = self.hub.datasets[name]
+        if match := re.fullmatch(r"/resolve/[^/]+/(.+)", asked):
+            if match[1] not in files:
+                raise _RefusedError(404, "Entry not found")
+            return files[match[1]]
+        entries = [{"type": "file", "path": path, "size": len(files[path]), "oid": COMMIT} for path in files]
+        if asked.startswith("/tree/"):
+            return entries
+        if asked.startswith("/paths-info/"):
+            wanted = json.loads(body)["paths"]
+            return [entry for entry in entries if entry["path"] in wanted]
+        return {"id": name, "sha": COMMIT, "private": False, "siblings": [{"rfilename": path} for path in files]}
 
     def _create(self, name: str, organization: str | None, **given: Any) -> Any:
         repo_id = f"{organization or 'me'}/{name}"

@@ -22,18 +22,18 @@ BART = {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 
 def test_rows_are_no_longer_than_there_are_positions(model: object, positions: int) -> None:
     built = model().eval()  # type: ignore[operator]
     longest = [5] * positions
-    require_fit(built, [longest])
+    require_fit(built, 5, positions)
     with torch.no_grad():
         built(input_ids=torch.tensor([longest]))
     with pytest.raises(ValueError, match=rf"Found rows of {positions + 1} tokens and \w+ with {positions} positions"):
-        require_fit(built, [[5], [*longest, 5]])
+        require_fit(built, 5, positions + 1)
 
 
 def test_tokens_have_an_embedding() -> None:
     model = word_model()
     last = model.config.vocab_size - 1
-    require_fit(model, [[last] * 5000, []])  # positions by rotation have no end
+    require_fit(model, last, 5000)  # positions by rotation have no end
     with pytest.raises(
         ValueError, match=rf"Found the token id {last + 1} in the data and LlamaForCausalLM with {last + 1}"
     ):
-        require_fit(model, [[0, last + 1]])
+        require_fit(model, last + 1, 2)
