@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 from lightning_lora.formats.curves import CURVE_FILE, METRICS_FILE, Curves, read_curves, read_metrics
-from lightning_lora.formats.peft_config import config_from_peft
 from lightning_lora.formats.peft_files import CONFIG_FILE
 from lightning_lora.formats.run_record import RunRecord, read_record, updates_in
 from lightning_lora.formats.saved_adapter import read
@@ -66,7 +65,7 @@ def _newest(run_dir: Path, name: str) -> Path | None:
 def _exported(adapter: Path) -> list[Update]:
     """What an adapter in PEFT's format has learned, if it is of products alone; the weights under it are not known."""
     saved = read(adapter)
-    config = config_from_peft(saved.settings, str(adapter / CONFIG_FILE))
+    config = saved.config()
     if config.kind != "lora" or config.takes_from_base:
         return []
     return [
