@@ -11,6 +11,7 @@ missing = [
     wanted
     for wanted in (
         "lightning_lora/py.typed",
+        "lightning_lora/run_report/page.html",
         "lightning_lora/recipes/quickstart.yaml",
         "lightning_lora/recipes/data/README.md",
         "lightning_lora/recipes/data/entries.jsonl",

@@ -13,6 +13,11 @@ def clean_fqn(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def group_of(name: str) -> str:
+    """The last part of a dotted name that is no number, such as ``q_proj``."""
+    return next((part for part in reversed(name.split(".")) if not part.isdecimal()), name)
+
+
 def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a model as ``named_modules`` has them, but those of adapters, which may be thousands a layer."""
     seen: set[nn.Module] = set()

@@ -64,6 +64,7 @@ ELSEWHERE = {
     "lightning-lora push export/adapter me/my-adapter --private": "test_the_command_line_uploads",
     "python -m benchmarks.saving": "benchmarks/results/saving.json",
     "python -m benchmarks.data": "benchmarks/results/data.json",
+    "python -m benchmarks.monitor": "benchmarks/results/monitor.json",
 }
 
 
@@ -274,7 +275,7 @@ def test_the_house_is_as_the_page_says() -> None:
     lists = re.findall(r"^(?:\| [\w ]+ \| |- )(?:`(\w+/)`(?: has[^:]*)?: )?(`.*?)(?: \||$)", page, re.MULTILINE)
     files = {folder + name for folder, names in lists for name in re.findall(r"`(\w+)(?:\.py)?`", names)}
     folders = {folder for folder, _ in lists if folder}
-    assert folders == {"layers/", "model/", "formats/", "trainer/", "cli/", "callbacks/"}
+    assert folders == {"layers/", "model/", "formats/", "trainer/", "run_report/", "cli/", "callbacks/"}
     assert {"config", "sharding", "callback", "trainer/strategy", "model/state_dict", "callbacks/before_after"} <= files
     if not all((package / folder).is_dir() for folder in folders):
         pytest.skip("the floors are being built")

@@ -6,6 +6,7 @@ from lightning_lora.callbacks.before_after import BeforeAfter
 from lightning_lora.callbacks.learning_curve import LearningCurve
 from lightning_lora.callbacks.max_update_norm import MaxUpdateNorm
 from lightning_lora.callbacks.prediction_writer import PredictionWriter
+from lightning_lora.callbacks.report import Report
 from lightning_lora.callbacks.throughput import Throughput
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "LearningCurve",
     "MaxUpdateNorm",
     "PredictionWriter",
+    "Report",
     "Throughput",
 ]

@@ -1,15 +1,14 @@
 """What a fit has changed, printed for a person."""
 
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+
+from lightning_lora.callbacks.outputs import file_bytes, megabytes, outputs, weight_bytes
 
 
 class BeforeAfter(Callback):
@@ -102,42 +101,12 @@ class BeforeAfter(Callback):
         # Text: square brackets in an answer are not markup.
         results.add_row("sample", Text(self.sample_before or "-"), Text(self.sample_after or "-"))
         files = Table("", "size", "path")
-        files.add_row("all weights in memory", _megabytes(_weight_bytes(pl_module)), "")
-        for name, path in _outputs(trainer):
-            files.add_row(name, _megabytes(_file_bytes(path)), Text(str(path), overflow="fold"))
+        files.add_row("all weights in memory", megabytes(weight_bytes(pl_module)), "")
+        for name, path in outputs(trainer):
+            files.add_row(name, megabytes(file_bytes(path)), Text(str(path), overflow="fold"))
         console = Console()
         console.print(results)
         console.print(files)
-
-
-def _outputs(trainer: L.Trainer) -> Iterator[tuple[str, Path]]:
-    checkpoints = [
-        path
-        for callback in trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        if isinstance(callback, Checkpoint)
-        for name in ("last_model_path", "best_model_path")
-        if getattr(callback, name, "") and (path := Path(getattr(callback, name))).exists()
-    ]
-    if checkpoints:
-        yield "newest checkpoint", max(checkpoints, key=lambda path: path.stat().st_mtime)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if folder := getattr(callback, "export_dir", None):
-            for name in ("adapter", "merged"):
-                if (path := Path(folder) / name).exists():
-                    yield f"exported {name}", path
-
-
-def _weight_bytes(module: nn.Module) -> int:
-    # `parameters` yields a shared one once.
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-def _file_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.2f} MB"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -1,6 +1,5 @@
 """The learning curve of a run, beside its checkpoints."""
 
-import csv
 from pathlib import Path
 
 import lightning as L
@@ -8,18 +7,27 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lightning_lora.callbacks.throughput import METRICS
+from lightning_lora.callbacks.logged_files import log_file
+from lightning_lora.formats.curves import (
+    CURVE_FILE,
+    METRICS_FILE,
+    SPEED,
+    Curves,
+    read_curves,
+    read_metrics,
+    write_curves,
+)
+from lightning_lora.formats.publish import whole_file
 
 PICTURE = "learning_curve.png"
-_TABLE = "learning_curve.csv"
-Curves = dict[str, list[tuple[int, float]]]
 
 
 class LearningCurve(Callback):
     """Save ``learning_curve.csv`` and ``learning_curve.png`` beside the checkpoints when a fit ends, or is interrupted.
 
     Both hold what the run logged, by step, as Lightning's ``CSVLogger`` recorded it, and where it was resumed, what it
-    had logged before. The picture needs matplotlib; the cards of what ``LoRA(export_dir=...)`` exports show it too.
+    had logged before. The picture needs matplotlib; the cards of what ``LoRA(export_dir=...)`` exports show it too, and
+    MLflow, W&B and TensorBoard, where the Trainer has their loggers.
 
     Raises:
         ValueError: At the start of a fit, if the trainer has no ``CSVLogger`` or no ``ModelCheckpoint``.
@@ -54,11 +62,11 @@ class LearningCurve(Callback):
         """What was logged so far, and where the run was resumed, before."""
         logger = _logger(trainer)
         logger.save()
-        table = Path(logger.log_dir) / "metrics.csv"
-        curves = read_curves(table) if table.exists() else {}
-        saved = _folder(trainer) / _TABLE
+        table = Path(logger.log_dir) / METRICS_FILE
+        curves = read_metrics(table) if table.exists() else {}
+        saved = _folder(trainer) / CURVE_FILE
         if self._start and saved.exists():
-            curves = _joined(_read_saved(saved), curves, self._start)
+            curves = _joined(read_curves(saved), curves, self._start)
         return curves
 
     @rank_zero_only
@@ -67,32 +75,9 @@ class LearningCurve(Callback):
         if not curves:
             return
         folder = _folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / _TABLE
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["metric", "step", "value"])
-            writer.writerows((name, *point) for name, points in curves.items() for point in points)
-        plot(curves, folder / PICTURE)
-
-
-def read_curves(table: Path) -> Curves:
-    """The curves in a ``metrics.csv`` of Lightning's ``CSVLogger``, by the metric's name."""
-    curves: Curves = {}
-    with table.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name not in ("epoch", "step"):
-                    curves.setdefault(name, []).append((int(row["step"]), float(value)))
-    return curves
-
-
-def _read_saved(path: Path) -> Curves:
-    curves: Curves = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            curves.setdefault(row["metric"], []).append((int(row["step"]), float(row["value"])))
-    return curves
+        write_curves(curves, folder / CURVE_FILE)
+        if plot(curves, folder / PICTURE):
+            log_file(trainer, folder / PICTURE)
 
 
 def _joined(earlier: Curves, later: Curves, start: int) -> Curves:
@@ -115,7 +100,7 @@ def plot(curves: Curves, path: Path) -> bool:
         rank_zero_info(f"No picture of the learning curve beside {path.parent}: run pip install matplotlib for one.")
         return False
     panels = [
-        {name: points for name, points in curves.items() if ("loss" in name) == wanted and name not in METRICS}
+        {name: points for name, points in curves.items() if ("loss" in name) == wanted and name not in SPEED}
         for wanted in (True, False)
     ]
     panels = [panel for panel in panels if panel]
@@ -129,7 +114,8 @@ def plot(curves: Curves, path: Path) -> bool:
         axes.set_xlabel("step")
         axes.legend()
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as new:
+        figure.savefig(new, dpi=150, format="png")
     return True
 
 

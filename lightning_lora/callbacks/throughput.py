@@ -11,8 +11,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-METRICS = ("tokens_per_second", "rows_per_second", "minutes_left", "peak_memory_gb")
-
 
 class Throughput(Callback):
     """Show in the progress bar, and log, tokens a second, the minutes that are left, and the peak of memory.

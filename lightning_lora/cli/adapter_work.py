@@ -7,6 +7,7 @@ import torch
 from rich.table import Table
 
 from lightning_lora.cli.compare import amplification, draw, similarities
+from lightning_lora.cli.diff import cuts, diff, without
 from lightning_lora.cli.load_base import gguf_tokenizer_of, local_base, open_on_base, tokenizer_of
 from lightning_lora.cli.new_adapters import extract, resize
 from lightning_lora.cli.terminal import console, printable, steps
@@ -19,7 +20,7 @@ from lightning_lora.formats.modelfile import write_modelfile
 from lightning_lora.formats.peft import not_portable_of, save_adapter
 from lightning_lora.formats.peft_files import read_files
 from lightning_lora.formats.portable import not_portable
-from lightning_lora.formats.saved_adapter import SavedAdapter, read
+from lightning_lora.formats.saved_adapter import read
 from lightning_lora.formats.serving import served_otherwise
 from lightning_lora.model.eject import eject
 from lightning_lora.model.quantization import is_quantized
@@ -39,7 +40,7 @@ def run(given: argparse.Namespace) -> int:
         "inspect": _inspect,
         "export": _export,
         "merge": _merge,
-        "diff": _diff,
+        "diff": diff,
         "compare": _compare,
         "check": _check,
         "resize": resize,
@@ -116,36 +117,10 @@ def _merge(given: argparse.Namespace) -> int:
     return 0
 
 
-def _diff(given: argparse.Namespace) -> int:
-    one, other = read(given.adapter), read(given.other)
-    out, different = console(), False
-    for name in sorted(one.settings.keys() & other.settings.keys()):
-        if one.settings[name] != other.settings[name]:
-            different = True
-            values = f"{name}: {one.settings[name]!r} | {other.settings[name]!r}"
-            out.print(printable(values), soft_wrap=True)
-    factors, others = _by_common_names(one, other)
-    for where, missing in ((one.path, others.keys() - factors.keys()), (other.path, factors.keys() - others.keys())):
-        if missing:
-            different = True
-            text = f"not in {where}: {len(missing)} layers, among them {min(missing)}"
-            out.print(printable(text), soft_wrap=True)
-    table = Table("layers that differ", "relative distance of the updates")
-    for layer in sorted(factors.keys() & others.keys()):
-        distance = _distance(factors[layer], others[layer])
-        if distance > 0:
-            different = True
-            table.add_row(printable(layer), f"{distance:.2e}")
-    if table.row_count:
-        out.print(table)
-    out.print("different" if different else "the same")
-    return int(different)
-
-
 def _compare(given: argparse.Namespace) -> int:
     one, other = read(given.adapter), read(given.other)
-    factors, others = _by_common_names(one, other)
-    found = similarities(factors, others)
+    cut, cut_other = cuts(one.factors(), other.factors())
+    found = similarities(without(one.factors(), cut), without(other.factors(), cut_other))
     if not found:
         raise ValueError(f"{one.path} and {other.path} have no adapted layer of one shape in common.")
     if given.output is not None:
@@ -178,37 +153,3 @@ def _check(given: argparse.Namespace) -> int:
 def _push(given: argparse.Namespace) -> int:
     print(f"Uploaded: {push_to_hub(given.folder, given.repo_id, private=given.private or None)}")
     return 0
-
-
-Factors = tuple[torch.Tensor, torch.Tensor]
-
-
-def _by_common_names(one: SavedAdapter, other: SavedAdapter) -> tuple[dict[str, Factors], dict[str, Factors]]:
-    """The factors of both, by names without the part by which one is longer, as a LightningModule puts in front."""
-    first, second = one.factors(), other.factors()
-    for longer, shorter in ((first, second), (second, first)):
-        for name in longer:
-            ends = [short for short in shorter if name.endswith(f".{short}")]
-            if ends:
-                extra = len(name) - len(ends[0])
-                cut = {layer[extra:]: factors for layer, factors in longer.items()}
-                return (cut, shorter) if longer is first else (shorter, cut)
-    return first, second
-
-
-def _distance(one: Factors, other: Factors) -> float:
-    products = [_update(*pair) for pair in (one, other)]
-    if products[0].shape != products[1].shape:
-        return float("inf")
-    size = max(float(torch.linalg.norm(product)) for product in products)
-    return float(torch.linalg.norm(products[0] - products[1])) / size if size else 0.0
-
-
-def _update(lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
-    """The update, but for its scaling; of stacked experts, and of what is no pair, both factors."""
-    lora_A, lora_B = lora_A.double(), lora_B.double()
-    if lora_A.dim() == lora_B.dim() == 3 and lora_B.shape[::2] == lora_A.shape[:2]:
-        return lora_B @ lora_A
-    if lora_B.flatten(1).shape[1] == len(lora_A):
-        return lora_B.flatten(1) @ lora_A.flatten(1)
-    return torch.cat([lora_A.flatten(), lora_B.flatten()])

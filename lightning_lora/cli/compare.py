@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.callbacks.adapter_monitor import group_of
+from lightning_lora.fqn import group_of
 from lightning_lora.layers import LoraAdapter
 from lightning_lora.layers.spectrum import Factors, decomposed, subspace_similarity
 from lightning_lora.model.record import named_injections

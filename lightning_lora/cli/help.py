@@ -7,6 +7,7 @@ RUNS = {
     "predict": "write predictions to a file (--output FILE)",
     "data": "show what fit would learn: counts, lengths, and rows with what is learned in them in color",
 }
+REPORTS = {"report": "write a page on a run: whether it worked, why, what to try next"}
 RECIPES = {"recipes": "list the recipes that come with the package, or copy one out"}
 ADAPTER_FILES = {
     "inspect": "say what is in a checkpoint or an adapter directory",
@@ -25,13 +26,14 @@ HELP = f"""usage: lightning-lora <command> [options]
 LoRA for PyTorch Lightning: complete runs from a YAML file.
 
 commands:
-{"".join(f"  {name:<9}  {purpose}{chr(10)}" for name, purpose in (RUNS | RECIPES | ADAPTER_FILES).items())}
+{"".join(f"  {name:<9}  {purpose}{chr(10)}" for name, purpose in (RUNS | REPORTS | RECIPES | ADAPTER_FILES).items())}
 a run:
   lightning-lora fit --config quickstart              a recipe by its name, or any YAML file
   lightning-lora fit --config my.yaml --trainer.max_steps 50 --lora.r 16 --model.lr 1e-3 --data.path my.jsonl
   lightning-lora fit --config my.yaml --config ddp    a second file changes the first
   lightning-lora fit --config my.yaml --ckpt_path last
   lightning-lora fit --config my.yaml --print_config  every setting with its value
+  lightning-lora report runs/quickstart               the page on it again, runs/quickstart/report.html
   lightning-lora data my.jsonl                        what chat_sft would learn of a file; or any file of settings
 
   --debug shows where an error comes from.

@@ -127,7 +127,7 @@ def _diffusion_class(name: str) -> Any | None:
 def _prefix(saved: SavedAdapter, model: nn.Module) -> str:
     """The name of the transformers model in the LightningModule."""
     modules = {clean_fqn(name) for name, _ in model.named_modules()}
-    layer = next(iter(saved.factors()), "")
+    layer = next((name.partition(".lora.")[0] for name in saved.tensors if ".lora." in name), "")
     parts = layer.split(".")
     for start in range(len(parts)):
         if ".".join(parts[start:]) in modules:

@@ -3,7 +3,7 @@
 import sys
 from typing import TYPE_CHECKING
 
-from lightning_lora.cli import adapter_files, help, recipes
+from lightning_lora.cli import adapter_files, help, recipes, report
 from lightning_lora.version import __version__
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ def _answer(args: "ArgsType") -> None:
             print(help.run_help(command), end="")
         case ["recipes", *others]:
             recipes.run(others)
+        case ["report", *others]:
+            report.run(others)
         case [command, *_] if command in help.ADAPTER_FILES:
             raise SystemExit(adapter_files.run(given))
         case _:

@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_lora.data.from_files import FileData
+from lightning_lora.data.lengths import lengths_of
 
-_BARS, _WIDTH = 10, 40
+_WIDTH = 40
 _TEXTS = 2  # that are shown of a row
 
 
@@ -40,22 +41,16 @@ def show(data: FileData, rows: int) -> None:
 
 def _lengths(console: Console, data: FileData, purpose: str, rows: Sequence[Any]) -> None:
     """A histogram of the lengths, and how much is learned."""
-    lengths = [len(ids) for row in rows for ids in data.token_ids(row)]
-    if not lengths:
+    found = lengths_of(data, rows)
+    if found is None:
         return
-    learned = sum(sum(flags) for row in rows for flags in data.learned(row))
-    share = f", {learned:,} of them learned ({learned / sum(lengths):.0%})" if learned else ""
-    console.print(f"{purpose}: {len(lengths):,} texts, {sum(lengths):,} tokens{share}")
-    first = min(lengths)
-    step = -(-(max(lengths) - first + 1) // _BARS)
-    counts = [0] * (1 + (max(lengths) - first) // step)
-    for length in lengths:
-        counts[(length - first) // step] += 1
+    share = f", {found.learned:,} of them learned ({found.learned / found.tokens:.0%})" if found.learned else ""
+    console.print(f"{purpose}: {found.texts:,} texts, {found.tokens:,} tokens{share}")
     table = Table("tokens", "texts", "", box=None, padding=(0, 1))
-    for index, count in enumerate(counts):
-        bar = "█" * -(-count * _WIDTH // max(counts))
-        start = first + index * step
-        table.add_row(str(start) if step == 1 else f"{start}-{start + step - 1}", f"{count:,}", bar)
+    for index, count in enumerate(found.counts):
+        bar = "█" * -(-count * _WIDTH // max(found.counts))
+        start = found.first + index * found.step
+        table.add_row(str(start) if found.step == 1 else f"{start}-{start + found.step - 1}", f"{count:,}", bar)
     console.print(table)
 
 

@@ -6,10 +6,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import transformers
 
 from lightning_lora.version import __version__
@@ -30,7 +30,7 @@ def cache_name(kind: type, settings: dict[str, Any], tokenizer: Any, files: list
         files: The files.
     """
     digest = blake2b(digest_size=16)
-    versions = (__version__, transformers.__version__, tokenizers.__version__)
+    versions = (__version__, transformers.__version__, version("tokenizers"))
     digest.update(json.dumps([kind.__qualname__, versions, settings], sort_keys=True).encode())
     for file in [*_sources(kind), *files]:
         digest.update(_content(file))

@@ -147,6 +147,12 @@ def publish(partial: Path, target: Path) -> None:
     _flush(target.parent)
 
 
+def write_text(text: str, target: Path) -> None:
+    """Write a text file in UTF-8, with the directory that it is in."""
+    with whole_file(target) as new:
+        new.write_text(text, encoding="utf-8")
+
+
 def _rename_to_free(partial: Path, target: Path) -> bool:
     """Give a directory its name, if nothing has it."""
     if os.path.lexists(target):

@@ -1,14 +1,18 @@
 """Saved adapters as files, read without the model that they belong to."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lightning_lora.config import LoraConfig
 from lightning_lora.formats.checkpoint import KEY, read_checkpoint
 from lightning_lora.formats.dcp import is_directory
-from lightning_lora.formats.peft_files import PREFIX, WEIGHTS_FILE, read_files
+from lightning_lora.formats.metadata import config_of
+from lightning_lora.formats.peft_config import config_from_peft
+from lightning_lora.formats.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, read_files
 from lightning_lora.model.quantization import described
 
 
@@ -37,15 +41,31 @@ class SavedAdapter:
         """Bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by names that are the same in both formats, such as ``model.q_proj.lora_A``."""
+        return {_common_name(name): tensor for name, tensor in self.tensors.items()}
+
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """A and B of each layer, by a name that is the same in both formats."""
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in self.tensors.items():
-            short = name.removeprefix(PREFIX).removesuffix(".weight").replace("lora_embedding_", "lora_")
-            layer, _, matrix = short.rpartition(".")
-            if matrix in ("lora_A", "lora_B") and tensor.dim() > 1:
-                found.setdefault(layer.partition(".lora.")[0], {})[matrix] = tensor
-        return {layer: (pair["lora_A"], pair["lora_B"]) for layer, pair in found.items() if len(pair) == 2}
+        named = self.named()
+        pairs = {name.rpartition(".lora_A")[0]: (a, named.get(f"{name[:-1]}B")) for name, a in named.items()}
+        return {layer: (a, b) for layer, (a, b) in pairs.items() if layer and b is not None and a.dim() > 1}
+
+    def config(self) -> LoraConfig:
+        """The settings of the adapter, of the first of several.
+
+        Raises:
+            CheckpointError: If they describe an adapter that this package does not have.
+        """
+        if "peft_type" in self.settings:
+            return config_from_peft(self.settings, str(self.path / CONFIG_FILE))
+        return config_of({"config": self.settings}, str(self.path))
+
+
+def _common_name(name: str) -> str:
+    name = re.sub(r"(^|\.)lora\.[^.]+\.(weight\.)?", r"\1", name.removeprefix(PREFIX))  # with the adapter's name
+    name = name.replace("lora_embedding_", "lora_").replace("token_adapter.trainable_tokens_delta", "trainable_tokens")
+    return re.sub(r"(lora_\w+)\.weight$", r"\1", name)
 
 
 def read(path: str | Path) -> SavedAdapter:

@@ -68,6 +68,24 @@ class PeftInjection(Injection):
                 ranks = getattr(module, "r", None)
                 yield name, module, ", ".join(sorted(map(str, ranks.values()))) if isinstance(ranks, dict) else ""
 
+    def lora_layers(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """Each layer of PEFT with an active adapter of two matrices: its name in the base, it, and the adapter's."""
+        for name, module, _ in self.wrapped():
+            for adapter in getattr(module, "active_adapters", ()):
+                if any(adapter in getattr(module, pair, ()) for pair in ("lora_A", "lora_embedding_A")):
+                    yield name, module, adapter
+
+
+def lora_factors(module: Any, adapter: str) -> tuple[tuple[Tensor, Tensor], float] | None:
+    """A and B of an adapter in a layer of PEFT, and their scaling; ``None`` if it adds more than their product."""
+    if module.lora_variant.get(adapter) is not None:  # DoRA and others
+        return None
+    if adapter in module.lora_embedding_A:
+        factors = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+    else:
+        factors = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    return factors, float(module.scaling[adapter])
+
 
 def wrapped_models(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost modules that PEFT has wrapped (``get_peft_model``) or put layers into, by name."""

@@ -17,7 +17,8 @@ from lightning_lora.sharding import is_sharded
 
 # How far outputs may be apart, relative to the largest, in a model whose coarsest weights are of this type.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.25}
-_ROOM = 2e11  # numbers of a batch times parameters: seconds on a CPU, where the model is by then
+_ROOM = 2e11  # positions times parameters: seconds on a CPU, where the model is by then
+_FLOATS = 256  # that are about one position of a sequence, as a patch of 16 x 16 is
 _MOST = 10**7  # values that are looked at of each output
 _SMALLEST = 1e-30
 _PLAIN = (Tensor, int, float, str, type(None))
@@ -26,41 +27,56 @@ _PLAIN = (Tensor, int, float, str, type(None))
 class MergeProbe:
     """Keeps what the adapted model was first called with, and compares what it computes before and after a merge.
 
-    The outermost module around all adapters that is called is looked at, in eval mode and with the first sample.
+    The outermost module around all adapters that can be called so once more is looked at, in eval mode and with the
+    first sample; a model that only the training step knows how to call may have such a module inside.
     Models that processes share, that are compiled, quantized (which are not merged in memory), or too large for a CPU,
     are left out, and so are inputs that are more than tensors and plain values.
     """
 
     def __init__(self, pl_module: "pl.LightningModule") -> None:
-        self._module: nn.Module | None = None
-        self._inputs: Any = None
+        self._calls: dict[nn.Module, Any] = {}  # the inputs, by module
+        self._looked_at = nn.Module()
         self._before: list[Tensor] = []
         skipped = is_sharded(pl_module) or is_quantized(pl_module) or any(map(is_compiled, pl_module.modules()))
-        modules = [] if skipped else _holders(pl_module)
-        self._hooks = [module.register_forward_pre_hook(self._keep, with_kwargs=True) for module in modules]
+        self._around = [] if skipped else _holders(pl_module)  # the outermost first
+        self._hooks = {each: each.register_forward_pre_hook(self._keep, with_kwargs=True) for each in self._around}
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():  # a step of the module, with nothing in the module that says so
             return
-        self.stop()
+        self._hooks.pop(module).remove()
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         one_sample = len({tensor.shape[:1] for tensor in tensors}) == 1 and all(tensor.dim() for tensor in tensors)
         kept = [tensor[:1] if one_sample else tensor for tensor in tensors]
-        size = max((tensor.numel() for tensor in kept), default=0) * sum(p.numel() for p in module.parameters())
+        positions = [each.numel() / (_FLOATS if each.is_floating_point() else 1) for each in kept]
+        size = max(positions, default=0) * sum(p.numel() for p in module.parameters())
         if size <= _ROOM and all(isinstance(leaf, _PLAIN) for leaf in leaves):
             cut = {id(tensor): short.detach().cpu().clone() for tensor, short in zip(tensors, kept)}
-            self._module, self._inputs = module, tree_map(lambda leaf: cut.get(id(leaf), leaf), (args, kwargs))
+            self._calls[module] = tree_map(lambda leaf: cut.get(id(leaf), leaf), (args, kwargs))
 
     def stop(self) -> None:
         """Wait for no call any more."""
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
-        self._hooks = []
+        self._hooks = {}
 
     def look(self) -> None:
         """Note what the model computes with its adapters, before they are merged."""
-        self._before = self._outputs()
+        self.stop()
+        failed = None
+        for module in [each for each in self._around if each in self._calls]:
+            self._looked_at = module
+            try:
+                self._before = self._outputs()
+                return
+            except Exception as error:  # of whatever kind the model raises outside of a training step
+                failed = error
+        if failed is not None:
+            rank_zero_warn(
+                "The outputs of the merged model are not verified, since the model cannot be called after the run: "
+                f"{type(failed).__name__}: {failed}"
+            )
 
     def difference(self) -> float | None:
         """How far outputs are from those before, relative to the largest of them; ``None`` if it is not known.
@@ -68,15 +84,15 @@ class MergeProbe:
         Raises:
             RuntimeError: If it is more than rounding can be.
         """
-        after = self._outputs() if self._before else []
-        if not after or self._module is None:
+        if not self._before:
             return None
+        after = self._outputs()
         pairs = [(one[kept], other[kept]) for one, other in zip(self._before, after) for kept in [one.isfinite()]]
         apart = [(a - b).abs() / a.abs().max().clamp_min(_SMALLEST) for a, b in pairs if len(a)] or [torch.zeros(1)]
         largest, median = (max(float(look(each)) for each in apart) for look in (torch.max, torch.median))
-        dtypes = {parameter.dtype for parameter in self._module.parameters()}
+        dtypes = {parameter.dtype for parameter in self._looked_at.parameters()}
         allowed = max((_ROUNDING[dtype] for dtype in dtypes if dtype in _ROUNDING), default=_ROUNDING[torch.float32])
-        name = type(self._module).__name__
+        name = type(self._looked_at).__name__
         if not median <= allowed:
             raise RuntimeError(
                 f"The merged model does not compute what was trained: on the first batch, half of the outputs of the "
@@ -95,20 +111,10 @@ class MergeProbe:
         return largest
 
     def _outputs(self) -> list[Tensor]:
-        if self._module is None:
-            return []
-        device = next((parameter.device for parameter in self._module.parameters()), torch.device("cpu"))
-        args, kwargs = move_data_to_device(self._inputs, device)
-        try:
-            with torch.no_grad(), evaluating(self._module), torch.random.fork_rng(devices=[]):
-                out = self._module(*args, **kwargs)
-        except Exception as error:  # of whatever kind the model raises outside of a training step
-            rank_zero_warn(
-                f"The outputs of the merged model are not verified, since the model cannot be called after the run: "
-                f"{type(error).__name__}: {error}"
-            )
-            self._module = None
-            return []
+        device = next((parameter.device for parameter in self._looked_at.parameters()), torch.device("cpu"))
+        args, kwargs = move_data_to_device(self._calls[self._looked_at], device)
+        with torch.no_grad(), evaluating(self._looked_at), torch.random.fork_rng(devices=[]):
+            out = self._looked_at(*args, **kwargs)
         floats = [leaf for leaf in tree_leaves(_plain(out)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         arrays = [leaf for leaf in floats if leaf.numel() > 1] or floats  # a loss says less than what it is made of
         return [leaf.flatten()[:_MOST].double().cpu() for leaf in arrays if leaf.numel()]

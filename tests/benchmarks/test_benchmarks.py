@@ -22,6 +22,7 @@ from benchmarks import (
     inject,
     memory,
     merge,
+    monitor,
     quantized,
     scaling,
     step,
@@ -169,6 +170,11 @@ def test_inject(tmp_path: Path) -> None:
     arguments = ["--meta", "tiny", "--shape", "tiny", "--turns", "2"]
     rows = figures(inject.main, tmp_path / "inject.json", *arguments)
     assert {"tiny, meta: ours", "tiny, cpu: PEFT", "tiny, cpu: one pass over the weights"} <= rows.keys()
+
+
+def test_a_look_of_the_monitor(tmp_path: Path) -> None:
+    rows = figures(monitor.main, tmp_path / "monitor.json", "--shape", "tiny", "--tokens", "8", "--turns", "2")
+    assert rows["look"]["seconds"] > 0
 
 
 def test_imports_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from helpers import toys
@@ -15,13 +16,7 @@ from torch import Tensor
 
 from lightning_lora import LoRA
 from lightning_lora.callbacks import AdapterMonitor
-from lightning_lora.callbacks.adapter_monitor import (
-    _Layer,
-    advice_on,
-    dead_components,
-    group_of,
-    spectrum_of,
-)
+from lightning_lora.callbacks.adapter_monitor import dead_components
 
 
 class Watched(Toy):
@@ -90,14 +85,6 @@ def test_nothing_is_trained_otherwise(tmp_path: Path) -> None:
     toys.assert_same_tensors(*ends)
 
 
-def test_what_singular_values_say() -> None:
-    even = spectrum_of(torch.tensor([2.0, 2.0, 2.0, 2.0], dtype=torch.float64))
-    assert even == pytest.approx((4.0, 2.0, 4.0, 4.0, 4))
-    one = spectrum_of(torch.tensor([3.0, 0.0, 0.0], dtype=torch.float64))
-    assert one == pytest.approx((3.0, 3.0, 1.0, 1.0, 1))
-    assert spectrum_of(torch.zeros(3)) == (0, 0, 0, 0, 0)
-
-
 def test_dead_components() -> None:
     A, B = torch.ones(4, 5), torch.ones(6, 4)
     assert dead_components((A, B)) == 0
@@ -107,32 +94,6 @@ def test_dead_components() -> None:
     assert dead_components((A, 0 * B)) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "group"), [("model.layers.0.self_attn.q_proj", "q_proj"), ("net.4", "net"), ("0", "0"), ("", "")]
-)
-def test_groups(name: str, group: str) -> None:
-    assert group_of(name) == group
-
-
-class Sixteen:
-    r = 16
-
-
-def layers(**values: list[float]) -> list[Any]:
-    return [(_Layer(n.replace("__", "."), Sixteen(), 10.0), spectrum_of(torch.tensor(v))) for n, v in values.items()]  # type: ignore[arg-type]
-
-
-def test_advice() -> None:
-    small = [0.5, 0.3] + [1e-4] * 14
-    (line,) = advice_on(layers(a__0__q=small, a__1__q=small))
-    assert line.startswith("q uses 2.0 of 16 ranks: r=2 would hold 99%")
-    (line,) = advice_on(layers(a__0__q=[0.5] * 16))
-    assert line.startswith("The update of a.0.q is 20% of its weight's norm")
-    (line,) = advice_on(layers(a__0__q=[0.2] * 16, a__1__q=[0.2] * 16, a__2__q=[1e-4] * 16))
-    assert line.startswith("1 of 3 layers moved less than 1% of the median, the first is a.2.q")
-    assert advice_on(layers(a__0__q=[0.2] * 16)) == advice_on([]) == advice_on(layers(q=[0.0] * 16)) == []
-
-
 def test_advice_is_printed_and_in_the_card(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = Toy(dropout=0.0, lr=0.1)
     with caplog.at_level("INFO"):
@@ -140,6 +101,29 @@ def test_advice_is_printed_and_in_the_card(tmp_path: Path, caplog: pytest.LogCap
     assert monitor.advice
     assert "What the adapters learned:\n- " in caplog.text
     assert all(line in (tmp_path / "export" / "adapter" / "README.md").read_text() for line in monitor.advice)
+
+
+def test_nothing_to_look_at(tmp_path: Path) -> None:
+    trainer = toys.trainer(tmp_path, [AdapterMonitor()], logger=CSVLogger(tmp_path))
+    with pytest.raises(ValueError, match="found no adapter to look at"):
+        trainer.fit(Toy(), loader())
+
+
+def test_adapters_of_peft(tmp_path: Path) -> None:
+    model: Any = Toy(dropout=0.0)
+    model.net = peft.get_peft_model(model.net, peft.LoraConfig(r=4, lora_alpha=12, target_modules=["4"]))
+    callbacks = [LoRA(summary=False), AdapterMonitor(2)]
+    trainer = toys.trainer(tmp_path, callbacks, logger=CSVLogger(tmp_path), max_epochs=2, enable_checkpointing=False)
+    trainer.fit(model, loader())
+    (table,) = tmp_path.rglob("metrics.csv")
+    with table.open() as file:
+        last = [row for row in csv.DictReader(file) if row["adapter/net/stable_rank"]][-1]
+    layer = model.net.base_model.model[4]
+    update = layer.get_delta_weight("default").detach().double()
+    values = torch.linalg.svdvals(update)
+    assert float(last["adapter/net/update_norm"]) == pytest.approx(float(update.norm() / layer.weight.norm()), rel=1e-3)
+    assert float(last["adapter/net/stable_rank"]) == pytest.approx(float((update.norm() / values[0]) ** 2), rel=1e-3)
+    assert float(last["adapter/net/grad_norm_B"]) > 0
 
 
 def test_no_such_interval() -> None:

@@ -96,9 +96,9 @@ def test_warns_of_partial_sanity_check(tmp_path: Path) -> None:
 
 
 def test_counts_shared_weights_once() -> None:
-    from lightning_lora.callbacks.before_after import _weight_bytes
+    from lightning_lora.callbacks.outputs import weight_bytes
 
-    assert _weight_bytes(Speaker()) == 4
+    assert weight_bytes(Speaker()) == 4
 
 
 def test_module_must_generate() -> None:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRA
 from lightning_lora.callbacks import Throughput, throughput
+from lightning_lora.formats.curves import SPEED
 
 
 class Clock:
@@ -50,7 +51,7 @@ class Seen(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         metrics = trainer.progress_bar_metrics
-        self.bar.append({name: float(value) for name, value in metrics.items() if name in throughput.METRICS})
+        self.bar.append({name: float(value) for name, value in metrics.items() if name in SPEED})
 
 
 def fit(tmp_path: Path, module: Any, **options: Any) -> list[dict[str, float]]:

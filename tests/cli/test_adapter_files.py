@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import toys
 from helpers.models import EXPERTS, IDS, mixtral, tiny_llama
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -106,13 +107,41 @@ def test_diff(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "lora_alpha: 16" in said and "not in" in said
 
 
-def test_a_checkpoint_and_its_export_are_the_same(tmp_path: Path) -> None:
-    trainer = toys.trainer(tmp_path, LoRA(r=2, target_modules=["q_proj"], summary=False, merge=None), max_epochs=1)
+KINDS: dict[str, dict[str, Any]] = {
+    "ranks": {"rank_pattern": {"layers.0.self_attn.q_proj": 3}, "alpha_pattern": {"layers.1.self_attn.q_proj": 5}},
+    "rsLoRA": {"use_rslora": True, "lora_alpha": 7},
+    "DoRA": {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"modules_to_save": ["lm_head"]},
+    "norms": {"modules_to_save": ["norm"]},
+    "tokens": {"trainable_token_indices": [3, 5]},
+    "VeRA": {"use_vera": True},
+    "parameters": {"target_modules": [], "target_parameters": ["down_proj.weight"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_and_its_export_are_the_same(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     task = Task()
+    lora = LoRA(**{"r": 2, "target_modules": ["q_proj"], "summary": False, "merge": None} | KINDS[kind])
+    trainer = toys.trainer(tmp_path, lora, max_epochs=1)
     trainer.fit(task, DataLoader(IDS, batch_size=1))
-    save_adapter(task, tmp_path / "adapter")
-    assert call("diff", trainer.checkpoint_callback.best_model_path, str(tmp_path / "adapter")) == 1  # other spellings
-    assert call("diff", trainer.checkpoint_callback.best_model_path, trainer.checkpoint_callback.best_model_path) == 0
+    toys.randomize(task)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    one, other = str(tmp_path / "one.ckpt"), tmp_path / "adapter"
+    save_adapter(task, other)
+    assert call("diff", one, str(other)) == 0
+    if kind in ("ranks", "rsLoRA"):
+        save_adapter(task, tmp_path / "portable", layout="portable")
+        assert call("diff", one, str(tmp_path / "portable")) == 0
+    tensors = load_file(other / "adapter_model.safetensors")
+    for name in tensors.keys() - {"base_model.vera_A", "base_model.vera_B"}:
+        changed = tensors | {name: tensors[name] * 1.01 + 0.01}
+        save_file(changed, other / "adapter_model.safetensors")  # without the hashes of what was written
+        capsys.readouterr()
+        assert call("diff", one, str(other)) == 1, name
+        assert "e-0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["inspect", "export", "merge", "diff"])

@@ -26,7 +26,7 @@ def test_help_is_quick_and_names_every_command() -> None:
     assert time.perf_counter() - start < 3
     assert done.returncode == 0 and done.stdout == help.HELP
     commands = [line.split()[0] for line in done.stdout.split("commands:\n")[1].split("\n\n")[0].splitlines()]
-    assert commands == [*help.RUNS, "recipes", *help.ADAPTER_FILES]
+    assert commands == [*help.RUNS, *help.REPORTS, *help.RECIPES, *help.ADAPTER_FILES]
     assert [name.replace("show_data", "data") for name in LoraCLI.subcommands()] == [*help.RUNS]
 
 

@@ -42,7 +42,9 @@ def test_runs_and_logs(recipe: str, metrics: str, tmp_path: Path, monkeypatch: p
     assert bool(adapters) == (recipe != "full_finetune")
     if adapters:
         assert sum(tensor.numel() for tensor in state.values()) < 6e6
-        assert (tmp_path / f"runs/{recipe}/export/adapter/adapter_model.safetensors").exists()
+        export = tmp_path / f"runs/{recipe}/export/adapter"
+        assert (export / "adapter_model.safetensors").exists()
+        assert "merged outputs apart" in (export / "README.md").read_text()
 
 
 @pytest.mark.timeout(600)

@@ -10,7 +10,7 @@ from helpers.runs import fit
 from helpers.toys import Toy, loader, trainer
 from torch import Tensor, nn
 
-from lightning_lora import LoRA
+from lightning_lora import LoRA, LoraConfig, inject
 from lightning_lora.layers.linear import LinearAdapter
 from lightning_lora.trainer.merge_probe import MergeProbe
 
@@ -66,8 +66,6 @@ class Doubled(nn.Module):
 
 
 def probed(*batch: Any) -> tuple[Held, MergeProbe]:
-    from lightning_lora import LoraConfig, inject
-
     module = inject(Held(), LoraConfig(r=2, target_modules=["a", "b"]))
     probe = MergeProbe(module)
     module.training_step(batch, 0)
@@ -102,6 +100,39 @@ def test_what_cannot_be_called_again_is_left_out() -> None:
     with pytest.warns(UserWarning, match="not verified, since the model cannot be called after the run: TypeError"):
         probe.look()
     assert probe.difference() is None
+
+
+def test_a_module_inside_is_looked_at_where_the_step_alone_can_call_the_outer_one() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.in_step = Doubled(), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.in_step:
+                raise ValueError("not in a step")
+            return self.inner(x + 1)
+
+    class Steps(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.outer = Outer()
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.outer.in_step = True
+            loss = self.outer(batch).sum()
+            self.outer.in_step = False
+            return loss
+
+    module = inject(Steps(), LoraConfig(r=2, target_modules=["a", "b"]))
+    probe = MergeProbe(module)
+    module.training_step(torch.randn(3, 4), 0)
+    probe.look()
+    assert probe.difference() == 0
+    module.outer.inner.more = 9.0
+    with pytest.raises(RuntimeError, match="of the Doubled are"):
+        probe.difference()
+    assert not any(each._forward_pre_hooks for each in module.modules())
 
 
 def test_the_probe_leaves_no_trace(tmp_path: Path) -> None:

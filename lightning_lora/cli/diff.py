@@ -1,0 +1,95 @@
+"""``lightning-lora diff``: whether two saved adapters compute the same."""
+
+import argparse
+from typing import TypeVar
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from lightning_lora.cli.terminal import console, printable
+from lightning_lora.formats.saved_adapter import SavedAdapter, read
+
+_ROUNDING = 1e-6  # relative; what folding a scaling into B makes of it
+# How layers are chosen, which may be spelled otherwise: what it comes to is compared.
+_SPELLED = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
+_SPELLED |= {"rank_pattern", "alpha_pattern", "target_parameters"}
+_DRAWN = ("vera_A", "vera_B")  # from a seed; some files hold them
+T = TypeVar("T")
+
+
+def diff(given: argparse.Namespace) -> int:
+    """Print what differs.
+
+    Returns:
+        The exit code: 1 if they compute something else.
+
+    Raises:
+        CheckpointError: If one is of a kind that this package does not have.
+    """
+    one, other = read(given.adapter), read(given.other)
+    out, different = console(), False
+    for name in sorted((one.settings.keys() & other.settings.keys()) - _SPELLED):
+        if one.settings[name] != other.settings[name]:
+            out.print(printable(f"{name}: {one.settings[name]!r} | {other.settings[name]!r}"), soft_wrap=True)
+    updates, others = _updates(one), _updates(other)
+    cut, cut_other = cuts(updates, others)
+    updates, others = without(updates, cut), without(others, cut_other)
+    for where, missing in ((one.path, others.keys() - updates.keys()), (other.path, updates.keys() - others.keys())):
+        if missing:
+            different = True
+            text = f"not in {where}: {len(missing)} tensors or updates, among them {min(missing)}"
+            out.print(printable(text), soft_wrap=True)
+    table = Table("layers and tensors that differ", "relative distance")
+    for name in sorted(updates.keys() & others.keys()):
+        distance = _distance(_update(*updates[name]), _update(*others[name]))
+        if not distance <= _ROUNDING:
+            different = True
+            table.add_row(printable(name), f"{distance:.2e}")
+    if table.row_count:
+        out.print(table)
+    out.print("different" if different else "the same")
+    return int(different)
+
+
+def cuts(one: dict[str, T], other: dict[str, T]) -> tuple[str, str]:
+    """What names of the one have in front that those of the other have not, as a LightningModule puts there."""
+    for longer, shorter, swapped in ((one, other, False), (other, one, True)):
+        for name in longer:
+            found = [name[: -len(short)] for short in shorter if name.endswith(f".{short}")]
+            if found:
+                return ("", min(found, key=len)) if swapped else (min(found, key=len), "")
+    return "", ""
+
+
+def without(found: dict[str, T], cut: str) -> dict[str, T]:
+    """By names without what some have in front."""
+    return {name.removeprefix(cut): value for name, value in found.items()}
+
+
+def _updates(saved: SavedAdapter) -> dict[str, tuple[Tensor, ...]]:
+    """Each layer's A and scaled B, and the other tensors that were trained, by name."""
+    config, factors = saved.config(), saved.factors()
+    pairs = {f"{layer}.lora_{matrix}" for layer in factors for matrix in "AB"}
+    rest = {name: (each,) for name, each in saved.named().items() if name not in pairs and not name.endswith(_DRAWN)}
+    return rest | {layer: (lora_A, config.scaling(layer) * lora_B) for layer, (lora_A, lora_B) in factors.items()}
+
+
+def _update(lora_A: Tensor, lora_B: Tensor | None = None) -> Tensor:
+    """The update; of stacked experts, and of what is no pair, both factors; a tensor alone as it is."""
+    lora_A = lora_A.double()
+    if lora_B is None:
+        return lora_A
+    lora_B = lora_B.double()
+    if lora_A.dim() == lora_B.dim() == 3 and lora_B.shape[::2] == lora_A.shape[:2]:
+        return lora_B @ lora_A
+    if lora_B.flatten(1).shape[1] == len(lora_A):
+        return lora_B.flatten(1) @ lora_A.flatten(1)
+    return torch.cat([lora_A.flatten(), lora_B.flatten()])
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    if one.shape != other.shape:
+        return float("inf")
+    size = max(float(torch.linalg.vector_norm(each)) for each in (one, other))
+    return float(torch.linalg.vector_norm(one - other)) / size if size else 0.0
