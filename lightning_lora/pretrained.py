@@ -90,19 +90,53 @@ def load_causal_lm(
     """
     import transformers
 
-    options: dict[str, Any] = {}
+    options = _gguf_options(gguf_file)
     if quantize is not None:
         config = quantization_config(quantize, dtype)
         if gguf_file is None:
             options["quantization_config"] = config
-    if gguf_file is not None and hasattr(transformers, "GgufConfig"):
-        # Without this, the weights stay packed in layers that cannot be trained where `kernels` is installed.
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     source = _source(pretrained, gguf_file)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=dtype, **options)
     if quantize is not None and gguf_file is not None:
         _quantize_layers(model, quantize, dtype)
     return model
+
+
+def load_classifier(
+    pretrained: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    gguf_file: str | None = None,
+    **settings: Any,
+) -> PreTrainedModel:
+    """Load a model with a head for whole sequences, which is new where the checkpoint has none.
+
+    Args:
+        pretrained: See :func:`resolve`.
+        tokenizer: That of the checkpoint, whose padding decoders must know.
+        dtype: Type of the weights in memory.
+        gguf_file: Name of the GGUF file inside ``pretrained``. Default ``None``: an ordinary checkpoint.
+        settings: Those of the model's config, such as ``num_labels``.
+
+    Raises:
+        FileNotFoundError: If ``pretrained`` or ``gguf_file`` does not exist.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+        _source(pretrained, gguf_file), gguf_file=gguf_file, dtype=dtype, **_gguf_options(gguf_file), **settings
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id  # decoders look for the last token before the padding
+    return model
+
+
+def _gguf_options(gguf_file: str | None) -> dict[str, Any]:
+    import transformers
+
+    if gguf_file is None or not hasattr(transformers, "GgufConfig"):
+        return {}
+    # Without this, the weights stay packed in layers that cannot be trained where `kernels` is installed.
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)}
 
 
 def quantization_config(quantize: str, dtype: torch.dtype) -> Any:

@@ -1,12 +1,13 @@
-"""Pairs of a better and a worse answer to the same question."""
+"""Pairs of a better and a worse answer to the same question, or single answers that are marked as good or bad."""
 
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_lora.data.conversation import encode_answers
+from lightning_lora.data.conversation import Row, encode_answers
 from lightning_lora.data.encoded import Encoded
 from lightning_lora.data.keys import is_empty
 from lightning_lora.data.messages import (
@@ -17,12 +18,15 @@ from lightning_lora.data.messages import (
     left_out,
     messages_in,
     question_in,
+    read_conversation,
     tools_in,
 )
 from lightning_lora.data.record import Record
 from lightning_lora.data.texts import LanguageModelData, in_row, remarks_on
 
 _REPEATED = "messages"  # UltraFeedback's, which repeat what was chosen
+_MARK = "label"
+_MARKS = {"true": True, "false": False, "1": True, "0": False}
 _TURN = re.compile(r"\s*(?:^|\n\n)(Human|Assistant): ?")
 
 
@@ -36,18 +40,26 @@ class PreferenceData(LanguageModelData):
     together, the oldest exchanges are left out of both, then answers lose their end. Pairs that are equal after that
     are dropped and counted.
 
+    For the loss ``kto``, a row may also be a conversation, in any layout of
+    :func:`~lightning_lora.data.messages.read_conversation`, with ``label``: whether its last answer is a good one, as
+    ``true`` or ``false``, or 1 or 0.
+
     The arguments are those of :class:`~lightning_lora.data.texts.LanguageModelData`.
     """
 
+    pairs_only = False  # whether the model that is trained learns from pairs alone
+
+    def prepare(self) -> None:
+        """Load the tokenizer, and find out what the model learns from."""
+        super().prepare()
+        self.pairs_only = self.of_model("takes_single_answers") is False
+
     def encode(self, record: Record) -> Encoded:
-        """The question with each of its two answers."""
-        question, answers = _pair(record)
-        try:
-            rows, truncated = encode_answers(
-                self.tokenizer, question.messages, answers, self.max_length, question.tools
-            )
-        except ValueError as error:
-            raise in_row(record, question, error) from None
+        """The question with each of its two answers, or with the one that is marked."""
+        if not has_pair(record) and _MARK in record.fields:
+            return self._encode_marked(record)
+        question, answers = read_pair(record)
+        rows, truncated = self.encode_answers(record, question, answers)
         if rows is not None and rows[0] == rows[1]:
             return Encoded([], True, question.unused, "without a difference in max_length tokens")
         remarks = remarks_on(self.tokenizer, [*question.messages, *answers])
@@ -55,6 +67,32 @@ class PreferenceData(LanguageModelData):
         if all(answer["content"].strip().startswith(asked) for answer in answers):
             remarks = [*remarks, "Both answers begin with the words of the question, which is learned in them"]
         return Encoded([] if rows is None else [rows], truncated, question.unused, remarks=remarks)
+
+    def encode_answers(
+        self, record: Record, question: Conversation, answers: list[Message]
+    ) -> tuple[list[Row] | None, bool]:
+        """See :func:`~lightning_lora.data.conversation.encode_answers`, with file and line in errors."""
+        try:
+            return encode_answers(self.tokenizer, question.messages, answers, self.max_length, question.tools)
+        except ValueError as error:
+            raise in_row(record, question, error) from None
+
+    def _encode_marked(self, record: Record) -> Encoded:
+        if self.pairs_only:
+            raise record.error(_MARK, "'chosen' and 'rejected', for only model.loss=kto learns from single answers")
+        desirable = _MARKS.get(str(record.fields[_MARK]).strip().lower())
+        if desirable is None:
+            raise record.error(_MARK, "true for a good answer or false for a bad one")
+        question, answer = read_single(record)
+        rows, truncated = self.encode_answers(record, question, [answer])
+        marked = [[{**row, "desirable": desirable} for row in rows]] if rows else []
+        remarks = remarks_on(self.tokenizer, [*question.messages, answer])
+        return Encoded(marked, truncated, question.unused, remarks=remarks)
+
+    def label(self, row: Any) -> str | None:
+        """Whether an answer without a pair is a good one."""
+        marks = {True: "desirable", False: "undesirable"}
+        return marks.get(row[0].get("desirable"))
 
     def token_ids(self, row: Any) -> Iterator[list[int]]:
         """Those of each answer with its question."""
@@ -66,13 +104,42 @@ class PreferenceData(LanguageModelData):
             yield from super().learned(half)
 
     def collate(self, rows: list[Any]) -> dict[str, Tensor]:
-        """The chosen of all rows, then the rejected of all rows, padded on the right."""
-        both = [row[0] for row in rows] + [row[1] for row in rows]
-        return super().collate(both)
+        """The chosen of all rows, then the rejected of all rows, padded on the right.
+
+        Where a row has a single answer, all are single ones, with ``desirable`` of shape ``(answers,)``.
+        """
+        if all(len(row) == 2 for row in rows):
+            return super().collate([row[half] for half in (0, 1) for row in rows])
+        marks = [mark for row in rows for mark in ((True, False) if len(row) == 2 else (row[0]["desirable"],))]
+        return {**super().collate([answer for row in rows for answer in row]), "desirable": torch.tensor(marks)}
 
 
-def _pair(record: Record) -> tuple[Conversation, list[Message]]:
-    """The question of a row, and its two answers."""
+def has_pair(record: Record) -> bool:
+    """Whether a row has an answer that was chosen or rejected."""
+    return not all(is_empty(record.fields.get(field)) for field in ("chosen", "rejected"))
+
+
+def read_single(record: Record) -> tuple[Conversation, Message]:
+    """The question of a row, and its single answer, of which ``label`` may say how good it is.
+
+    Raises:
+        ValueError: If the row does not end with an answer, and as
+            :func:`~lightning_lora.data.messages.read_conversation`.
+    """
+    others = {field: value for field, value in record.fields.items() if field != _MARK}
+    found = read_conversation(record._replace(fields=others))
+    *question, answer = found.messages
+    if answer["role"] != "assistant" or answer.get("weight") == 0:
+        raise record.error(found.fields[-1].partition("[")[0], "an answer at its end", "none")
+    return found._replace(messages=question), answer
+
+
+def read_pair(record: Record) -> tuple[Conversation, list[Message]]:
+    """The question of a row, and its two answers.
+
+    Raises:
+        ValueError: If a value is bad, or an answer is missing.
+    """
     halves = [_messages(record, field) for field in ("chosen", "rejected")]
     if halves[0] == halves[1]:
         raise record.error("rejected", "an answer that differs from 'chosen'", "the same")

@@ -83,7 +83,7 @@ class Seq2SeqData(TextData):
         """Token ids of the source, and of the target as labels."""
         unused = unused_keys(record, {self.source_field, self.target_field})
         source, cut = self._source(record)
-        target, cut_too = self._cut({"text_target": record.text(self.target_field)}, self.max_target_length)
+        target, cut_too = self.cut(self.max_target_length, text_target=record.text(self.target_field))
         return Encoded([[source, target]], cut or cut_too, unused)
 
     def encode_predict(self, record: Record) -> list[int]:
@@ -101,8 +101,4 @@ class Seq2SeqData(TextData):
         return dict(self.tokenizer.pad({"input_ids": rows}, return_tensors="pt"))
 
     def _source(self, record: Record) -> tuple[list[int], bool]:
-        return self._cut({"text": record.text(self.source_field)}, self.max_source_length)
-
-    def _cut(self, text: dict[str, str], max_length: int) -> tuple[list[int], bool]:
-        ids = list(self.tokenizer(**text, truncation=True, max_length=max_length)["input_ids"])
-        return ids, len(ids) == max_length and len(self.tokenizer(**text)["input_ids"]) > max_length
+        return self.cut(self.max_source_length, text=record.text(self.source_field))

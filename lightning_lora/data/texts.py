@@ -85,6 +85,11 @@ class TextData(FileData):
         except TypeError:
             return None
 
+    def cut(self, max_length: int, **text: str) -> tuple[list[int], bool]:
+        """Token ids of a text, under the name that the tokenizer has for it, and whether it had to lose its end."""
+        ids = list(self.tokenizer(**text, truncation=True, max_length=max_length)["input_ids"])
+        return ids, len(ids) == max_length and len(self.tokenizer(**text)["input_ids"]) > max_length
+
     def token_ids(self, row: Any) -> Iterator[list[int]]:
         """Token ids of the texts in a row. Default: its ``input_ids``."""
         yield row["input_ids"]

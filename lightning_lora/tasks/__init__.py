@@ -5,6 +5,8 @@ from lightning_lora.tasks.dpo import DPO
 from lightning_lora.tasks.image_classification import ImageClassification
 from lightning_lora.tasks.label_losses import label_losses, language_model_loss
 from lightning_lora.tasks.prefix import PrefixCausalLM
+from lightning_lora.tasks.reward_model import RewardModel
+from lightning_lora.tasks.sentence_embedding import SentenceEmbedding
 from lightning_lora.tasks.seq2seq import Seq2Seq
 from lightning_lora.tasks.sequence_classification import SequenceClassification
 from lightning_lora.tasks.token_classification import TokenClassification
@@ -14,6 +16,8 @@ __all__ = [
     "CausalLM",
     "ImageClassification",
     "PrefixCausalLM",
+    "RewardModel",
+    "SentenceEmbedding",
     "Seq2Seq",
     "SequenceClassification",
     "TokenClassification",

@@ -14,26 +14,32 @@ PreferenceLoss = Literal["dpo", "ipo", "kto", "orpo", "simpo"]
 
 
 class Answers(NamedTuple):
-    """What a loss is made of: the chosen answers in the first half of each tensor, the rejected in the second.
+    """What a loss is made of, in tensors of shape ``(answers,)``.
+
+    Of pairs, the chosen answers are in the first half, and the rejected ones in the second.
 
     Args:
         policy: Log-probabilities of the answers, summed over their tokens.
         lengths: How many tokens each has.
         gains: What they have gained over the reference model; of zeros where a loss needs none.
         divergence: KTO's reference point: what answers to other questions have gained, in the mean, or 0 if less.
+        desirable: Which ones are good answers: of pairs, the chosen.
+        weights: What KTO's loss of each is multiplied by.
     """
 
     policy: Tensor
     lengths: Tensor
     gains: Tensor
     divergence: Tensor
+    desirable: Tensor
+    weights: Tensor
 
 
 class Kind(NamedTuple):
     """A loss.
 
     Args:
-        compute: Of answers, beta and gamma: the loss of each pair, and the reward of each answer.
+        compute: Of answers, beta and gamma: the loss of each pair (of KTO, of each answer), and each answer's reward.
         beta: Its default.
         has_reference: Whether it needs a reference model.
     """
@@ -57,9 +63,9 @@ def _ipo(answers: Answers, beta: float, gamma: float) -> tuple[Tensor, Tensor]:
 
 
 def _kto(answers: Answers, beta: float, gamma: float) -> tuple[Tensor, Tensor]:
-    """Ethayarajh et al., arXiv 2402.01306, with the chosen as desirable, and both weights 1."""
-    chosen, rejected = (beta * (answers.gains - answers.divergence)).chunk(2)
-    return 1 - (torch.sigmoid(chosen) + torch.sigmoid(-rejected)) / 2, beta * answers.gains
+    """Ethayarajh et al., arXiv 2402.01306."""
+    gains = answers.gains - answers.divergence
+    return answers.weights * torch.sigmoid(beta * torch.where(answers.desirable, -gains, gains)), beta * answers.gains
 
 
 def _orpo(answers: Answers, beta: float, gamma: float) -> tuple[Tensor, Tensor]:
@@ -87,10 +93,10 @@ LOSSES: dict[PreferenceLoss, Kind] = {
 
 
 def mismatched(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each question of a batch of pairs with an answer to another one, as KTO's reference point takes them.
+    """Each question of a batch with an answer to another one, as KTO's reference point takes them.
 
     Args:
-        batch: ``input_ids``, ``attention_mask`` and ``labels`` of two pairs or more.
+        batch: ``input_ids``, ``attention_mask`` and ``labels`` of answers to two questions or more.
 
     Returns:
         The same of as many rows, none longer than the longest there.

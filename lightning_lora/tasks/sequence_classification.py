@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.data.labels import MULTI_LABEL, REGRESSION
-from lightning_lora.pretrained import load_tokenizer, resolve
+from lightning_lora.pretrained import load_classifier, load_tokenizer
 from lightning_lora.tasks.classification import Classification
 
 
@@ -28,14 +28,8 @@ class SequenceClassification(Classification):
 
     def build(self, dtype: torch.dtype) -> Any:
         """Load the model and its tokenizer."""
-        from transformers import AutoModelForSequenceClassification
-
         self.tokenizer = load_tokenizer(self.pretrained)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            resolve(self.pretrained), dtype=dtype, **self.label_settings()
-        )
-        model.config.pad_token_id = self.tokenizer.pad_token_id  # decoders look for the last token before the padding
-        return model
+        return load_classifier(self.pretrained, self.tokenizer, dtype, **self.label_settings())
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """``{"label": ..., "probability": ...}`` for each row.

@@ -33,11 +33,11 @@ def failing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("recipe", ["chat_sft", "quickstart", "prefix_and_lora", "dpo"])
+@pytest.mark.parametrize("recipe", ["chat_sft", "quickstart", "prefix_and_lora", "dpo", "reward_model"])
 def test_the_model_is_named_once(
     recipe: str, model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if recipe == "dpo":
+    if recipe in ("dpo", "reward_model"):
         Path("rows.jsonl").write_text(
             "\n".join(json.dumps({"prompt": f"w{i % 40}", "chosen": "w1", "rejected": "w2"}) for i in range(300))
         )
@@ -45,7 +45,7 @@ def test_the_model_is_named_once(
     assert list((tmp_path / f"runs/{recipe}/checkpoints").glob("last.ckpt"))
 
 
-@pytest.mark.parametrize("recipe", ["chat_sft", "quickstart", "prefix_and_lora", "dpo"])
+@pytest.mark.parametrize("recipe", ["chat_sft", "quickstart", "prefix_and_lora", "dpo", "reward_model"])
 def test_fast_dev_run(recipe: str, model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, monkeypatch, "fit", recipe, *model[:-2], "--trainer.fast_dev_run", "true")
     assert not list(tmp_path.rglob("*.ckpt")) and not list(tmp_path.rglob("learning_curve.*"))

@@ -20,7 +20,15 @@ from helpers.texts import TEMPLATE, word_checkpoint, word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_lora.data import ChatData, LabelledTextData, PreferenceData, Seq2SeqData, TaggedWordsData, from_files
+from lightning_lora.data import (
+    ChatData,
+    LabelledTextData,
+    PreferenceData,
+    SentencePairData,
+    Seq2SeqData,
+    TaggedWordsData,
+    from_files,
+)
 from lightning_lora.data.cache import cache_name
 from lightning_lora.data.encoded import Encoded, Outcome
 from lightning_lora.data.encoding import encode_in_folder
@@ -37,6 +45,7 @@ KINDS: dict[str, tuple[Make, Callable[[int], dict[str, Any]]]] = {
     "labels": (LabelledTextData, lambda i: {"text": f"w{i % 40} w{i // 40}", "label": LABELS[i % 2]}),
     "tags": (TaggedWordsData, lambda i: {"tokens": [f"w{i % 40}", f"w{i // 40}"], "tags": ["a", "b"]}),
     "targets": (Seq2SeqData, lambda i: {"source": f"w{i % 40}", "target": f"w{i // 40}"}),
+    "sentences": (SentencePairData, lambda i: {"anchor": f"w{i % 40}", "positive": f"w{i // 40}"}),
 }
 
 

@@ -20,6 +20,8 @@ from lightning_lora.data import (
     LabelledTextData,
     PreferenceData,
     PromptCompletionData,
+    RewardData,
+    SentencePairData,
     Seq2SeqData,
     TaggedWordsData,
 )
@@ -36,6 +38,8 @@ READERS: dict[str, tuple[Make, dict[str, Any]]] = {
     "labels": (lambda *args, **options: LabelledTextData(*args, LABELS, **options), {"text": "w1", "label": "a"}),
     "tags": (lambda *args, **options: TaggedWordsData(*args, LABELS, **options), {"tokens": ["w1"], "tags": ["a"]}),
     "targets": (Seq2SeqData, {"source": "w1", "target": "w2"}),
+    "rewards": (RewardData, {"prompt": "w1", "chosen": "w2", "rejected": "w3"}),
+    "sentences": (SentencePairData, {"anchor": "w1", "positive": "w2"}),
 }
 
 

@@ -48,6 +48,58 @@ def test_the_question_is_asked_once(row: dict[str, Any]) -> None:
     assert halves(row) == [f"{ML}«good<|im_end|>»", f"{ML}«bad<|im_end|>»"]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "hi", "completion": "good", "label": True},
+        {"prompt": [HI], "completion": [GOOD], "label": True},
+        {"messages": [HI, GOOD], "label": "True"},
+        {"question": "hi", "answer": "good", "label": 1, "chosen": None, "rejected": ""},
+        {"instruction": "hi", "output": "good", "label": "1"},
+    ],
+)
+def test_a_single_answer_is_good_or_bad(row: dict[str, Any]) -> None:
+    assert halves(row) == [f"{ML}«good<|im_end|>»"]
+    label = row["label"]
+    bad = False if label is True else 0 if label == 1 else "false" if label == "True" else "0"
+    for value, desirable in ((label, True), (bad, False)):
+        found, _ = encoded({**row, "label": value})
+        assert found.rows[0][0]["desirable"] is desirable
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "hi", "completion": "good", "label": "yes"}, "'label': found 'yes' .*, expected true for a good"),
+        ({"prompt": "hi", "completion": "good", "label": None}, "'label': found None"),
+        ({"prompt": "hi", "completion": "good", "label": 2}, "'label': found 2"),
+        ({"messages": [HI, GOOD, HI], "label": True}, "field 'messages': found none, expected an answer at its end"),
+        ({"prompt": "hi", "completion": "good", "label": True, "weight": 2}, "field 'weight': found 2"),
+        ({"prompt": "hi", "label": True}, "field 'completion': found none"),
+    ],
+)
+def test_bad_single_answers(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encoded(row)
+
+
+def test_batches_of_single_answers() -> None:
+    data = PreferenceData("absent", "absent")
+    data.tokenizer = byte_tokenizer(TEMPLATES["chatml"])
+    pair, single = (
+        data.encode(Record("here", {"prompt": "hi", **row})).rows[0]
+        for row in ({"chosen": "good", "rejected": "bad"}, {"completion": "worse", "label": False})
+    )
+    assert (data.label(pair), data.label(single)) == (None, "undesirable")
+    batch = data.collate([pair, pair])
+    assert "desirable" not in batch and batch["input_ids"].tolist()[0] == batch["input_ids"].tolist()[1]
+    batch = data.collate([single, pair])
+    assert batch["desirable"].tolist() == [False, True, False]
+    lengths = [len(answer["input_ids"]) for answer in (*single, *pair)]
+    assert batch["attention_mask"].sum(-1).tolist() == lengths
+    assert [len(ids) for ids in data.token_ids(single)] == lengths[:1]
+
+
 def test_the_question_has_its_context_and_history() -> None:
     row = {"instruction": "more", "input": "of it", "history": [["hi", "yo"]], "chosen": "good", "rejected": "bad"}
     more = f"{ML}yo<|im_end|>\n<|im_start|>user\nmore\n\nof it<|im_end|>\n<|im_start|>assistant\n"

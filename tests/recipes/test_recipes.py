@@ -26,9 +26,11 @@ VISION = [
         pytest.param("sequence_classification", "val_loss val_accuracy val_f1 val_mcc", marks=MINILM),
         pytest.param("full_finetune", "val_loss val_accuracy val_f1 val_mcc", marks=MINILM),
         pytest.param("token_classification", "val_loss val_accuracy val_f1 val_mcc", marks=MINILM),
+        pytest.param("sentence_embedding", "val_loss val_mrr val_hit_rate_1 val_hit_rate_10", marks=MINILM),
         pytest.param("seq2seq", "val_loss val_rouge1 val_rougeL val_bleu", marks=MINILM),
         pytest.param("image_classification", "val_loss val_accuracy val_f1 val_mcc", marks=VISION),
         pytest.param("dpo", "val_loss val_accuracy val_margin", marks=SMOLLM),
+        pytest.param("reward_model", "val_loss val_accuracy val_margin", marks=SMOLLM),
     ],
 )
 def test_runs_and_logs(recipe: str, metrics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +52,7 @@ def test_runs_and_logs(recipe: str, metrics: str, tmp_path: Path, monkeypatch: p
     "recipe",
     [
         *(pytest.param(name, marks=MINILM) for name in ("sequence_classification", "full_finetune")),
-        *(pytest.param(name, marks=MINILM) for name in ("token_classification", "seq2seq")),
+        *(pytest.param(name, marks=MINILM) for name in ("token_classification", "sentence_embedding", "seq2seq")),
         pytest.param("image_classification", marks=VISION),
     ],
 )

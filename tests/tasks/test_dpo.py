@@ -174,16 +174,108 @@ def test_every_loss_tells_answers_apart(loss: PreferenceLoss, tmp_path: Path, pa
 def test_a_sure_answer_has_a_finite_loss() -> None:
     """Where the probability of an answer rounds to one, its odds do not."""
     policy = torch.tensor([0.0, -3.0], requires_grad=True)
-    answers = Answers(policy, torch.ones(2), torch.zeros(2), torch.zeros(()))
+    answers = Answers(
+        policy, torch.ones(2), torch.zeros(2), torch.zeros(()), torch.tensor([True, False]), torch.ones(2)
+    )
     loss, _ = LOSSES["orpo"].compute(answers, 0.1, 0.0)
     loss.sum().backward()
     assert loss.isfinite().all() and policy.grad is not None and policy.grad.isfinite().all()
 
 
+SINGLE: list[dict[str, Any]] = [
+    {"prompt": "w1", "completion": "w2 w3", "label": True},
+    {"prompt": "w5 w6", "completion": "w8 w9 w10", "label": False},
+    {"prompt": "w11", "completion": "w12", "label": False},
+]
+
+
+def test_kto_of_single_answers_is_that_of_its_paper(tmp_path: Path) -> None:
+    """Equations 7 and 8 on three answers, each of which goes through the model by itself, in float64."""
+    module = DPO(
+        word_checkpoint(tmp_path / "model"), loss="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.5
+    )
+    base, trained = word_model().double().eval(), word_model().double().eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    data = PreferenceData(write(tmp_path, SINGLE), str(tmp_path / "model"), val_fraction=0)
+    data.setup("fit")
+    batch = data.collate(data.train_rows or [])
+    assert batch["desirable"].tolist() == [True, False, False]
+    module.model = trained
+
+    @contextmanager
+    def reference() -> Iterator[None]:
+        module.model = base
+        yield
+        module.model = trained
+
+    module.reference = reference
+    logged: dict[str, float] = {}
+    module.log = lambda name, value, **_: logged.__setitem__(name, float(value))  # type: ignore
+    found = float(module.eval()._loss(batch, "val_loss", False))
+
+    def gain(question: str, answer: str) -> float:
+        asked, ids = (
+            data.tokenizer(part, add_special_tokens=False)["input_ids"]
+            for part in (f"<s> user {question} </s> <s> assistant", f"{answer} </s>")
+        )
+        values = []
+        for model in (trained, base):
+            scores = model(torch.tensor([asked + ids])).logits[0].log_softmax(-1)
+            values.append(sum(float(scores[len(asked) + i - 1, token]) for i, token in enumerate(ids)))
+        return values[0] - values[1]
+
+    zero = sum(gain(SINGLE[i]["prompt"], SINGLE[i - 1]["completion"]) for i in range(3)) / 3
+    assert zero > 0
+    losses, margins = [], []
+    for row in SINGLE:
+        reward = gain(row["prompt"], row["completion"])
+        weight, sign = (1.5, 1) if row["label"] else (0.5, -1)
+        losses.append(weight - weight / (1 + math.exp(-0.3 * sign * (reward - zero))))
+        margins.append(0.3 * sign * reward)
+    assert found == pytest.approx(sum(losses) / 3, rel=1e-9)
+    assert logged["val_margin"] == pytest.approx(sum(margins) / 3, rel=1e-9)
+    assert logged["val_accuracy"] == pytest.approx(sum(margin > 0 for margin in margins) / 3)
+
+
+def test_a_pair_is_a_good_and_a_bad_answer_to_kto(tmp_path: Path) -> None:
+    """The loss of pairs is that of the same answers without their pairs, with the same reference point."""
+    answers = Answers(*torch.randn(4, 6, dtype=torch.float64), torch.arange(6) < 3, torch.ones(6))
+    answers = answers._replace(divergence=torch.tensor(0.3))
+    order = torch.randperm(6)
+    mixed = Answers(*(value if value.ndim == 0 else value[order] for value in answers))
+    paired, single = (LOSSES["kto"].compute(each, 0.1, 0.0)[0] for each in (answers, mixed))
+    torch.testing.assert_close(paired[order], single)
+
+
+def test_single_answers_are_told_apart(tmp_path: Path) -> None:
+    checkpoint = word_checkpoint(tmp_path / "model")
+    rows: list[dict[str, object]] = [
+        {"prompt": f"w{i}", "completion": "w1 w2" if i % 3 else "w3", "label": bool(i % 3)} for i in range(20)
+    ]
+    run = trainer(tmp_path, [LoRA(r=4, summary=False), BaseAsReference()], max_epochs=4)
+    run.fit(DPO(checkpoint, loss="kto", lr=1e-2), PreferenceData(write(tmp_path, rows), checkpoint, batch_size=5))
+    assert run.callback_metrics["val_accuracy"] == 1 and run.callback_metrics["val_margin"] > 0
+
+
+def test_other_losses_refuse_single_answers(tmp_path: Path) -> None:
+    """With file and line before the first step; and in a batch of one's own."""
+    checkpoint = word_checkpoint(tmp_path / "model")
+    data = PreferenceData(write(tmp_path, [PAIRS[0], *SINGLE]), checkpoint)
+    message = r"line 2, field 'label': found True \(bool\), expected 'chosen' and 'rejected'.*\n.*line 3.*\n.*line 4"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, [LoRA(r=2, summary=False), BaseAsReference()]).fit(DPO(checkpoint), data)
+    with pytest.raises(ValueError, match="Found answers without a pair and loss='dpo', expected pairs, or loss='kto'"):
+        DPO(checkpoint).training_step({"desirable": torch.tensor([True])}, 0)
+    with pytest.raises(ValueError, match="Found undesirable_weight=0, expected a positive number"):
+        DPO(checkpoint, loss="kto", undesirable_weight=0)
+
+
 def test_kto_needs_another_question(tmp_path: Path, path: str) -> None:
     checkpoint = word_checkpoint(tmp_path / "model")
     module, data = DPO(checkpoint, loss="kto"), PreferenceData(path, checkpoint, batch_size=1)
-    with pytest.raises(ValueError, match="Found loss='kto' and batch_size=1, expected two pairs or more"):
+    with pytest.raises(ValueError, match="Found loss='kto' and batch_size=1, expected two rows or more"):
         trainer(tmp_path, [LoRA(r=2, summary=False), BaseAsReference()]).fit(module, data)
     with pytest.raises(ValueError, match="Found loss='ppo', expected one of dpo, ipo, kto, orpo, simpo"):
         DPO(checkpoint, loss="ppo")  # type: ignore[arg-type]
