@@ -4,12 +4,13 @@ from functools import cache
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from lightning_lora.fqn import clean_fqn, is_submodule
 from lightning_lora.model.record import Injection, base_parameters, parameters_by_name
 from lightning_lora.model.targets import modules_by_name
 
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, type(None))
 _ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
@@ -43,6 +44,27 @@ def _new_frozen_norm(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
+class KeepFrozen:
+    """A hook before the forward of a module that holds frozen norms: what has taken the place of one is frozen too.
+
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` makes new layers, and says so to nobody.
+
+    Args:
+        paths: Where the norms are, below the module.
+    """
+
+    def __init__(self, paths: list[tuple[str, ...]]) -> None:
+        self.paths = paths
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        for path in self.paths:
+            norm: nn.Module | None = module
+            for part in path:
+                norm = norm and norm._modules.get(part)
+            if norm is not None and norm.training and not isinstance(norm, FrozenNorm):
+                norm.training = False
+
+
 def freeze(injection: Injection) -> None:
     """Freeze the base under an injection: what it does not train gets no gradient, and its statistics stand still."""
     for name, parameter in base_parameters(injection.root):
@@ -55,10 +77,26 @@ def freeze(injection: Injection) -> None:
 
 def freeze_norms(injection: Injection) -> None:
     """Freeze the running statistics of normalization layers, also of those that have come since an earlier call."""
-    for name, module in modules_by_name(injection.root).items():
+    modules, found = modules_by_name(injection.root), []
+    for name, module in modules.items():
         if tracks_statistics(module) and not injection.saves(name) and not isinstance(module, FrozenNorm):
             module.__class__ = _frozen_norm_class(type(module))  # type: ignore[arg-type]
-            injection.frozen_norms.append(name)
+            found.append(name)
+    injection.frozen_norms += found
+    _watch(modules, [name for name in found if isinstance(modules[name], _BatchNorm)])
+
+
+def _watch(modules: dict[str, nn.Module], norms: list[str]) -> None:
+    """Have the nearest module around each norm that is called keep it frozen."""
+    paths: dict[str, list[tuple[str, ...]]] = {}
+    for norm in norms:
+        parts = norm.split(".")
+        depths = range(len(parts) - 1, -1, -1)
+        around = [depth for depth in depths if not isinstance(modules.get(".".join(parts[:depth])), _NEVER_CALLED)]
+        if around:
+            paths.setdefault(".".join(parts[: around[0]]), []).append(tuple(parts[around[0] :]))
+    for name, found in paths.items():
+        modules[name].register_forward_pre_hook(KeepFrozen(found))
 
 
 def tracks_statistics(module: nn.Module) -> bool:
@@ -85,9 +123,16 @@ def thaw(injection: Injection) -> None:
         if name in parameters:  # pruning and parametrizations rename
             parameters[name].requires_grad_(name in frozen)
     modules = modules_by_name(injection.root)
-    for norm in map(modules.get, injection.frozen_norms):
+    for name in injection.frozen_norms:
+        norm = modules.get(name)
         if isinstance(norm, FrozenNorm):
             norm.__class__ = type(norm).__bases__[1]
+        elif norm is not None and (around := modules.get(name.rpartition(".")[0])) is not None:
+            norm.training = around.training  # KeepFrozen's doing
+    for module in modules.values():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, KeepFrozen):
+                del module._forward_pre_hooks[key]
     for name, switch, value in injection.fused:
         if name in modules:
             setattr(modules[name], switch, value)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import toys
 from helpers.models import tiny_classifier, tiny_llama
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora import LoraConfig, TargetError, adapter_state_dict, eject, inject, load_adapter_state_dict, unmerge
 from lightning_lora.model.freeze import FrozenNorm
@@ -262,3 +262,34 @@ def test_a_model_that_peft_has_wrapped_is_refused() -> None:
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
     merged = model.merge_and_unload()
     assert inject(merged, LoraConfig(r=2)) is merged
+
+
+class Blocks(nn.Module):
+    """Norms in places that are called, and in some that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))
+        self.rest = nn.ModuleList(
+            [nn.ModuleDict({"norm": nn.BatchNorm1d(4), "layer": nn.Linear(4, 4)}), nn.Linear(4, 4)]
+        )
+        self.last = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.rest[1](self.rest[0]["layer"](self.rest[0]["norm"](x))))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_norms_stay_frozen_where_others_take_their_place(copied: bool) -> None:
+    model = inject(Blocks(), LoraConfig(r=2))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model) if copied else model)
+    x = torch.randn(8, 4)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    expected = model.eval()(x)
+    assert torch.equal(model.train()(x), expected)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    eject(model)
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+    model(x)
+    assert not torch.equal(model.last.running_mean, before["last.running_mean"])
