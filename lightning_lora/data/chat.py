@@ -12,7 +12,7 @@ from lightning_lora.data.files import Paths
 from lightning_lora.data.json_rows import ChosenRows
 from lightning_lora.data.keys import unused_keys
 from lightning_lora.data.messages import is_text, read_conversation
-from lightning_lora.data.packing import Packs, collate_packs, pack, unpack
+from lightning_lora.data.packing import collate_packs, pack, unpack
 from lightning_lora.data.record import Record
 from lightning_lora.data.texts import LanguageModelData, in_row, remarks_on
 
@@ -89,10 +89,10 @@ class ChatData(ConversationData):
         """Pack the rows, if asked for."""
         if not self.packing:
             return rows
-        packs = pack(rows.lengths.tolist(), self.max_length)
+        packs = pack(rows, self.max_length, rows.lengths.tolist())
         used = rows.lengths.sum() / (len(packs) * self.max_length)
         rank_zero_info(f"Packed {len(rows)} rows into {len(packs)} of {self.max_length} tokens, {used:.0%} full.")
-        return Packs(rows, packs)
+        return packs
 
     def token_ids(self, row: Row) -> Iterator[list[int]]:
         """Those of each row in a pack."""

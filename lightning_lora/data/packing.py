@@ -10,16 +10,19 @@ from lightning_lora.data.conversation import IGNORED, Row
 from lightning_lora.data.json_rows import Rows
 
 
-def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+def pack(rows: Sequence[Row], max_length: int, lengths: Sequence[int] | None = None) -> "Packs":
     """Put rows together in as few packs of at most ``max_length`` tokens as best-fit-decreasing finds, in n log n.
 
     Args:
-        lengths: Tokens of each row, at most ``max_length``.
+        rows: With ``input_ids`` and ``labels``, each of at most ``max_length`` tokens.
         max_length: Longest pack, in tokens.
+        lengths: Tokens of each row, where they are known, so that no row is looked at.
 
     Returns:
-        The indices of the rows in each pack.
+        Rows with ``input_ids``, ``labels`` and ``position_ids``.
     """
+    if lengths is None:
+        lengths = [len(row["input_ids"]) for row in rows]
     packs: list[list[int]] = []
     # Packs by the room that is left in them, and those rooms in order.
     with_room: dict[int, list[int]] = {}
@@ -41,7 +44,7 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
             with_room[room - length] = []
             insort(rooms, room - length)
         with_room[room - length].append(index)
-    return packs
+    return Packs(rows, packs)
 
 
 def joined(rows: Iterable[Row]) -> Row:

@@ -138,7 +138,7 @@ def encoded(count: int) -> list[dict[str, list[int]]]:
 
 
 def packed(rows: list[Any]) -> Packs:
-    return Packs(rows, pack([len(row["input_ids"]) for row in rows], 32))
+    return pack(rows, 32)
 
 
 def test_packs_hold_every_row_once_within_the_length() -> None:

@@ -5,7 +5,7 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_lora.data.packing import Packs, pack
+from lightning_lora.data.packing import pack
 
 
 def rows(lengths: list[int]) -> list[dict[str, list[int]]]:
@@ -14,7 +14,8 @@ def rows(lengths: list[int]) -> list[dict[str, list[int]]]:
 
 @given(st.lists(st.integers(1, 32)))
 def test_every_row_is_in_one_pack_and_no_two_packs_would_fit_together(lengths: list[int]) -> None:
-    packs = Packs(rows(lengths), pack(lengths, 32))
+    packs = pack(rows(lengths), 32)
+    assert list(pack(rows(lengths), 32, lengths)) == list(packs)
     sizes = sorted(len(one["input_ids"]) for one in packs)
     assert sorted(token for one in packs for token in one["input_ids"]) == [
         index for index, length in enumerate(lengths) for _ in range(length)
@@ -25,7 +26,7 @@ def test_every_row_is_in_one_pack_and_no_two_packs_would_fit_together(lengths: l
 
 def test_packing_takes_n_log_n() -> None:
     def seconds(count: int) -> float:
-        many = [index % 97 + 3 for index in range(count)]
+        many = rows([index % 97 + 3 for index in range(count)])
         start = time.process_time()
         pack(many, 256)
         return time.process_time() - start
