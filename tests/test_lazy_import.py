@@ -24,6 +24,37 @@ def fresh(code: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
 
 
+FUNCTIONS = ["merge", "inject", "eject", "param_groups"]
+MODULES = ["config", "callback", "callbacks", "model", "formats", "tasks", "report"]
+MOVED = [
+    ("report", "BeforeAfter"),
+    ("curve", "LearningCurve"),
+    ("predictions", "PredictionWriter"),
+    ("reference", "BaseAsReference"),
+    ("export", "save_merged"),
+    ("tasks.modes", "evaluating"),
+]
+STAR = (
+    "from lightning_lora import *; names = __import__('lightning_lora').__all__; "
+    "print(sorted(set(globals()) & set(names)) == names)"
+)
+
+
+@pytest.fixture(scope="module")
+def printed() -> dict[str, str]:
+    """What each code prints as the first that imports the package, in one interpreter that has what it needs."""
+    codes = [STAR]
+    codes += [
+        f"import lightning_lora.model.{name}; from lightning_lora import {name}; print(type({name}).__name__)"
+        for name in FUNCTIONS
+    ]
+    codes += [f"import lightning_lora; print(lightning_lora.{name}.__name__)" for name in MODULES]
+    codes += [f"from lightning_lora.{module} import {name}; print({name}.__name__)" for module, name in MOVED]
+    anew = "[sys.modules.pop(name) for name in list(sys.modules) if name.split('.')[0] == 'lightning_lora']"
+    program = f"import sys\nfor code in {codes!r}:\n    {anew}\n    exec(code, {{}})"
+    return dict(zip(codes, fresh(program).splitlines(), strict=True))
+
+
 def test_import_brings_in_nothing_heavy() -> None:
     assert fresh(f"import sys, lightning_lora; print({HEAVY} & set(sys.modules))") == "set()"
 
@@ -48,22 +79,21 @@ def test_names_are_listed_before_they_are_used() -> None:
     assert fresh("import lightning_lora as l; print(set(l.__all__) <= set(dir(l)))") == "True"
 
 
-def test_star_import_takes_the_public_names() -> None:
-    code = "from lightning_lora import *; print(sorted(set(globals()) & set(__import__('lightning_lora').__all__))"
-    assert fresh(f"{code} == __import__('lightning_lora').__all__)") == "True"
+def test_star_import_takes_the_public_names(printed: dict[str, str]) -> None:
+    assert printed[STAR] == "True"
 
 
-@pytest.mark.parametrize("name", ["merge", "inject", "eject", "param_groups"])
-def test_functions_are_not_the_modules_of_their_name(name: str) -> None:
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_not_the_modules_of_their_name(name: str, printed: dict[str, str]) -> None:
     code = f"import lightning_lora.model.{name}; from lightning_lora import {name}; print(type({name}).__name__)"
-    assert fresh(code) == "function"
+    assert printed[code] == "function"
     assert inspect.isfunction(getattr(lightning_lora, name))
     assert inspect.ismodule(importlib.import_module(f"lightning_lora.model.{name}"))
 
 
-@pytest.mark.parametrize("name", ["config", "callback", "callbacks", "model", "formats", "tasks", "report"])
-def test_modules_are_attributes_as_before(name: str) -> None:
-    assert fresh(f"import lightning_lora; print(lightning_lora.{name}.__name__)") == f"lightning_lora.{name}"
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_attributes_as_before(name: str, printed: dict[str, str]) -> None:
+    assert printed[f"import lightning_lora; print(lightning_lora.{name}.__name__)"] == f"lightning_lora.{name}"
 
 
 def test_unknown_names_are_errors() -> None:
@@ -73,19 +103,9 @@ def test_unknown_names_are_errors() -> None:
         from lightning_lora import Lora  # type: ignore[attr-defined]  # noqa: F401
 
 
-MOVED = [
-    ("report", "BeforeAfter"),
-    ("curve", "LearningCurve"),
-    ("predictions", "PredictionWriter"),
-    ("reference", "BaseAsReference"),
-    ("export", "save_merged"),
-    ("tasks.modes", "evaluating"),
-]
-
-
 @pytest.mark.parametrize(("module", "name"), MOVED)
-def test_names_of_version_0_1_are_found(module: str, name: str) -> None:
-    assert fresh(f"from lightning_lora.{module} import {name}; print({name}.__name__)") == name
+def test_names_of_version_0_1_are_found(module: str, name: str, printed: dict[str, str]) -> None:
+    assert printed[f"from lightning_lora.{module} import {name}; print({name}.__name__)"] == name
     old = importlib.import_module(f"lightning_lora.{module}")
     now = getattr(importlib.import_module(f"lightning_lora.{lightning_lora._MOVED[module]}"), name)
     assert getattr(old, name) is now

@@ -1,5 +1,6 @@
 """The screen of a recipe says nothing that a user can do nothing about, and what matters stays."""
 
+import io
 import logging
 import subprocess
 import sys
@@ -25,6 +26,7 @@ def test_a_recipe_prints_no_noise(tmp_path: Path, tiny: list[str]) -> None:
 
 
 def test_other_warnings_and_notes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging as transformers_logging
 
     notes: list[str] = []
@@ -39,6 +41,7 @@ def test_other_warnings_and_notes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
         warnings.simplefilter("always")
         with quiet():
             assert not transformers_logging.is_progress_bar_enabled()
+            assert gguf.tqdm([1]).disable
             warnings.warn("`isinstance(treespec, LeafSpec)` is deprecated", FutureWarning, stacklevel=1)
             warnings.warn("something of one's own", UserWarning, stacklevel=1)
             logger.info("💡 Tip: a service")
@@ -47,3 +50,4 @@ def test_other_warnings_and_notes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [str(each.message) for each in caught] == ["something of one's own"]
     assert notes == ["GPU available: False", "💡 Tip: after it"]
     assert transformers_logging.is_progress_bar_enabled()
+    assert not gguf.tqdm([1], file=io.StringIO()).disable
