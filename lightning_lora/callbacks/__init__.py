@@ -3,6 +3,7 @@
 from lightning_lora.callbacks.adapter_monitor import AdapterMonitor
 from lightning_lora.callbacks.base_as_reference import BaseAsReference
 from lightning_lora.callbacks.before_after import BeforeAfter
+from lightning_lora.callbacks.graceful_interrupt import GracefulInterrupt
 from lightning_lora.callbacks.learning_curve import LearningCurve
 from lightning_lora.callbacks.max_update_norm import MaxUpdateNorm
 from lightning_lora.callbacks.prediction_writer import PredictionWriter
@@ -13,6 +14,7 @@ __all__ = [
     "AdapterMonitor",
     "BaseAsReference",
     "BeforeAfter",
+    "GracefulInterrupt",
     "LearningCurve",
     "MaxUpdateNorm",
     "PredictionWriter",

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_lora import shipped_recipes
 from lightning_lora.callback import LoRA
+from lightning_lora.callbacks.graceful_interrupt import GracefulInterrupt
 from lightning_lora.callbacks.prediction_writer import PredictionWriter
 from lightning_lora.cli.help import RUNS
 from lightning_lora.cli.quiet import quiet
@@ -105,8 +106,10 @@ class LoraCLI(LightningCLI):
             sys.argv += ["--trainer.precision", trainer.precision]
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """The trainer, with a writer of predictions if there is a file for them."""
+        """The trainer, with a writer of predictions if there is a file for them, and a Ctrl-C that saves."""
         trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "fit":
+            trainer.callbacks.append(GracefulInterrupt())  # type: ignore[attr-defined]  # set by a connector
         output = self._get(self.config, "output")
         if output is not None:
             trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]  # set by a connector

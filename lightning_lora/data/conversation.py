@@ -233,7 +233,7 @@ def _marked(
         written = "".join(tokenizer.decode(ids[start:end]).split())
         if any("".join(text.split()) not in written for text in texts_of(messages[index])):
             return None
-        if (train_on == "last" and index != answers[-1]) or messages[index].get("weight") == 0:
+        if (train_on == "last" and index != answers[-1]) or not _learned(messages, index):
             marks[start:end] = [False] * (end - start)
         # A line break after the end of a turn is never generated.
         while end > start + 1 and tokenizer.decode(ids[end - 1]).isspace():

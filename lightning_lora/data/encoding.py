@@ -73,7 +73,7 @@ def encode_in_folder(
                 collector.add(found)
                 advance(len(found.arrays["shares"]) + len(found.errors))
         bad.errors += collector.errors
-        if bad.on_error == "stop":
+        if bad.on_error != "skip":
             bad.report()
         collector.errors = bad.errors  # with those that the reader found
         collector.finish()

@@ -143,15 +143,16 @@ def question_in(record: Record) -> tuple[list[Message], list[str], set[str]]:
     """
     question = _first(record, QUESTION)
     if question is None:
+        filled = [field for field, value in record.fields.items() if not is_empty(value)]
         raise ValueError(
-            f"{record.where}: found the fields {', '.join(map(repr, record.fields)) or 'none at all'}, expected "
+            f"{record.where}: found the fields {', '.join(map(repr, filled)) or 'none that says anything'}, expected "
             "'messages', or 'prompt' and 'completion', or another layout of the documentation. Rename the fields, or "
             "name them in the setting 'fields'."
         )
     used = {question, "history"}
     messages, fields = messages_in(record, question, "user")
-    filled = (field for field in CONTEXT if field != question and not is_empty(record.fields.get(field)))
-    context = next(filled, None)
+    contexts = (field for field in CONTEXT if field != question and not is_empty(record.fields.get(field)))
+    context = next(contexts, None)
     if context is not None:
         used.add(context)
         text = record.fields[context]

@@ -59,10 +59,11 @@ class BadRows:
     """Collects what is wrong with rows, so that one run names all of them.
 
     Args:
-        on_error: ``"stop"`` raises when all rows were looked at, ``"skip"`` leaves bad rows out and says so.
+        on_error: ``"stop"`` raises when all rows were looked at, ``"skip"`` leaves bad rows out and says so. Default
+            ``None``: the same as ``"stop"``, where there is no setting that could skip them.
     """
 
-    def __init__(self, on_error: Literal["stop", "skip"] = "stop") -> None:
+    def __init__(self, on_error: Literal["stop", "skip"] | None = None) -> None:
         self.on_error = on_error
         self.errors: list[str] = []
 
@@ -86,7 +87,8 @@ class BadRows:
         elif len(found) == 1:
             raise ValueError(found[0])
         else:
-            raise ValueError(f"Found {len(found)} rows that cannot be used (on_error: skip leaves them out):\n{rows}")
+            hint = " (on_error: skip leaves them out)" if self.on_error == "stop" else ""
+            raise ValueError(f"Found {len(found)} rows that cannot be used{hint}:\n{rows}")
 
 
 def _by_numbers(text: str) -> list[tuple[int, str]]:

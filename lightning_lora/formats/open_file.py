@@ -56,7 +56,10 @@ def open_file(path: str | Path, objects: Objects) -> Any:
         _require_intact(file)
         if objects != "skip":
             return torch.load(file, map_location="cpu", weights_only=objects == "refuse")
-        names = get_unsafe_globals_in_checkpoint(file)
+        try:
+            names = get_unsafe_globals_in_checkpoint(file)
+        except ValueError as error:
+            raise RuntimeError("torch.save did not write it, or did so before PyTorch 1.6.") from error
         file.seek(0)
         unknown: list[Any] = [(_SKIPPED, name) for name in names]
         # The class too, for only what has an allowed class may be given a state.

@@ -130,7 +130,7 @@ EXPECTED: dict[tuple[str, str], list[str]] = {
     ("endless", "tools"): REFUSED,
     ("endless", "reasoning"): REFUSED,
     ("marked", "multi"): [f"{ML}«yo<|im_end|>»{NEXT.removeprefix('<|im_end|>')}«no<|im_end|>»"],
-    ("marked", "first"): [f"<|im_start|>assistant\n«yo<|im_end|>»\n{ML}«no<|im_end|>»"],
+    ("marked", "first"): [f"<|im_start|>assistant\nyo<|im_end|>\n{ML}«no<|im_end|>»"],
     ("marked", "tools"): REFUSED,
     ("marked", "reasoning"): [
         f"{ML}«<think>WHY</think>yo<|im_end|>»{NEXT.removeprefix('<|im_end|>')}«<think>SO</think>no<|im_end|>»"
@@ -279,8 +279,10 @@ def test_thoughts_that_marks_leave_out_are_learned_answer_by_answer() -> None:
 
 def test_the_first_token_of_a_row_is_never_learned() -> None:
     """Else a packed row would teach the one before it how the next begins."""
-    template = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<eos>' }}"
+    template = (
+        "{% for m in messages | reverse %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<eos>' }}"
+    )
     template += "{% endgeneration %}{% else %}{{ m.content + '<eos>' }}{% endif %}{% endfor %}"
     tokenizer = byte_tokenizer(template)
-    ((row, _),) = encode_turns(tokenizer, CONVERSATIONS["first"], 900)
-    assert marked(tokenizer, row) == "y«o<eos>»hi<eos>«no<eos>»"
+    ((row, _),) = encode_turns(tokenizer, CONVERSATIONS["single"], 900)
+    assert marked(tokenizer, row) == "y«o<eos>»"

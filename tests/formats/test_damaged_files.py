@@ -266,3 +266,11 @@ def test_files_without_checksums_are_read(directory: Path, tmp_path: Path) -> No
     target = shutil.copytree(directory, tmp_path / "old")
     save_file(load_file(target / WEIGHTS), target / WEIGHTS, {"format": "pt"})
     assert adapters(load_adapter(tiny_llama(), target))
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", b'{"prompt": "hi"}\n'])
+def test_a_file_of_another_kind_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"rows\.jsonl cannot be read as a checkpoint: torch\.save did not write"):
+        read_checkpoint(path)
