@@ -20,7 +20,15 @@ from lightning_lora.formats.metadata import Base, check_metadata, require_same_b
 from lightning_lora.formats.model_card import Run, has_own_card, write_card
 from lightning_lora.formats.open_file import Objects, path_or_url
 from lightning_lora.formats.peft_config import peft_adapters, peft_config
-from lightning_lora.formats.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE, PeftFiles, read_files, write_weights
+from lightning_lora.formats.peft_files import (
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    PeftFiles,
+    layers_in,
+    read_files,
+    write_weights,
+)
 from lightning_lora.formats.peft_own import PeftAdapter, adapters_of_peft
 from lightning_lora.formats.peft_variants import as_plain_lora, same_but_for_rounding
 from lightning_lora.formats.portable import as_portable, not_portable
@@ -209,8 +217,7 @@ def load_adapter(
         if name in before:
             _load_into(_find_injection(model, name), files, other_format)
             return model
-        hf_models = list(models_with_files(model).values())
-        base = hf_models[0] if len(hf_models) == 1 else model
+        base = _base_of(files, model)
         config, tensors = as_plain_lora(files, base)
         require_finite(tensors, str(path))
         require_sizes(base, config, tensors, rows_in_peft(tensors), PREFIX, str(path))
@@ -220,6 +227,14 @@ def load_adapter(
             add_adapter(_find_injection(model, before[0]).root, config, name)
         _put(_find_injection(model, name), files, config, tensors, other_format)
     return model
+
+
+def _base_of(files: PeftFiles, model: nn.Module) -> nn.Module:
+    """The model that a file's names are those of: the only one of transformers or diffusers in it, or the whole."""
+    inner = list(models_with_files(model).values())
+    layers = layers_in(files.tensors)
+    fitting = {each: len(modules_by_name(each).keys() & set(layers)) for each in [*inner, model]}
+    return inner[0] if len(inner) == 1 and fitting[inner[0]] == max(fitting.values()) else model
 
 
 @contextmanager

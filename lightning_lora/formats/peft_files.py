@@ -70,6 +70,11 @@ class PeftFiles:
         return Fingerprint(self.meta[_FINGERPRINT], self.meta.get(_SAMPLES), self.meta.get(_SKETCHES), config)
 
     @property
+    def is_trained_by_peft(self) -> bool:
+        """Whether the tensors mean what PEFT makes of them, and not what this package does where the two differ."""
+        return self.fingerprint is None or bool(self.settings.get("peft_version"))
+
+    @property
     def quantization(self) -> list[dict[str, Any]]:
         """How the base was quantized, as :func:`~lightning_lora.model.quantization.quantization` says it."""
         found: list[dict[str, Any]] = json.loads(self.meta.get(_QUANTIZATION, "[]"))

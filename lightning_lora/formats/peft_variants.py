@@ -17,6 +17,7 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.formats.peft_config import config_from_peft
 from lightning_lora.formats.peft_files import PREFIX, PeftFiles, layers_in
 from lightning_lora.formats.transformers_names import in_todays_names
+from lightning_lora.layers.conv import CONVOLUTIONS
 from lightning_lora.model.state_dict import CheckpointError
 from lightning_lora.model.targets import find_modules_to_save, matches, modules_by_name
 from lightning_lora.sharding import full_tensor
@@ -41,6 +42,7 @@ def as_plain_lora(files: PeftFiles, base: nn.Module) -> tuple[LoraConfig, Tensor
     if files.start is not None:
         config = dataclasses.replace(config, init_lora_weights=files.start)
     modules = modules_by_name(base)
+    _require_tied_alike(tensors, modules, str(files.directory))
     if settings["peft_type"] == "TRAINABLE_TOKENS":
         return config, _rows_of_tokens(tensors, modules)
     if settings["peft_type"] == "LORA":
@@ -48,15 +50,30 @@ def as_plain_lora(files: PeftFiles, base: nn.Module) -> tuple[LoraConfig, Tensor
             tensors = {name: tensor for name, tensor in tensors.items() if ".lora_velora_" not in name}
         if settings.get("use_bdlora"):
             tensors = _without_blocks(tensors, settings["use_bdlora"], config, modules, source)
+        tensors = _as_peft_runs(tensors, files, modules)
         config, tensors = in_todays_names(config, tensors, base, str(files.directory))
         tensors = _experts_in_todays_layout(config, tensors, files, modules)
         if settings.get("lora_bias"):
             config, tensors = _biases_in_full(config, tensors, modules, source)
         if settings.get("ensure_weight_tying"):
             config = _with_tied_targets(config, tensors, modules)
-    config = _with_every_ending(config, modules)
-    config = _without_absent_modules(config, tensors, base)
+    if files.is_trained_by_peft:  # else they are whole names
+        config = _with_modules_of_peft(config, tensors, modules)
     return _with_stored_embeddings(config, tensors, base, str(files.directory))
+
+
+def _require_tied_alike(tensors: Tensors, modules: Mapping[str, nn.Module], source: str) -> None:
+    """PEFT trains tied weights apart if each is to be trained in full, and one weight cannot hold both."""
+    names: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        layer, _, inner = name.removeprefix(PREFIX).rpartition(".")
+        weight = getattr(modules.get(layer), inner, None)
+        first = names.setdefault(id(weight), name)
+        if isinstance(weight, nn.Parameter) and first != name and not same_but_for_rounding(tensors[first], tensor):
+            raise CheckpointError(
+                f"{source} holds {first!r} and {name!r}, which were trained apart and are one weight in this "
+                "model: give each module a Parameter of its own before the adapter is loaded. Nothing was loaded."
+            )
 
 
 def _rows_of_tokens(tensors: Tensors, modules: Mapping[str, nn.Module]) -> Tensors:
@@ -101,6 +118,30 @@ def _without_blocks(
     return whole
 
 
+def _as_peft_runs(tensors: Tensors, files: PeftFiles, modules: Mapping[str, nn.Module]) -> Tensors:
+    """Two kinds of layers that PEFT, up to 0.21 at least, does not run as the update in its file says.
+
+    It adds that of the output projection of ``nn.MultiheadAttention`` twice, also when it merges. Under convolutions,
+    it pads with zeros and does not dilate until it merges: that cannot be held.
+    """
+    if not files.is_trained_by_peft:
+        return tensors
+    found = dict(tensors)
+    for layer in layers_in(tensors):
+        module, lora_B = modules.get(layer), f"{PREFIX}{layer}.base_layer.out_proj.lora_B.weight"
+        if isinstance(module, nn.MultiheadAttention) and lora_B in tensors:
+            found[lora_B] = 2 * tensors[lora_B]
+        if isinstance(module, CONVOLUTIONS) and max(module.kernel_size) > 1:
+            pads = module.padding_mode != "zeros" and module.padding not in ("valid", (0,) * len(module.kernel_size))
+            if pads or max(module.dilation) > 1:
+                raise CheckpointError(
+                    f"{files.directory} was trained by PEFT on {layer!r}, a convolution with padding_mode="
+                    f"{module.padding_mode!r} and dilation={module.dilation}, which PEFT leaves out until it merges: "
+                    "what was trained is no update of its weight. Nothing was loaded."
+                )
+    return found
+
+
 def _experts_in_todays_layout(
     config: LoraConfig, tensors: Tensors, files: PeftFiles, modules: Mapping[str, nn.Module]
 ) -> Tensors:
@@ -113,7 +154,7 @@ def _experts_in_todays_layout(
             for name, parameter in owner._parameters.items()
             if parameter is not None and matches(f"{layer}.{name}".lstrip("."), config.target_parameters)
         ]
-        if not adapted or getattr(owner, "is_transposed", False) or files.fingerprint is not None:
+        if not adapted or getattr(owner, "is_transposed", False) or not files.is_trained_by_peft:
             continue
         for depth, parameter in enumerate(reversed(adapted)):  # PEFT wraps once for each, the first innermost
             names = [f"{PREFIX}{layer}{'.base_layer' * depth}.lora_{matrix}.weight" for matrix in "AB"]
@@ -178,36 +219,20 @@ def _with_tied_targets(config: LoraConfig, tensors: Tensors, modules: Mapping[st
     return dataclasses.replace(config, target_modules=[*config.target_modules, *tied]) if tied else config
 
 
-def _with_every_ending(config: LoraConfig, modules: Mapping[str, nn.Module]) -> LoraConfig:
+def _with_modules_of_peft(config: LoraConfig, tensors: Tensors, modules: Mapping[str, nn.Module]) -> LoraConfig:
     """Name the modules that are trained in full as PEFT finds them: by how their names end, in the midst of a part too.
 
-    So ``"norm"`` is each ``input_layernorm``, too.
+    So ``"norm"`` is each ``input_layernorm``, too. For classifiers, PEFT writes the names of all heads that it knows:
+    those that neither the model nor the file has are left out.
     """
     if not isinstance(config.modules_to_save, list):
         return config
-    found = [
-        name
-        for pattern in config.modules_to_save
-        for name in ([each for each in modules if each.endswith(pattern)] or [pattern])
-    ]
+    stored = [f".{name.removeprefix(PREFIX)}." for name in tensors]
+    found: list[str] = []
+    for ending in config.modules_to_save:
+        is_stored = any(f".{ending}." in name for name in stored)
+        found += [name for name in modules if name.endswith(ending)] or [ending] * is_stored
     return dataclasses.replace(config, modules_to_save=list(dict.fromkeys(found)) or None)
-
-
-def _without_absent_modules(config: LoraConfig, tensors: Tensors, base: nn.Module) -> LoraConfig:
-    """Leave out of ``modules_to_save`` what neither the model nor the file has.
-
-    For classifiers, PEFT writes the names of all heads that it knows, whichever of them there is.
-    """
-    if not isinstance(config.modules_to_save, list):
-        return config
-    names = modules_by_name(base)
-    kept = [
-        pattern
-        for pattern in config.modules_to_save
-        if any(matches(name, [pattern]) for name in names)
-        or any(f".{pattern}." in f".{name.removeprefix(PREFIX)}." for name in tensors)
-    ]
-    return dataclasses.replace(config, modules_to_save=kept or None)
 
 
 def _with_stored_embeddings(

@@ -15,7 +15,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from lightning_lora.formats.dcp import write_checksums
-from lightning_lora.formats.publish import partial_path, publish, remove
+from lightning_lora.formats.publish import partial_path, publish, whole_file
 from lightning_lora.trainer.instance_mixin import mix_into
 from lightning_lora.trainer.pytorch_lightning import is_a
 
@@ -81,12 +81,8 @@ class AtomicFiles(ABC):  # noqa: B024
         if target is None:
             super().save_checkpoint(checkpoint, path, *args, **kwargs)  # type: ignore[misc]
             return
-        partial = partial_path(target)
-        try:
+        with whole_file(target) as partial:
             super().save_checkpoint(checkpoint, str(partial), *args, **kwargs)  # type: ignore[misc]
-            publish(partial, target)
-        finally:
-            remove(partial)
 
 
 def writes_directories(strategy: Any) -> bool:

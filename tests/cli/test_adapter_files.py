@@ -14,9 +14,10 @@ from helpers.models import EXPERTS, IDS, mixtral, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRA, LoraConfig, eject, inject, load_adapter, save_adapter
+from lightning_lora.cli.load_base import load_base
 from lightning_lora.cli.main import main
 from lightning_lora.pretrained import quantization_config
 
@@ -266,3 +267,25 @@ def test_resize_and_extract(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (config["r"], config["lora_alpha"]) == (2, 2)
     assert call("resize", str(tmp_path / "base"), str(tmp_path / "no"), "--rank", "2") == 1
     assert "has no adapter_config.json" in capsys.readouterr().err
+
+
+STATUS = Path("/proc/self/status")
+
+
+def own_memory() -> int:
+    """Bytes that this process holds and that are no file's."""
+    return 1024 * int(next(line for line in STATUS.read_text().splitlines() if line.startswith("RssAnon")).split()[1])
+
+
+@pytest.mark.skipif(not STATUS.is_file(), reason="the system does not say so")
+def test_models_stay_in_their_files_until_they_are_read(tmp_path: Path) -> None:
+    """So `extract`, which goes from layer to layer, takes the memory of a few."""
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 16, "vocab_size": 16}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    warm = load_base(str(tmp_path), None, "auto", None)
+    before = own_memory()
+    models = [load_base(str(tmp_path), None, "auto", None) for _ in range(2)]
+    assert own_memory() - before < size / 4
+    assert torch.equal(models[1].lm_head.weight, warm.lm_head.weight)

@@ -200,3 +200,30 @@ def test_transformers_opens_what_we_save(tmp_path: Path) -> None:
     opened = tiny_llama().eval()
     opened.load_adapter(str(tmp_path))
     torch.testing.assert_close(opened(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+class WithHead(nn.Module):
+    """A transformers model, and a layer beside it that is no part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_llama()
+        torch.manual_seed(1)
+        self.head = nn.Linear(self.model.config.vocab_size, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.model(ids).logits)
+
+
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": None}, {"target_modules": ["q_proj", "head"]}])
+def test_what_is_beside_a_pretrained_model_is_found_by_its_name(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The names in a file are those of the pretrained model if all that is trained is in it, and else of the whole."""
+    model = inject(WithHead(), LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **settings})).eval()
+    toys.randomize(model)
+    save_adapter(model, tmp_path / "ours")
+    torch.testing.assert_close(load_adapter(WithHead(), tmp_path / "ours").eval()(IDS), model(IDS))
+    theirs = peft.get_peft_model(WithHead(), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["head"]))
+    toys.randomize(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    read = load_adapter(WithHead(), tmp_path / "theirs").eval()
+    torch.testing.assert_close(read(IDS), theirs.eval()(IDS), rtol=1e-4, atol=1e-5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import toys
 from helpers.peft_cases import CASES, Case, computed
+from torch import nn
 
 from lightning_lora import CheckpointError, adapters, load_adapter, save_adapter
 
@@ -59,3 +60,10 @@ def test_what_was_read_goes_out_so_that_peft_reads_it(name: str, tmp_path: Path)
     save_adapter(load_adapter(case.make(), tmp_path / "theirs"), tmp_path / "ours")
     opened = peft.PeftModel.from_pretrained(case.make(), tmp_path / "ours")
     torch.testing.assert_close(computed(opened), trained, rtol=1e-4, atol=2e-5)
+
+
+def test_weights_that_were_trained_apart_open_in_a_model_that_is_not_tied(tmp_path: Path) -> None:
+    case = next(case for case in CASES if str(case) == "tied weights both trained, apart")
+    trained, model = case.write(tmp_path), case.make()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    torch.testing.assert_close(computed(load_adapter(model, tmp_path)), trained, rtol=1e-4, atol=2e-5)

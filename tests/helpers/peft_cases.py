@@ -377,6 +377,8 @@ CASES = [
     case("`ensure_weight_tying`", "tokens", tied, trainable_token_indices=[3, 5], ensure_weight_tying=True),
     case("tied weights", "embedding trained alone", tied, modules_to_save=["embed_tokens"]),
     case("tied weights", "head adapted alone", tied, target_modules=["q_proj", "lm_head"]),
+    case("tied weights", "both trained, apart", tied, modules_to_save=["embed_tokens", "lm_head"],
+         refused="trained apart and are one weight in this model"),
     case("`revision`", revision="abc"),
     case("a key of a newer PEFT", "set", edited={"use_shiny_variant": True}, refused="use_shiny_variant=True"),
     case("a key of a newer PEFT", "empty", edited={"use_shiny_variant": None}),

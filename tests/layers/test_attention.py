@@ -9,6 +9,7 @@ from helpers import toys
 from torch import Tensor, nn
 
 from lightning_lora import LoRA, LoraConfig, TargetError, eject, inject, load_adapter, merge, save_adapter, unmerge
+from lightning_lora.model.peft_wrapped import adopt_peft
 
 FUSED = {}
 SPLIT = {"kdim": 6, "vdim": 5}
@@ -86,7 +87,7 @@ def test_an_error_inside_leaves_no_shadow() -> None:
 
 @pytest.mark.parametrize("bias", ["none", "all"])
 def test_both_directions_with_peft(bias: str, tmp_path: Path) -> None:
-    """PEFT 0.21 adds the update of the output projection twice, so that one is left at zero here."""
+    """PEFT 0.21 adds the update of the output projection twice, so ours is left at zero here."""
     x = batch({})
     ours = inject(Model(), LoraConfig(r=2, lora_alpha=3, target_modules=["mha"], bias=bias)).eval()
     toys.randomize(ours)
@@ -96,9 +97,20 @@ def test_both_directions_with_peft(bias: str, tmp_path: Path) -> None:
     torch.testing.assert_close(opened(*x), ours(*x))
     theirs = peft.get_peft_model(Model(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["mha"])).eval()
     toys.randomize(theirs)
-    nn.init.zeros_(theirs.base_model.model.mha.base_layer.out_proj.lora_B["default"].weight)
     theirs.save_pretrained(tmp_path / "theirs")
-    torch.testing.assert_close(load_adapter(Model(), tmp_path / "theirs").eval()(*x), theirs(*x))
+    read = load_adapter(Model(), tmp_path / "theirs").eval()
+    torch.testing.assert_close(read(*x), theirs(*x))
+    save_adapter(read, tmp_path / "again")  # says what it computes here
+    torch.testing.assert_close(load_adapter(Model(), tmp_path / "again").eval()(*x), theirs(*x))
+
+
+def test_what_peft_trains_in_a_run_is_read_as_peft_runs_it(tmp_path: Path) -> None:
+    """Such a file is written by this package too, and still means what PEFT computes."""
+    theirs = peft.get_peft_model(Model(), peft.LoraConfig(r=2, target_modules=["mha"])).eval()
+    toys.randomize(theirs)
+    adopt_peft(theirs, LoraConfig(), "default")
+    save_adapter(theirs, tmp_path)
+    torch.testing.assert_close(load_adapter(Model(), tmp_path).eval()(*batch({})), theirs(*batch({})))
 
 
 def test_peft_adds_the_output_projection_twice(tmp_path: Path) -> None:

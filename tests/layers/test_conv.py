@@ -231,6 +231,7 @@ def test_padding_modes_and_dilation_are_as_peft_merges_and_not_as_it_runs(
 ) -> None:
     """PEFT 0.21.2 pads with zeros and does not dilate until the adapter is merged."""
     base = nn.ModuleList([layer])
+    plain = copy.deepcopy(base)
     model = inject(copy.deepcopy(base), LoraConfig(r=4, target_modules=["0"]))
     randomize(model)
     save_adapter(model, tmp_path)
@@ -239,6 +240,12 @@ def test_padding_modes_and_dilation_are_as_peft_merges_and_not_as_it_runs(
     assert not torch.allclose(there(x), model[0](x), atol=1e-2)
     there.merge()
     torch.testing.assert_close(there(x), model[0](x), rtol=1e-4, atol=1e-5)
+    again = load_adapter(copy.deepcopy(plain), tmp_path)
+    torch.testing.assert_close(again[0](x), model[0](x))
+    there.unmerge()
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match=rf"padding_mode='{layer.padding_mode}'.*PEFT leaves out until it merges"):
+        load_adapter(plain, tmp_path / "theirs")
 
 
 def test_all_linear_leaves_convolutions_alone() -> None:
