@@ -67,10 +67,11 @@ class KeepFrozen:
 
 def freeze(injection: Injection) -> None:
     """Freeze the base under an injection: what it does not train gets no gradient, and its statistics stand still."""
-    for name, parameter in base_parameters(injection.root):
-        if parameter.requires_grad:
-            injection.frozen.append(clean_fqn(name))
-            parameter.requires_grad_(False)
+    # Under every name of theirs, of which tied ones have several, before any is frozen.
+    trainable = [(clean_fqn(name), each) for name, each in base_parameters(injection.root) if each.requires_grad]
+    injection.frozen += [name for name, _ in trainable]
+    for _, parameter in trainable:
+        parameter.requires_grad_(False)
     freeze_norms(injection)
     _leave_fused_path(injection)
 

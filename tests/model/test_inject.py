@@ -8,6 +8,7 @@ import torch
 from helpers import toys
 from helpers.models import tiny_classifier, tiny_llama
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_lora import LoraConfig, TargetError, adapter_state_dict, eject, inject, load_adapter_state_dict, unmerge
 from lightning_lora.model.freeze import FrozenNorm
@@ -293,3 +294,16 @@ def test_norms_stay_frozen_where_others_take_their_place(copied: bool) -> None:
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())
     model(x)
     assert not torch.equal(model.last.running_mean, before["last.running_mean"])
+
+
+@pytest.mark.parametrize("saved", [["wte", "lm_head"], ["lm_head"], ["wte"]])
+@pytest.mark.parametrize("trains", [True, False])
+def test_tied_weights_train_again_as_they_did(saved: list[str], trains: bool) -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
+    model.lm_head.weight.requires_grad_(trains)
+    before = snapshot(model)
+    eject(inject(model, LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=saved)))
+    after = snapshot(model)
+    assert [after[what] for what in ("flags", "parameters", "modes")] == [
+        before[what] for what in ("flags", "parameters", "modes")
+    ]
