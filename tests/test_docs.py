@@ -64,7 +64,6 @@ ELSEWHERE = {
     "lightning-lora push export/adapter me/my-adapter --private": "test_the_command_line_uploads",
     "python -m benchmarks.saving": "benchmarks/results/saving.json",
     "python -m benchmarks.data": "benchmarks/results/data.json",
-    "python -m benchmarks.monitor": "benchmarks/results/monitor.json",
 }
 
 
