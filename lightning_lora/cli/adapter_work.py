@@ -50,7 +50,10 @@ def run(given: argparse.Namespace) -> int:
     try:
         return commands[given.command](given)
     except (CheckpointError, TargetError, OSError, ValueError) as error:
-        print(f"lightning-lora {given.command}: {printable(str(error))}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, FileNotFoundError) and error.filename is not None:  # the system's own
+            text = f"Found no file or directory {str(error.filename)!r}. Correct the path."
+        print(f"lightning-lora {given.command}: {printable(text)}", file=sys.stderr)
         return 1
 
 

@@ -219,4 +219,10 @@ def _config_path(value: str) -> str:
     # A file of one's own goes first.
     if Path(value).is_file():
         return value
-    return str(shipped_recipes.recipes().get(value.removesuffix(".yaml"), value))
+    recipes = shipped_recipes.recipes()
+    found = recipes.get(value.removesuffix(".yaml"))
+    if found is None and ":" not in value and not Path(value).exists():  # no URL, no settings themselves
+        raise FileNotFoundError(
+            f"Found no file {value!r}, expected one of settings, or a recipe: {', '.join(recipes)}. Correct --config."
+        )
+    return value if found is None else str(found)

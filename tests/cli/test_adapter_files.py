@@ -172,6 +172,7 @@ def test_errors_end_with_one_line_and_code_one(tmp_path: Path, capsys: pytest.Ca
     assert call("inspect", str(path)) == 1
     assert "is no adapter checkpoint" in capsys.readouterr().err
     assert call("inspect", str(tmp_path / "nothing")) == 1
+    assert "Found no file or directory" in (said := capsys.readouterr().err) and "nothing" in said
     assert isinstance(full, nn.Module)
     save_adapter(inject(tiny_llama(), LoraConfig(r=2)), tmp_path / "adapter")
     assert call("merge", str(tmp_path / "adapter"), str(tmp_path / "out")) == 1

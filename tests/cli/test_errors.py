@@ -63,6 +63,16 @@ def test_errors_are_one_paragraph(
         main()
 
 
+@pytest.mark.parametrize("given", [["--config", "quickstrat"], ["--config=quickstrat"]])
+def test_a_recipe_that_is_not_there(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = failing(monkeypatch, capsys, "fit", *given)
+    assert said.startswith("lightning-lora fit: Found no file 'quickstrat', expected one of settings, or a recipe: ")
+    assert "quickstart" in said and said.count("\n") == 1
+
+
 def test_a_tokenizer_of_another_model_is_an_error(
     model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
