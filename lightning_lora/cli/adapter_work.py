@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 
 from lightning_lora.cli.compare import amplification, draw, similarities
-from lightning_lora.cli.diff import cuts, diff, without
+from lightning_lora.cli.diff import by_common_names, diff
 from lightning_lora.cli.load_base import gguf_tokenizer_of, local_base, open_on_base, tokenizer_of
 from lightning_lora.cli.new_adapters import extract, resize
 from lightning_lora.cli.terminal import console, printable, steps
@@ -122,8 +122,7 @@ def _merge(given: argparse.Namespace) -> int:
 
 def _compare(given: argparse.Namespace) -> int:
     one, other = read(given.adapter), read(given.other)
-    cut, cut_other = cuts(one.factors(), other.factors())
-    found = similarities(without(one.factors(), cut), without(other.factors(), cut_other))
+    found = similarities(*by_common_names(one.factors(), other.factors()))
     if not found:
         raise ValueError(f"{one.path} and {other.path} have no adapted layer of one shape in common.")
     if given.output is not None:

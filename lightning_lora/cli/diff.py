@@ -32,9 +32,7 @@ def diff(given: argparse.Namespace) -> int:
     for name in sorted((one.settings.keys() & other.settings.keys()) - _SPELLED):
         if one.settings[name] != other.settings[name]:
             out.print(printable(f"{name}: {one.settings[name]!r} | {other.settings[name]!r}"), soft_wrap=True)
-    updates, others = _updates(one), _updates(other)
-    cut, cut_other = cuts(updates, others)
-    updates, others = without(updates, cut), without(others, cut_other)
+    updates, others = by_common_names(_updates(one), _updates(other))
     for where, missing in ((one.path, others.keys() - updates.keys()), (other.path, updates.keys() - others.keys())):
         if missing:
             different = True
@@ -52,19 +50,16 @@ def diff(given: argparse.Namespace) -> int:
     return int(different)
 
 
-def cuts(one: dict[str, T], other: dict[str, T]) -> tuple[str, str]:
-    """What names of the one have in front that those of the other have not, as a LightningModule puts there."""
-    for longer, shorter, swapped in ((one, other, False), (other, one, True)):
+def by_common_names(one: dict[str, T], other: dict[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """Both, by names without what those of the one have in front, as a LightningModule puts there."""
+    for longer, shorter in ((one, other), (other, one)):
         for name in longer:
             found = [name[: -len(short)] for short in shorter if name.endswith(f".{short}")]
             if found:
-                return ("", min(found, key=len)) if swapped else (min(found, key=len), "")
-    return "", ""
-
-
-def without(found: dict[str, T], cut: str) -> dict[str, T]:
-    """By names without what some have in front."""
-    return {name.removeprefix(cut): value for name, value in found.items()}
+                front = min(found, key=len)
+                cut = {each.removeprefix(front): value for each, value in longer.items()}
+                return (cut, shorter) if longer is one else (shorter, cut)
+    return one, other
 
 
 def _updates(saved: SavedAdapter) -> dict[str, tuple[Tensor, ...]]:
