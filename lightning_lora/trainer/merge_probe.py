@@ -73,10 +73,7 @@ class MergeProbe:
             except Exception as error:  # of whatever kind the model raises outside of a training step
                 failed = error
         if failed is not None:
-            rank_zero_warn(
-                "The outputs of the merged model are not verified, since the model cannot be called after the run: "
-                f"{type(failed).__name__}: {failed}"
-            )
+            _warn_of(failed)
 
     def difference(self) -> float | None:
         """How far outputs are from those before, relative to the largest of them; ``None`` if it is not known.
@@ -86,7 +83,11 @@ class MergeProbe:
         """
         if not self._before:
             return None
-        after = self._outputs()
+        try:
+            after = self._outputs()
+        except Exception as error:  # as for want of memory; the export is not lost for it
+            _warn_of(error)
+            return None
         pairs = [(one[kept], other[kept]) for one, other in zip(self._before, after) for kept in [one.isfinite()]]
         apart = [(a - b).abs() / a.abs().max().clamp_min(_SMALLEST) for a, b in pairs if len(a)] or [torch.zeros(1)]
         largest, median = (max(float(look(each)) for each in apart) for look in (torch.max, torch.median))
@@ -118,6 +119,13 @@ class MergeProbe:
         floats = [leaf for leaf in tree_leaves(_plain(out)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         arrays = [leaf for leaf in floats if leaf.numel() > 1] or floats  # a loss says less than what it is made of
         return [leaf.flatten()[:_MOST].double().cpu() for leaf in arrays if leaf.numel()]
+
+
+def _warn_of(error: Exception) -> None:
+    rank_zero_warn(
+        "The outputs of the merged model are not verified, since the model cannot be called after the run: "
+        f"{type(error).__name__}: {error}"
+    )
 
 
 def _plain(out: Any) -> Any:

@@ -102,6 +102,14 @@ def test_what_cannot_be_called_again_is_left_out() -> None:
     assert probe.difference() is None
 
 
+def test_a_model_that_cannot_be_called_once_merged_is_exported_all_the_same() -> None:
+    module, probe = probed(torch.randn(2, 4))
+    probe.look()
+    module.net.more = "text"
+    with pytest.warns(UserWarning, match="not verified, since the model cannot be called after the run: TypeError"):
+        assert probe.difference() is None
+
+
 def test_a_module_inside_is_looked_at_where_the_step_alone_can_call_the_outer_one() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
