@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from helpers import toys
 from helpers.texts import word_checkpoint
 
 from lightning_lora import LoRA, adapter_state_dict
@@ -34,15 +35,7 @@ def checkpoint(tmp_path: Path) -> str:
 
 
 def trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
-    return L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        **options,
-    )
+    return toys.trainer(folder, list(callbacks), enable_checkpointing=False, **options)
 
 
 def test_loss_is_that_of_bradley_and_terry(tmp_path: Path, checkpoint: str) -> None:
