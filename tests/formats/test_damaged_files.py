@@ -44,12 +44,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path / "good.ckpt"
 
 
-def assert_refused_whole(model: nn.Module, load: Callable[[nn.Module], Any], match: str = "") -> None:
-    """Require a CheckpointError, and a model that is bit for bit as it came."""
+def assert_refused_whole(
+    model: nn.Module, path: Path, match: str = "", load: Callable[[nn.Module, Path], Any] = load_adapter
+) -> None:
+    """Require a CheckpointError that names the file, and a model that is bit for bit as it came."""
     before, trainable = toys.snapshot(model), [p.requires_grad for p in model.parameters()]
     classes = [type(module) for module in model.modules()]
-    with pytest.raises(CheckpointError, match=match):
-        load(model)
+    with pytest.raises(CheckpointError, match=match) as refused:
+        load(model, path)
+    assert str(path) in str(refused.value)
     toys.assert_same_tensors(toys.snapshot(model), before)
     assert [p.requires_grad for p in model.parameters()] == trainable
     assert [type(module) for module in model.modules()] == classes
@@ -138,11 +141,14 @@ def test_any_checkpoint_is_read_or_refused(data: st.DataObject, checkpoint: Path
 
 def read_or_refused(model: nn.Module, path: Path) -> None:
     """Require of every reader that it reads or refuses, and that a model is never left in between."""
-    before = toys.snapshot(model)
+    before, refused = toys.snapshot(model), ""
     try:
         read(path)
         load_adapter(model, path)
-    except CheckpointError:
+    except CheckpointError as error:
+        refused = str(error)
+    if refused:
+        assert str(path) in refused
         toys.assert_same_tensors(toys.snapshot(model), before)
         assert not adapters(model)
         assert all(parameter.requires_grad for parameter in model.parameters())
@@ -166,8 +172,8 @@ def test_a_rank_that_is_not_there_takes_no_memory(directory: Path, checkpoint: P
         content["state_dict"][key] = torch.zeros(1).expand(shape)
     torch.save(content, tmp_path / "expanded.ckpt")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert_refused_whole(tiny_llama(), lambda model: load_adapter(model, lying), "has rank")
-    assert_refused_whole(Wrapped(), lambda model: load_adapter(model, tmp_path / "lying.ckpt"), "has rank")
+    assert_refused_whole(tiny_llama(), lying, "has rank")
+    assert_refused_whole(Wrapped(), tmp_path / "lying.ckpt", "has rank")
     for reader in (read, lambda path: load_adapter(Wrapped(), path)):
         with pytest.raises(CheckpointError, match="has fewer values in the file than its shape"):
             reader(tmp_path / "expanded.ckpt")
@@ -179,7 +185,7 @@ def test_a_rank_that_is_not_there_takes_no_memory(directory: Path, checkpoint: P
 def test_modules_that_are_not_there_are_not_copied(directory: Path, tmp_path: Path) -> None:
     lying = changed(directory, tmp_path / "lying", modules_to_save=["model"], target_modules="dummy-target-modules",
                     trainable_token_indices=None)  # fmt: skip
-    assert_refused_whole(tiny_llama(), lambda model: load_adapter(model, lying), "adapter")
+    assert_refused_whole(tiny_llama(), lying, "adapter")
 
 
 # What re needs hours for, and what the package for regular expressions needs them for too.
@@ -204,9 +210,7 @@ def test_no_expression_hangs(directory: Path, tmp_path: Path, setting: str, patt
     ],
 )
 def test_an_error_names_file_and_field(directory: Path, tmp_path: Path, values: dict[str, Any], match: str) -> None:
-    assert_refused_whole(
-        tiny_llama(), lambda model: load_adapter(model, changed(directory, tmp_path / "bad", **values)), match
-    )
+    assert_refused_whole(tiny_llama(), changed(directory, tmp_path / "bad", **values), match)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +235,7 @@ def test_a_changed_checkpoint_leaves_nothing_behind(
     content = torch.load(checkpoint, weights_only=True)
     change(content)
     torch.save(content, tmp_path / "bad.ckpt")
-    assert_refused_whole(Wrapped(), lambda model: load_adapter(model, tmp_path / "bad.ckpt"), match)
+    assert_refused_whole(Wrapped(), tmp_path / "bad.ckpt", match)
     if match != "holds a NaN":  # a run that has diverged goes on so
         lora = LoRA(r=2, target_modules=["q_proj"], summary=False, merge=None)
         trainer = toys.trainer(tmp_path, [lora], max_epochs=1)
@@ -243,7 +247,9 @@ def test_of_several_adapters_none_is_left(checkpoint: Path) -> None:
     content = read_checkpoint(checkpoint)
     entries = content["lightning_lora"]["adapters"]
     entries.append({**copy.deepcopy(entries[0]), "module": "absent"})
-    assert_refused_whole(Wrapped(), lambda model: inject_from_checkpoint(model, content, "this file"), "^this file")
+    assert_refused_whole(
+        Wrapped(), checkpoint, load=lambda model, path: inject_from_checkpoint(model, content, str(path))
+    )
 
 
 def test_a_changed_bit_is_told(directory: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -251,13 +257,13 @@ def test_a_changed_bit_is_told(directory: Path, checkpoint: Path, tmp_path: Path
     content = bytearray((target / WEIGHTS).read_bytes())
     content[-7] ^= 1  # in the last tensor
     (target / WEIGHTS).write_bytes(content)
-    assert_refused_whole(tiny_llama(), lambda model: load_adapter(model, target), "is not what was written")
+    assert_refused_whole(tiny_llama(), target, "is not what was written")
     content = bytearray(checkpoint.read_bytes())
     at = content.index(torch.load(checkpoint, weights_only=True)["state_dict"].popitem()[1].numpy().tobytes())
     content[at + 5] ^= 1
     (tmp_path / "bit.ckpt").write_bytes(content)
     torch.load(tmp_path / "bit.ckpt", weights_only=True)  # says nothing
-    assert_refused_whole(Wrapped(), lambda model: load_adapter(model, tmp_path / "bit.ckpt"), "checksum is another")
+    assert_refused_whole(Wrapped(), tmp_path / "bit.ckpt", "checksum is another")
     with pytest.raises(RuntimeError, match="checksum is another"):
         open_file(tmp_path / "bit.ckpt", "refuse")
 
