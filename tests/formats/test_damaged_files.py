@@ -226,6 +226,7 @@ def test_an_error_names_file_and_field(directory: Path, tmp_path: Path, values: 
         (lambda c: [tensor.fill_(torch.nan) for tensor in c["state_dict"].values()], "holds a NaN"),
         (lambda c: c.update(state_dict={k: v.to(torch.int8) for k, v in c["state_dict"].items()}), "int8 found"),
         (lambda c: c.update(state_dict={k: v.to("meta") for k, v in c["state_dict"].items()}), "without values"),
+        (lambda c: c["state_dict"].update({next(iter(c["state_dict"])): torch.zeros(1).expand(2, 32)}), "fewer values"),
         (lambda c: c.update(state_dict={k: v.to_sparse() for k, v in c["state_dict"].items()}), "sparse"),
     ],
 )
