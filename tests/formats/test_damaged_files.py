@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import toys
 from helpers.models import IDS, Wrapped, batches, tiny_llama
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, currently_in_test_context, event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -69,10 +69,9 @@ VALUES = st.one_of(
 )  # fmt: skip
 
 
-@given(data=st.data())
-@FUZZ
-def test_any_directory_is_read_or_refused(data: st.DataObject, directory: Path, tmp_path: Path) -> None:
-    target = shutil.copytree(directory, tmp_path / "copy", dirs_exist_ok=True)
+def changed_settings_and_tensors(data: st.DataObject, directory: Path, target: Path) -> nn.Module:
+    """Write a directory like a good one, but for a few of its settings and a tensor; return a model to load it into."""
+    shutil.copytree(directory, target, dirs_exist_ok=True)
     config = json.loads((directory / CONFIG).read_text())
     for _ in range(data.draw(st.integers(0, 2), "changed keys")):
         key = data.draw(st.sampled_from([*config, "loftq_config", "use_bdlora", "lora_bias", "peft_version", "new"]))
@@ -100,24 +99,20 @@ def test_any_directory_is_read_or_refused(data: st.DataObject, directory: Path, 
     keys = st.sampled_from(["lightning_lora_base", "lightning_lora_base_samples", "lightning_lora_checksums", "other"])
     meta = data.draw(st.dictionaries(keys, st.text(max_size=8), max_size=2), "metadata")
     save_file(tensors, target / WEIGHTS, {"format": "pt", **meta})
-    read_or_refused(tiny_llama(), target)
+    return tiny_llama()
 
 
-@given(data=st.data())
-@FUZZ
-def test_any_bytes_are_read_or_refused(data: st.DataObject, directory: Path, tmp_path: Path) -> None:
-    target = shutil.copytree(directory, tmp_path / "copy", dirs_exist_ok=True)
+def changed_bytes(data: st.DataObject, directory: Path, target: Path) -> nn.Module:
+    shutil.copytree(directory, target, dirs_exist_ok=True)
     for name in (WEIGHTS, CONFIG):
         content = bytearray((directory / name).read_bytes())
         for _ in range(data.draw(st.integers(0, 3))):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
         (target / name).write_bytes(content[: data.draw(st.sampled_from([len(content), 9, 0]))])
-    read_or_refused(tiny_llama(), target)
+    return tiny_llama()
 
 
-@given(data=st.data())
-@FUZZ
-def test_any_checkpoint_is_read_or_refused(data: st.DataObject, checkpoint: Path, tmp_path: Path) -> None:
+def changed_checkpoint(data: st.DataObject, checkpoint: Path, target: Path) -> nn.Module:
     content = torch.load(checkpoint, weights_only=True)
     entry = content["lightning_lora"]["adapters"][0]
     places: dict[str, dict[str, Any]] = {
@@ -135,8 +130,40 @@ def test_any_checkpoint_is_read_or_refused(data: st.DataObject, checkpoint: Path
             )
             place[key] = data.draw(st.one_of(VALUES, tensors), "value")
         places = {name: place for name, place in places.items() if place}
-    torch.save(content, tmp_path / "changed.ckpt")
-    read_or_refused(Wrapped(), tmp_path / "changed.ckpt")
+    torch.save(content, target)
+    return Wrapped()
+
+
+KINDS = {
+    "settings and tensors": ("directory", changed_settings_and_tensors),
+    "bytes": ("directory", changed_bytes),
+    "checkpoint": ("checkpoint", changed_checkpoint),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@FUZZ
+def test_any_file_is_read_or_refused(
+    kind: str, data: st.DataObject, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    good, change = KINDS[kind]
+    model = change(data, request.getfixturevalue(good), tmp_path / "changed")
+    read_or_refused(model, tmp_path / "changed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@settings(FUZZ, max_examples=700)
+def test_two_thousand_files_are_read_or_refused(
+    kind: str, data: st.DataObject, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """``--hypothesis-show-statistics`` tells how many were refused."""
+    good, change = KINDS[kind]
+    model = change(data, request.getfixturevalue(good), tmp_path / "changed")
+    read_or_refused(model, tmp_path / "changed")
 
 
 def read_or_refused(model: nn.Module, path: Path) -> None:
@@ -147,6 +174,8 @@ def read_or_refused(model: nn.Module, path: Path) -> None:
         load_adapter(model, path)
     except CheckpointError as error:
         refused = str(error)
+    if currently_in_test_context():
+        event("refused" if refused else "read")
     if refused:
         assert str(path) in refused
         toys.assert_same_tensors(toys.snapshot(model), before)
