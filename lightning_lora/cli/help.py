@@ -47,6 +47,7 @@ _RUN_HELP = """usage: lightning-lora {command} --config NAME [--config OVERLAY] 
   --config NAME       a recipe by its name, or a YAML file; a second one changes the first
   --ckpt_path PATH    the checkpoint to start from: last, or a file; for predict also none, the base alone
   --output FILE       for predict: the JSONL file that predictions go to
+  --resume true       for predict: go on with a file that was not finished
   --debug             show where an error comes from
   --print_config      print every setting with its value, and do nothing else
   --print_config=comments

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_lora import shipped_recipes
 from lightning_lora.callback import LoRA
 from lightning_lora.callbacks.graceful_interrupt import GracefulInterrupt
-from lightning_lora.callbacks.prediction_writer import PredictionWriter
+from lightning_lora.callbacks.prediction_writer import PredictionWriter, resumable_from
 from lightning_lora.cli.help import RUNS
 from lightning_lora.cli.quiet import quiet
 from lightning_lora.cli.shown_data import show
@@ -74,6 +74,9 @@ class LoraCLI(LightningCLI):
         parser.add_argument(
             "--output", type=str | None, default=None, help="For predict: the JSONL file that predictions go to"
         )
+        parser.add_argument(
+            "--resume", type=bool, default=False, help="For predict: whether to go on with a file that was not finished"
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Note where the arguments come from."""
@@ -88,6 +91,11 @@ class LoraCLI(LightningCLI):
             config.lora = None
         if config.output is not None and self.subcommand != "predict":
             raise ValueError(f"Found --output with {self.subcommand}, expected it with predict. Take it out.")
+        if config.resume and config.output is None:
+            raise ValueError(
+                f"Found --resume with {self.subcommand} and no --output, expected it to go on with a file of "
+                "predictions. A fit is resumed by --ckpt_path last."
+            )
         if self.subcommand == _SHOW:
             settings = {"logger": False, "precision": None, "accelerator": "cpu", "devices": 1, "strategy": "auto"}
             for name, value in settings.items():
@@ -112,8 +120,20 @@ class LoraCLI(LightningCLI):
             trainer.callbacks.append(GracefulInterrupt())  # type: ignore[attr-defined]  # set by a connector
         output = self._get(self.config, "output")
         if output is not None:
-            trainer.callbacks.append(PredictionWriter(output))  # type: ignore[attr-defined]  # set by a connector
+            start = self._rows_done(output) if self._get(self.config, "resume") else None
+            trainer.callbacks.append(PredictionWriter(output, start))  # type: ignore[attr-defined]  # set by a connector
         return trainer
+
+    def _rows_done(self, output: str) -> int:
+        """Have the data begin where an earlier run's predictions end."""
+        if not isinstance(self.datamodule, FileData):
+            raise TypeError(
+                f"Found --resume with {type(self.datamodule).__name__}, expected a data module of lightning_lora.data, "
+                "which can begin at any row. Leave it out."
+            )
+        self.datamodule.predict_from = resumable_from(output, self.datamodule.batch_size)
+        rank_zero_info(f"Goes on from row {self.datamodule.predict_from + 1}, of which the first batch is compared.")
+        return self.datamodule.predict_from
 
     def predict(self, model: LightningModule, ckpt_path: str | None = None, **options: Any) -> Any:
         """Predict with a checkpoint, or with the base alone where that is asked for.

@@ -94,6 +94,8 @@ class FileData(L.LightningDataModule):
         self.train_rows: Sequence[Any] | None = None
         self.val_rows: Sequence[Any] = []
         self.predict_rows: list[Any] = []
+        # Of them, the first that is predicted: those before it were, in an earlier run.
+        self.predict_from = 0
         # The greatest token id of the rows and the most tokens in one, after ``setup``, by which a task makes sure that
         # its model can take them.
         self.highest_token = self.longest_row = -1
@@ -324,7 +326,8 @@ class FileData(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The rows of ``predict_path``, or those held out."""
-        return self._loader(self.predict_rows, self.collate_predict) if self.predict_rows else []
+        rows = self.predict_rows[self.predict_from :]
+        return self._loader(rows, self.collate_predict) if rows else []
 
     def _loader(self, rows: Sequence[Any], collate: Any, sampler: EpochSampler | None = None) -> DataLoader[Any]:
         return ResumableDataLoader(

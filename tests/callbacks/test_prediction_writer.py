@@ -7,10 +7,13 @@ import lightning as L
 import pytest
 import torch
 from helpers import toys
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_lora.callbacks import PredictionWriter
+from lightning_lora.callbacks.prediction_writer import resumable_from
 
 
 class Answers(L.LightningModule):
@@ -40,4 +43,49 @@ def test_earlier_answers_stay_until_all_new_ones_are_there(tmp_path: Path) -> No
     assert (tmp_path / "answers.jsonl.partial").read_text() == '{"y": 0}\n{"y": 1}\n'
     module.fails = False
     predict(tmp_path, module)
+    assert (tmp_path / "answers.jsonl").read_text() == expected
     assert not (tmp_path / "answers.jsonl.partial").exists()
+
+
+class Texts(L.LightningModule):
+    """Answers each row with a text that says which it is."""
+
+    def __init__(self, texts: list[str]) -> None:
+        super().__init__()
+        self.texts, self.asked = texts, 0
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> list[dict[str, Any]]:
+        self.asked += len(batch)
+        return [{"row": row, "text": self.texts[row]} for row in batch.tolist()]
+
+
+def answer(path: Path, texts: list[str], batch_size: int, resume: bool = False) -> int:
+    """Answer all rows, or those that are left; return how many were asked."""
+    start = resumable_from(path, batch_size) if resume else None
+    module, rows = Texts(texts), DataLoader(torch.arange(len(texts))[start or 0 :], batch_size=batch_size)
+    writer = PredictionWriter(str(path), start)
+    toys.trainer(path.parent, [writer], logger=False).predict(module, rows, return_predictions=False)
+    return module.asked
+
+
+@given(texts=st.lists(st.text(max_size=6), min_size=1, max_size=9), batch_size=st.integers(1, 4), cut=st.floats(0, 1))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_was_written_is_gone_on_with(texts: list[str], batch_size: int, cut: float, tmp_path: Path) -> None:
+    path, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
+    answer(path, texts, batch_size)
+    expected = path.read_bytes()
+    written = expected[: int(cut * len(expected))]  # by a run that was killed then, also in the middle of a letter
+    path.unlink()
+    partial.write_bytes(written)
+    done = written.count(b"\n")
+    asked = answer(path, texts, batch_size, resume=True)
+    assert path.read_bytes() == expected and not partial.exists()
+    assert len(texts) - done <= asked <= len(texts) - done + batch_size
+    partial.write_bytes(written)
+    others = [f"{text}!" for text in texts]
+    if done:
+        with pytest.raises(ValueError, match=r"are not what is predicted now: .* Leave out --resume"):
+            answer(path, others, batch_size, resume=True)
+        assert path.read_bytes() == expected and partial.read_bytes() == written[: written.rindex(b"\n") + 1]
+    else:
+        assert answer(path, others, batch_size, resume=True) == len(texts)

@@ -134,21 +134,21 @@ def test_goes_on_from_the_last_checkpoint_and_predicts(
     assert torch.load(last, weights_only=True)["global_step"] == 4
     Path("questions.csv").write_text("prompt\nw1 w2\nw3\n")
     arguments = ["--data.predict_path", "questions.csv", "--output", "out/answers.jsonl", "--ckpt_path", "last"]
-    run(
-        tmp_path,
-        monkeypatch,
-        "predict",
-        "chat_sft",
-        *tiny,
-        *arguments,
-        "--model.max_new_tokens",
-        "4",
-        "--data.batch_size",
-        "1",
-    )
+    arguments += ["--model.max_new_tokens", "4", "--data.batch_size", "1"]
+    run(tmp_path, monkeypatch, "predict", "chat_sft", *tiny, *arguments)
     answers = [json.loads(line) for line in Path("out/answers.jsonl").read_text().splitlines()]
     assert [answer["question"][0]["content"] for answer in answers] == ["w1 w2", "w3"]
     assert all(isinstance(answer["answer"], str) for answer in answers)
+    written = Path("out/answers.jsonl").read_text()
+    partial = Path("out/answers.jsonl.partial")
+    partial.write_text(written.splitlines(keepends=True)[0] + '{"half')
+    run(tmp_path, monkeypatch, "predict", "chat_sft", *tiny, *arguments, "--resume", "true")
+    assert Path("out/answers.jsonl").read_text() == written
+    partial.write_text('{"question": "another"}\n')
+    with pytest.raises(ValueError, match="not what is predicted now"):
+        run(tmp_path, monkeypatch, "predict", "chat_sft", *tiny, *arguments, "--resume", "true")
+    with pytest.raises(ValueError, match="Found --resume with fit and no --output"):
+        run(tmp_path, monkeypatch, "fit", "chat_sft", *tiny, "--resume", "true")
 
 
 def with_callback(folder: Path, callback: dict[str, Any]) -> str:
