@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.formats.open_file import readable
+from lightning_lora.formats.open_file import open_file, readable
 from lightning_lora.formats.peft import load_tensors
 from lightning_lora.layers.fused_qkv import in_blocks, qkv_rows
 from lightning_lora.model.state_dict import CheckpointError
@@ -105,7 +105,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return load_file(path)
     with readable(path):
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = open_file(path, "refuse")
     content = content.get("model", content) if isinstance(content, dict) else {}
     found = {name: tensor for name, tensor in content.items() if "lora_" in name.lower()}
     rest = sorted(content.keys() - found.keys())

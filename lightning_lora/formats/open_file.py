@@ -6,7 +6,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -37,6 +37,10 @@ class _Skipped:
 _SKIPPED: _Skipped = object.__new__(_Skipped)
 
 
+class _HoldsObjects(pickle.UnpicklingError):
+    """Of a file that holds more than tensors and plain types: their names."""
+
+
 def path_or_url(path: str | Path) -> str | Path:
     """A path as a ``Path``, and a URL as it is, which ``Path`` would change."""
     return path if "://" in str(path) else Path(path)
@@ -54,8 +58,10 @@ def open_file(path: str | Path, objects: Objects) -> Any:
     """
     with _opened(path) as file:
         _require_intact(file)
-        if objects != "skip":
-            return torch.load(file, map_location="cpu", weights_only=objects == "refuse")
+        if objects == "open":
+            return torch.load(file, map_location="cpu", weights_only=False)
+        if objects == "refuse":
+            return _without_objects(file)
         try:
             names = get_unsafe_globals_in_checkpoint(file)
         except ValueError as error:
@@ -64,7 +70,16 @@ def open_file(path: str | Path, objects: Objects) -> Any:
         unknown: list[Any] = [(_SKIPPED, name) for name in names]
         # The class too, for only what has an allowed class may be given a state.
         with safe_globals([*unknown, (_Skipped, f"{__name__}._Skipped")]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return _without_objects(file)
+
+
+def _without_objects(file: IO[bytes]) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if names := _names_in(file):
+            raise _HoldsObjects(", ".join(names)) from error
+        raise
 
 
 @contextmanager
@@ -84,7 +99,7 @@ def open_part(path: str | Path, offset: int, length: int) -> Any:
         file.seek(offset)
         part = io.BytesIO(file.read(length))
     _require_intact(part)
-    return torch.load(part, map_location="cpu", weights_only=True)
+    return _without_objects(part)
 
 
 def _require_intact(file: IO[bytes]) -> None:
@@ -121,26 +136,34 @@ def readable(path: str | Path, way_out: str | None = None) -> Iterator[None]:
     except (FileNotFoundError, PermissionError):
         raise
     except (EOFError, OSError, pickle.UnpicklingError, RuntimeError) as error:
-        reason = (str(error).splitlines() or ["it ends early."])[0]
-        names = _names_in(path) if isinstance(error, pickle.UnpicklingError) else []
-        if names:
+        if objects := _objects_of(error, path):
             raise CheckpointError(
-                f"{path} cannot be read as a checkpoint: it holds more than tensors and plain types, namely "
-                f"{', '.join(names)}, and what opening these runs is up to the file. If you trust where it comes from, "
+                f"{path} cannot be read as a checkpoint: it holds more than tensors and plain types, namely {objects}, "
+                "and what opening these runs is up to the file. If you trust where it comes from, "
                 f"{f'give {way_out}, or ' if way_out else ''}name them to torch.serialization.add_safe_globals. "
                 "Nothing was loaded."
             ) from error
+        reason = (str(error).splitlines() or ["it ends early."])[0]
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint: {reason} The file is damaged or cut short. Take another "
             "checkpoint. Nothing was loaded."
         ) from error
 
 
-def _names_in(path: str | Path) -> list[str]:
+def _objects_of(error: Exception, path: str | Path) -> str:
+    """Which objects were not to be opened, also where another reader than :func:`open_file` came to the file."""
+    if isinstance(error, _HoldsObjects) or not isinstance(error, pickle.UnpicklingError):
+        return str(error) if isinstance(error, _HoldsObjects) else ""
+    with suppress(OSError), _opened(path) as file:
+        return ", ".join(_names_in(file))
+    return ""
+
+
+def _names_in(file: IO[bytes]) -> list[str]:
     """The names that a file has beside those of tensors and plain types."""
+    file.seek(0)
     try:
-        with _opened(path) as file:
-            found = get_unsafe_globals_in_checkpoint(file)
+        found = get_unsafe_globals_in_checkpoint(file)
     except Exception:  # a damaged file may break anywhere
         return []
     return sorted(name for name in found if re.fullmatch(r"[\w.]+", name))

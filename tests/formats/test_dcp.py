@@ -147,6 +147,24 @@ def test_no_object_is_made(where: str, copied: Path, tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("weights_only", [None, True, False])
+def test_objects_beside_the_tensors_are_for_files_that_are_trusted(
+    weights_only: bool | None, copied: Path, tmp_path: Path
+) -> None:
+    mark = tmp_path / "executed"
+    rest = torch.load(copied / META_FILE, weights_only=True)
+    torch.save({**rest, "hyper_parameters": {"x": Touch(mark)}}, copied / META_FILE)
+    if weights_only is False:
+        with suppress(TypeError):  # Toy has no such argument
+            load_from_checkpoint(Toy, copied, weights_only=False)
+    else:
+        with pytest.raises(
+            CheckpointError, match=r"namely posix\.mkdir, .* load_from_checkpoint\(\.\.\., weights_only"
+        ):
+            load_from_checkpoint(Toy, copied, weights_only=weights_only)
+    assert mark.exists() == (weights_only is False)
+
+
 def test_no_class_of_torch_is_changed(copied: Path) -> None:
     # A pickle may set attributes of whatever it has, classes too.
     name = "torch.distributed.checkpoint.metadata"

@@ -201,6 +201,27 @@ def test_a_checkpoint_rebuilds_the_module(tmp_path: Path, kind: str) -> None:
     assert metrics == toys.trainer(tmp_path, [LoRA(summary=False)]).test(module, DATA, verbose=False)
 
 
+class Two(Module):
+    """A model and a judge of it, both wrapped, under names of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.judge = peft.get_peft_model(tiny_llama(), lora(r=2), adapter_name="judge")
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + self.judge(input_ids=batch, labels=batch).loss
+
+
+def test_two_wrapped_models_of_one_module(tmp_path: Path) -> None:
+    module = Two()
+    callbacks = [LoRA(module="model", summary=False), LoRA(module="judge", adapter_name="judge", summary=False)]
+    fit(tmp_path, module, *callbacks).save_checkpoint(tmp_path / "x.ckpt")
+    for rebuilt in (load_from_checkpoint(Two, tmp_path / "x.ckpt"), load_adapter(Two(), tmp_path / "x.ckpt")):
+        assert_same_tensors(adapter_state_dict(rebuilt), adapter_state_dict(module))
+        assert any("judge" in name for name in adapter_state_dict(rebuilt))
+
+
 def test_several_adapters_are_exported_beside_each_other(tmp_path: Path) -> None:
     module = Module("two")
     fit(tmp_path, module, LoRA(summary=False, export_dir=tmp_path / "out"))

@@ -299,6 +299,7 @@ def test_what_is_beside_is_loaded_as_without_lora(lora: bool, strict: bool, tmp_
         assert rebuilt.lazy.seen == 64
         with pytest.raises(RuntimeError, match="judge.weight"):
             load_from_checkpoint(Drops, tmp_path / "Drops" / "last.ckpt", strict=True)
+        assert load_from_checkpoint(Drops, tmp_path / "Drops" / "last.ckpt", strict=False).strict_loading
 
 
 @pytest.mark.parametrize("strict", [False, True])

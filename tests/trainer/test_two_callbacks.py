@@ -155,3 +155,19 @@ def test_overlapping_modules(tmp_path: Path, order: tuple[str | None, ...]) -> N
     callbacks = [LoRA(r=2, module=module or None, summary=False) for module in order]
     with pytest.raises(TargetError, match="already carry an adapter"):
         trainer(tmp_path, callbacks).fit(TwoNets(), loader())
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_adapters_of_one_module_are_found_by_their_names(order: str, tmp_path: Path) -> None:
+    def callbacks(names: str) -> list[LoRA]:
+        return [LoRA(r=2, adapter_name=name, summary=False, merge=None) for name in names]
+
+    model = Toy()
+    run = trainer(tmp_path, callbacks("ab"), max_epochs=1)
+    run.fit(model, loader())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    saved = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
+    assert not torch.equal(saved["net.4.lora.a.lora_A"], saved["net.4.lora.b.lora_A"])
+    other = Toy()
+    trainer(tmp_path, callbacks(order)).test(other, loader(), tmp_path / "x.ckpt", verbose=False)
+    assert_same_tensors(adapter_state_dict(other), saved)
