@@ -48,8 +48,9 @@ from lightning_lora.model.removed import restored
 from lightning_lora.model.state_dict import (
     CheckpointError,
     adapter_tensors,
+    check_adapters,
     check_tensors,
-    load_adapter_state_dict,
+    scatter,
     trained_only,
 )
 from lightning_lora.model.targets import matches, models_with_files, modules_by_name
@@ -401,7 +402,9 @@ def _load_checkpoint(model: nn.Module, path: str | Path, fresh: bool, objects: O
     check_metadata(model, checkpoint[KEY], str(path), other_format)
     require_finite(trained_only(model, checkpoint["state_dict"]), str(path))
     expected = adapter_tensors(model)
-    load_adapter_state_dict(model, {k: v for k, v in checkpoint["state_dict"].items() if k in expected})
+    saved = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name in expected}
+    check_adapters(model, saved, str(path), alone=True)
+    scatter(model, saved)
 
 
 def _find_injection(model: nn.Module, adapter_name: str | None) -> Injection:

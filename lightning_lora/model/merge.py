@@ -173,6 +173,7 @@ def _require_own_weights(model: nn.Module, layers: list[LoraLayer]) -> None:
 
 
 def _take_off(owner: nn.Module, attribute: str) -> None:
+    """Make a weight that is computed of others a parameter again, and frozen, which some of torch's ways leave out."""
     if parametrize.is_parametrized(owner, attribute):
         parametrize.remove_parametrizations(owner, attribute)
     for remove in (prune.remove, remove_spectral_norm, remove_weight_norm):
@@ -181,8 +182,10 @@ def _take_off(owner: nn.Module, attribute: str) -> None:
         except ValueError:  # none of this kind is there
             continue
     left = owner._buffers.pop(attribute, None)
-    if left is not None:  # as torch leaves a frozen weight that was made of several
-        owner.register_parameter(attribute, nn.Parameter(left.detach(), requires_grad=False))
+    if left is not None:  # as torch leaves a weight that was made of several
+        owner.register_parameter(attribute, nn.Parameter(left.detach()))
+    if (weight := owner._parameters.get(attribute)) is not None:
+        weight.requires_grad_(False)
 
 
 def _for(parameter: nn.Parameter, values: Tensor, elsewhere: dict[int, str]) -> Tensor:

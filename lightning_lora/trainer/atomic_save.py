@@ -1,8 +1,8 @@
 """Checkpoints that are there in full or not at all: written under another name beside their own, and then renamed.
 
 Lightning 2.6 writes a file in the directory for temporary files and moves it from there. Where that is another file
-system, moving is copying, and a process that is killed meanwhile leaves half a file in the place of the last good one.
-The directories of sharded checkpoints it writes in their place.
+system, moving is copying, and a process that is killed meanwhile leaves half a file in the place of the last good one;
+and where that is full, nothing is saved. The directories of sharded checkpoints it writes in their place.
 """
 
 from abc import ABC
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
@@ -76,13 +77,13 @@ def _layers_of(checkpoint_io: Any) -> list[Any]:
 class AtomicFiles(ABC):  # noqa: B024
     """What Lightning's ``TorchCheckpointIO`` does differently. It may run in the thread of ``AsyncCheckpointIO``."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, *args: Any, **kwargs: Any) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         target = _local(path)
-        if target is None:
-            super().save_checkpoint(checkpoint, path, *args, **kwargs)  # type: ignore[misc]
+        if target is None or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)  # type: ignore[misc]
             return
-        with whole_file(target) as partial:
-            super().save_checkpoint(checkpoint, str(partial), *args, **kwargs)  # type: ignore[misc]
+        with whole_file(target) as partial, partial.open("wb") as file:
+            torch.save(checkpoint, file)
 
 
 def writes_directories(strategy: Any) -> bool:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT
 from helpers.models import tiny_llama
 from torch import nn
 
@@ -218,3 +221,25 @@ def test_contenders_share_their_weights_and_differ_in_what_they_train() -> None:
     assert trained(models["floor"]) == 0
     assert trained(models["ours, all"]) == trained(models["PEFT, all"]) > trained(models["ours, qv"]) > 0
     assert trained(models["full"]) == sum(parameter.numel() for parameter in models["floor"].parameters())
+
+
+@pytest.mark.slow
+def test_faults(tmp_path: Path) -> None:
+    """In a process of its own, since the runs are copies of it."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.faults",
+        "--kills",
+        "1",
+        "--steps",
+        "20",
+        "--json",
+        tmp_path / "x.json",
+    ]
+    done = subprocess.run(command, cwd=ROOT, timeout=280, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert list(rows) == ["one process", "ddp", "fsdp", "fsdp, sharded", "a long run"]
+    for name in list(rows)[:-1]:
+        assert (rows[name]["killed"], rows[name]["problems"]) == (1, [])

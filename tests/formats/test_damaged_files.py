@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import toys
 from helpers.models import IDS, Wrapped, batches, tiny_llama
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, currently_in_test_context, event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -44,12 +44,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path / "good.ckpt"
 
 
-def assert_refused_whole(model: nn.Module, load: Callable[[nn.Module], Any], match: str = "") -> None:
-    """Require a CheckpointError, and a model that is bit for bit as it came."""
+def assert_refused_whole(
+    model: nn.Module, path: Path, match: str = "", load: Callable[[nn.Module, Path], Any] = load_adapter
+) -> None:
+    """Require a CheckpointError that names the file, and a model that is bit for bit as it came."""
     before, trainable = toys.snapshot(model), [p.requires_grad for p in model.parameters()]
     classes = [type(module) for module in model.modules()]
-    with pytest.raises(CheckpointError, match=match):
-        load(model)
+    with pytest.raises(CheckpointError, match=match) as refused:
+        load(model, path)
+    assert str(path) in str(refused.value)
     toys.assert_same_tensors(toys.snapshot(model), before)
     assert [p.requires_grad for p in model.parameters()] == trainable
     assert [type(module) for module in model.modules()] == classes
@@ -66,10 +69,9 @@ VALUES = st.one_of(
 )  # fmt: skip
 
 
-@given(data=st.data())
-@FUZZ
-def test_any_directory_is_read_or_refused(data: st.DataObject, directory: Path, tmp_path: Path) -> None:
-    target = shutil.copytree(directory, tmp_path / "copy", dirs_exist_ok=True)
+def changed_settings_and_tensors(data: st.DataObject, directory: Path, target: Path) -> nn.Module:
+    """Write a directory like a good one, but for a few of its settings and a tensor; return a model to load it into."""
+    shutil.copytree(directory, target, dirs_exist_ok=True)
     config = json.loads((directory / CONFIG).read_text())
     for _ in range(data.draw(st.integers(0, 2), "changed keys")):
         key = data.draw(st.sampled_from([*config, "loftq_config", "use_bdlora", "lora_bias", "peft_version", "new"]))
@@ -97,24 +99,20 @@ def test_any_directory_is_read_or_refused(data: st.DataObject, directory: Path, 
     keys = st.sampled_from(["lightning_lora_base", "lightning_lora_base_samples", "lightning_lora_checksums", "other"])
     meta = data.draw(st.dictionaries(keys, st.text(max_size=8), max_size=2), "metadata")
     save_file(tensors, target / WEIGHTS, {"format": "pt", **meta})
-    read_or_refused(tiny_llama(), target)
+    return tiny_llama()
 
 
-@given(data=st.data())
-@FUZZ
-def test_any_bytes_are_read_or_refused(data: st.DataObject, directory: Path, tmp_path: Path) -> None:
-    target = shutil.copytree(directory, tmp_path / "copy", dirs_exist_ok=True)
+def changed_bytes(data: st.DataObject, directory: Path, target: Path) -> nn.Module:
+    shutil.copytree(directory, target, dirs_exist_ok=True)
     for name in (WEIGHTS, CONFIG):
         content = bytearray((directory / name).read_bytes())
         for _ in range(data.draw(st.integers(0, 3))):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
         (target / name).write_bytes(content[: data.draw(st.sampled_from([len(content), 9, 0]))])
-    read_or_refused(tiny_llama(), target)
+    return tiny_llama()
 
 
-@given(data=st.data())
-@FUZZ
-def test_any_checkpoint_is_read_or_refused(data: st.DataObject, checkpoint: Path, tmp_path: Path) -> None:
+def changed_checkpoint(data: st.DataObject, checkpoint: Path, target: Path) -> nn.Module:
     content = torch.load(checkpoint, weights_only=True)
     entry = content["lightning_lora"]["adapters"][0]
     places: dict[str, dict[str, Any]] = {
@@ -132,17 +130,54 @@ def test_any_checkpoint_is_read_or_refused(data: st.DataObject, checkpoint: Path
             )
             place[key] = data.draw(st.one_of(VALUES, tensors), "value")
         places = {name: place for name, place in places.items() if place}
-    torch.save(content, tmp_path / "changed.ckpt")
-    read_or_refused(Wrapped(), tmp_path / "changed.ckpt")
+    torch.save(content, target)
+    return Wrapped()
+
+
+KINDS = {
+    "settings and tensors": ("directory", changed_settings_and_tensors),
+    "bytes": ("directory", changed_bytes),
+    "checkpoint": ("checkpoint", changed_checkpoint),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@FUZZ
+def test_any_file_is_read_or_refused(
+    kind: str, data: st.DataObject, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    good, change = KINDS[kind]
+    model = change(data, request.getfixturevalue(good), tmp_path / "changed")
+    read_or_refused(model, tmp_path / "changed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@settings(FUZZ, max_examples=700)
+def test_two_thousand_files_are_read_or_refused(
+    kind: str, data: st.DataObject, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """``--hypothesis-show-statistics`` tells how many were refused."""
+    good, change = KINDS[kind]
+    model = change(data, request.getfixturevalue(good), tmp_path / "changed")
+    read_or_refused(model, tmp_path / "changed")
 
 
 def read_or_refused(model: nn.Module, path: Path) -> None:
     """Require of every reader that it reads or refuses, and that a model is never left in between."""
-    before = toys.snapshot(model)
+    before, refused = toys.snapshot(model), ""
     try:
         read(path)
         load_adapter(model, path)
-    except CheckpointError:
+    except CheckpointError as error:
+        refused = str(error)
+    if currently_in_test_context():
+        event("refused" if refused else "read")
+    if refused:
+        assert str(path) in refused
         toys.assert_same_tensors(toys.snapshot(model), before)
         assert not adapters(model)
         assert all(parameter.requires_grad for parameter in model.parameters())
@@ -166,8 +201,8 @@ def test_a_rank_that_is_not_there_takes_no_memory(directory: Path, checkpoint: P
         content["state_dict"][key] = torch.zeros(1).expand(shape)
     torch.save(content, tmp_path / "expanded.ckpt")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert_refused_whole(tiny_llama(), lambda model: load_adapter(model, lying), "has rank")
-    assert_refused_whole(Wrapped(), lambda model: load_adapter(model, tmp_path / "lying.ckpt"), "has rank")
+    assert_refused_whole(tiny_llama(), lying, "has rank")
+    assert_refused_whole(Wrapped(), tmp_path / "lying.ckpt", "has rank")
     for reader in (read, lambda path: load_adapter(Wrapped(), path)):
         with pytest.raises(CheckpointError, match="has fewer values in the file than its shape"):
             reader(tmp_path / "expanded.ckpt")
@@ -179,7 +214,7 @@ def test_a_rank_that_is_not_there_takes_no_memory(directory: Path, checkpoint: P
 def test_modules_that_are_not_there_are_not_copied(directory: Path, tmp_path: Path) -> None:
     lying = changed(directory, tmp_path / "lying", modules_to_save=["model"], target_modules="dummy-target-modules",
                     trainable_token_indices=None)  # fmt: skip
-    assert_refused_whole(tiny_llama(), lambda model: load_adapter(model, lying), "adapter")
+    assert_refused_whole(tiny_llama(), lying, "adapter")
 
 
 # What re needs hours for, and what the package for regular expressions needs them for too.
@@ -204,9 +239,7 @@ def test_no_expression_hangs(directory: Path, tmp_path: Path, setting: str, patt
     ],
 )
 def test_an_error_names_file_and_field(directory: Path, tmp_path: Path, values: dict[str, Any], match: str) -> None:
-    assert_refused_whole(
-        tiny_llama(), lambda model: load_adapter(model, changed(directory, tmp_path / "bad", **values)), match
-    )
+    assert_refused_whole(tiny_llama(), changed(directory, tmp_path / "bad", **values), match)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +255,7 @@ def test_an_error_names_file_and_field(directory: Path, tmp_path: Path, values: 
         (lambda c: [tensor.fill_(torch.nan) for tensor in c["state_dict"].values()], "holds a NaN"),
         (lambda c: c.update(state_dict={k: v.to(torch.int8) for k, v in c["state_dict"].items()}), "int8 found"),
         (lambda c: c.update(state_dict={k: v.to("meta") for k, v in c["state_dict"].items()}), "without values"),
+        (lambda c: c["state_dict"].update({next(iter(c["state_dict"])): torch.zeros(1).expand(2, 32)}), "fewer values"),
         (lambda c: c.update(state_dict={k: v.to_sparse() for k, v in c["state_dict"].items()}), "sparse"),
     ],
 )
@@ -231,7 +265,7 @@ def test_a_changed_checkpoint_leaves_nothing_behind(
     content = torch.load(checkpoint, weights_only=True)
     change(content)
     torch.save(content, tmp_path / "bad.ckpt")
-    assert_refused_whole(Wrapped(), lambda model: load_adapter(model, tmp_path / "bad.ckpt"), match)
+    assert_refused_whole(Wrapped(), tmp_path / "bad.ckpt", match)
     if match != "holds a NaN":  # a run that has diverged goes on so
         lora = LoRA(r=2, target_modules=["q_proj"], summary=False, merge=None)
         trainer = toys.trainer(tmp_path, [lora], max_epochs=1)
@@ -243,7 +277,9 @@ def test_of_several_adapters_none_is_left(checkpoint: Path) -> None:
     content = read_checkpoint(checkpoint)
     entries = content["lightning_lora"]["adapters"]
     entries.append({**copy.deepcopy(entries[0]), "module": "absent"})
-    assert_refused_whole(Wrapped(), lambda model: inject_from_checkpoint(model, content, "this file"), "^this file")
+    assert_refused_whole(
+        Wrapped(), checkpoint, load=lambda model, path: inject_from_checkpoint(model, content, str(path))
+    )
 
 
 def test_a_changed_bit_is_told(directory: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -251,13 +287,13 @@ def test_a_changed_bit_is_told(directory: Path, checkpoint: Path, tmp_path: Path
     content = bytearray((target / WEIGHTS).read_bytes())
     content[-7] ^= 1  # in the last tensor
     (target / WEIGHTS).write_bytes(content)
-    assert_refused_whole(tiny_llama(), lambda model: load_adapter(model, target), "is not what was written")
+    assert_refused_whole(tiny_llama(), target, "is not what was written")
     content = bytearray(checkpoint.read_bytes())
     at = content.index(torch.load(checkpoint, weights_only=True)["state_dict"].popitem()[1].numpy().tobytes())
     content[at + 5] ^= 1
     (tmp_path / "bit.ckpt").write_bytes(content)
     torch.load(tmp_path / "bit.ckpt", weights_only=True)  # says nothing
-    assert_refused_whole(Wrapped(), lambda model: load_adapter(model, tmp_path / "bit.ckpt"), "checksum is another")
+    assert_refused_whole(Wrapped(), tmp_path / "bit.ckpt", "checksum is another")
     with pytest.raises(RuntimeError, match="checksum is another"):
         open_file(tmp_path / "bit.ckpt", "refuse")
 

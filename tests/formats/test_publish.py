@@ -1,5 +1,6 @@
 """Exports of several files: the old ones or the new ones, whole, whenever the process is killed."""
 
+import ctypes
 import os
 import shutil
 import signal
@@ -16,7 +17,6 @@ from helpers.models import IDS, tiny_llama
 from torch import Tensor, nn
 
 from lightning_lora import LoraConfig, eject, inject, load_adapter, save_adapter
-from lightning_lora.formats import publish
 from lightning_lora.formats.merged import save_merged
 from lightning_lora.formats.publish import partial_path, whole_directory
 
@@ -59,6 +59,25 @@ def test_files_of_others_stay_and_those_of_an_earlier_write_go(tmp_path: Path) -
     assert contents(target) == {"model-1.safetensors": "new", "notes.txt": "mine", "inner/file": "mine"}
 
 
+@pytest.mark.parametrize("can_link", [True, False])
+def test_links_of_others_stay_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_link: bool) -> None:
+    target = tmp_path / "model"
+    (target / "inner").mkdir(parents=True)
+    (target / "inner" / "file").write_text("mine")
+    for link, leads_to in {"link": "inner/file", "inner/to": "file", "broken": "nowhere", "folder": "inner"}.items():
+        (target / link).symlink_to(leads_to)
+    if not can_link:  # as on file systems without hard links
+
+        def refuse(*args: Any, **kwargs: Any) -> None:
+            raise OSError("no such thing here")
+
+        monkeypatch.setattr(os, "link", refuse)
+    write(target, "one")
+    found = {name: os.readlink(target / name) for name in ("link", "inner/to", "broken", "folder")}
+    assert found == {"link": "inner/file", "inner/to": "file", "broken": "nowhere", "folder": "inner"}
+    assert contents(target) == {"one": "new", "inner/file": "mine", "link": "mine", "inner/to": "mine"}
+
+
 def test_a_link_to_a_directory_stays_one(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
@@ -74,10 +93,16 @@ def test_the_current_directory_stays_the_current_one(tmp_path: Path, monkeypatch
     assert os.listdir(".") == ["one"]
 
 
-@pytest.mark.parametrize("can_exchange", [True, False])
-def test_a_directory_is_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
-    if not can_exchange:  # as on systems other than Linux
-        monkeypatch.setattr(publish, "_exchange", lambda one, other: False)
+@pytest.mark.parametrize("problem", [None, AttributeError, OSError, TypeError])
+def test_a_directory_is_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: type[Exception] | None
+) -> None:
+    if problem is not None:  # as on systems other than Linux
+
+        def refuse(name: str | None) -> None:
+            raise problem("not here")
+
+        monkeypatch.setattr(ctypes, "CDLL", refuse)
     write(tmp_path / "x", "one", text="old")
     write(tmp_path / "x", "one")
     assert contents(tmp_path / "x") == {"one": "new"} and os.listdir(tmp_path) == ["x"]
@@ -175,15 +200,19 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
         "elsewhere": f".last[1].ckpt.other-host-{dead}.partial",
         "elsewhere, long ago": f".last[1].ckpt.other-host-{dead + 1}.partial",
         "another file's": f".last.ckpt.{host}-{dead}.partial",
+        "without a number": f".last[1].ckpt.{host}-x{dead}.partial",
+        "without a number, long ago": f".last[1].ckpt.{host}-y{dead}.partial",
     }
     for name in of.values():
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").touch()
-    os.utime(tmp_path / of["elsewhere, long ago"], (0, 0))
+    for name in of:
+        if name.endswith("long ago"):
+            os.utime(tmp_path / of[name], (0, 0))
     mine.write_text("of an earlier process that had this number")
     assert partial_path(target) == mine
     left = {name for name, file in of.items() if (tmp_path / file).exists()}
-    assert left == {"alive", "elsewhere", "another file's"}
+    assert left == {"alive", "elsewhere", "another file's", "without a number"}
     assert not mine.exists()
 
 

@@ -23,7 +23,7 @@ from torch.nn.utils import (
     weight_norm,
 )
 
-from lightning_lora import LoRA, LoraConfig, eject, inject, load_adapter, save_adapter, unmerge
+from lightning_lora import LoRA, LoraConfig, eject, inject, load_adapter, merge, save_adapter, unmerge
 from lightning_lora.model.freeze import FrozenNorm
 
 PUT_ON: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module], Any]]] = {
@@ -71,6 +71,28 @@ def test_what_computes_a_weight_is_put_on_in_fit(kind: str, taken_off: bool, tmp
     assert type(model.net[4]) is nn.Linear
     assert isinstance(model.net[4].weight, nn.Parameter)
     torch.testing.assert_close(outputs(unmerge(model)), during.outputs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", PUT_ON)
+@pytest.mark.parametrize("bias_too", [False, True])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_what_it_was_taken_off_stays_frozen(kind: str, bias_too: bool) -> None:
+    """And what computes a bias, to which nothing is added, stays."""
+    model = inject(nn.Sequential(nn.Linear(8, 6)), LoraConfig(r=2))
+    toys.randomize(model)
+    PUT_ON[kind][0](model[0])
+    if bias_too:
+        parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+    x = torch.randn(3, 8)
+    expected = model.eval()(x)
+    with pytest.warns(UserWarning, match=r"'0.weight' was computed of others"):
+        merge(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "0.lora.default.lora_A",
+        "0.lora.default.lora_B",
+    ]
+    assert parametrize.is_parametrized(model[0], "bias") == bias_too
 
 
 def test_a_pruned_model_is_merged(tmp_path: Path) -> None:

@@ -1,19 +1,22 @@
 """A checkpoint that is interrupted half-way never takes the place of the last good one."""
 
 import os
-import shutil
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.distributed.processes import end_processes
-from helpers.saving import HalfMove, fit
+from helpers.models import tiny_llama
+from helpers.saving import HalfSave, fit
 from helpers.toys import Toy, assert_adapter_only, snapshot
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch.testing._internal.two_tensor import TwoTensor
 
+from lightning_lora import LoraConfig, eject, inject
+from lightning_lora.formats.merged import save_merged
 from lightning_lora.trainer import atomic_save
 
 SAVED = {"last.ckpt"}
@@ -41,11 +44,26 @@ def test_a_process_killed_while_it_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("plugins", [[], [AsyncCheckpointIO()], [AsyncCheckpointIO(TorchCheckpointIO())]])
 def test_a_write_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugins: list[Any]) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "move", HalfMove(times=2))
+        patch.setattr(torch, "save", HalfSave(times=2))
         with pytest.raises(OSError, match="no space left"):
             fit(tmp_path, plugins=plugins)
     assert files(tmp_path) == SAVED
     assert_goes_on_from_step(4, tmp_path)
+
+
+@pytest.mark.parametrize("plugins", [[], [AsyncCheckpointIO()]])
+def test_a_full_directory_for_temporary_files_stops_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugins: list[Any]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))  # where nothing can be written
+    with pytest.raises(OSError, match="gone"):
+        tempfile.mkstemp()
+    fit(tmp_path / "run", plugins=plugins, export=tmp_path / "export")
+    assert files(tmp_path / "run") == SAVED
+    assert (tmp_path / "export" / "adapter" / "adapter_model.safetensors").exists()
+    model = inject(tiny_llama(), LoraConfig(r=2))
+    save_merged(eject(model, merge=True), tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
 def test_a_write_goes_to_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """No object of a file is opened unless the run was told to trust it, wherever the file comes from."""
 
+import contextlib
 import functools
 import http.server
 import os
@@ -71,9 +72,30 @@ def test_objects_are_refused(read: Callable[[Any], None], remote: bool, hostile:
     assert not (hostile.parent / "executed").exists()
 
 
-def test_who_trusts_a_file_may_open_it(hostile: Path) -> None:
-    fit(hostile, weights_only=False)
-    assert (hostile.parent / "executed").is_dir()
+READERS: dict[str, Callable[..., Any]] = {
+    "fit": fit,
+    "load_from_checkpoint": lambda path, **kw: load_from_checkpoint(Toy, path, **kw),
+    "load_adapter": lambda path, **kw: load_adapter(Toy(), path, **kw),
+}
+
+
+WAYS_OUT = {
+    "fit": "give weights_only=False to this run of the Trainer",
+    "load_from_checkpoint": r"load_from_checkpoint\(\.\.\., weights_only=False\), or build the module yourself",
+    "load_adapter": r"load_adapter\(\.\.\., weights_only=False\)",
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("weights_only", [None, True, False])
+def test_who_trusts_a_file_may_open_it(reader: str, weights_only: bool | None, hostile: Path) -> None:
+    if weights_only is False:
+        with contextlib.suppress(TypeError):  # Toy has no such argument
+            READERS[reader](hostile, weights_only=False)
+    else:
+        with pytest.raises(CheckpointError, match=rf"{hostile} .*{WAYS_OUT[reader]}"):
+            READERS[reader](hostile, weights_only=weights_only)
+    assert (hostile.parent / "executed").is_dir() == (weights_only is False)
 
 
 def test_a_good_one_resumes_from_a_url(hostile: Path, url: str) -> None:

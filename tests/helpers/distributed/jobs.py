@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -72,11 +71,11 @@ def hang_with_a_child(directory: str) -> dict[str, Any]:
 def killed_while_saving(directory: str) -> dict[str, Any]:
     from helpers import saving
 
-    class Kill(saving.HalfMove):
+    class Kill(saving.HalfSave):
         def end(self) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    shutil.move = Kill(times=2)
+    torch.save = Kill(times=2)
     saving.fit(Path(directory))
     return {}
 
