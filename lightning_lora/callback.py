@@ -72,6 +72,11 @@ class _Arguments(LoraConfig):
     on_nan: str = "raise"
     verify: bool = True
 
+    def __post_init__(self) -> None:
+        if isinstance(self.r, LoraConfig):
+            raise ValueError("LoRA got a LoraConfig in the place of r: pass it by its name, LoRA(config=...).")
+        super().__post_init__()
+
 
 @dataclasses.dataclass
 class _Watches:
