@@ -72,6 +72,27 @@ class _Arguments(LoraConfig):
     on_nan: str = "raise"
     verify: bool = True
 
+    def __post_init__(self) -> None:
+        if isinstance(self.r, LoraConfig):
+            raise ValueError("LoRA got a LoraConfig in the place of r: pass it by its name, LoRA(config=...).")
+        super().__post_init__()
+
+
+@dataclasses.dataclass
+class _Watches:
+    """What looks at one very run, and is in no copy of the callback."""
+
+    gradients: gradient_checks.GradientWatch | None = None
+    base: base_changes.BaseWatch | None = None
+    reads: step_reads.StepReads | None = None
+    finite: FiniteSteps | None = None
+    probe: MergeProbe | None = None
+
+    def stop(self) -> None:
+        for watch in (self.gradients, self.reads, self.finite, self.probe):
+            if watch is not None:
+                watch.stop()
+
 
 class LoRA(Callback):
     r"""Turn a training run into a LoRA run: freeze the model, train small adapters, save them alone, merge at the end.
@@ -149,11 +170,7 @@ class LoRA(Callback):
         self._injected_now = False
         self._came: str | None = None
         self._running = False
-        self._gradients: gradient_checks.GradientWatch | None = None
-        self._base: base_changes.BaseWatch | None = None
-        self._reads: step_reads.StepReads | None = None
-        self._finite: FiniteSteps | None = None
-        self._probe: MergeProbe | None = None
+        self._watches = _Watches()
         serve_both_packages(self)
 
     @property
@@ -244,64 +261,64 @@ class LoRA(Callback):
         if self.summary and self is _lora_callbacks(trainer)[0]:
             rank_zero_only(print_summary)(pl_module)
         if self is _lora_callbacks(trainer)[-1]:  # it looks for all, since all adapters have their start by now
-            self._gradients = gradient_checks.GradientWatch(pl_module, trainer.optimizers)
-            self._base = base_changes.BaseWatch(pl_module, trainer.optimizers)
-            self._reads = step_reads.StepReads(pl_module)
+            self._watches.gradients = gradient_checks.GradientWatch(pl_module, trainer.optimizers)
+            self._watches.base = base_changes.BaseWatch(pl_module, trainer.optimizers)
+            self._watches.reads = step_reads.StepReads(pl_module)
             exports = any(cb.verify and cb.export_dir is not None for cb in _lora_callbacks(trainer))
-            self._probe = MergeProbe(pl_module) if exports and self.merge is not None else None
+            self._watches.probe = MergeProbe(pl_module) if exports and self.merge is not None else None
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Let a SLURM job be requeued between steps alone, and look at each step, now that none is a trial."""
         if self is _lora_callbacks(trainer)[0]:
             requeue.requeue_waits(trainer)
-            self._finite = FiniteSteps(trainer, self.on_nan) if self.on_nan != "ignore" else None
+            self._watches.finite = FiniteSteps(trainer, self.on_nan) if self.on_nan != "ignore" else None
 
     @override
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        if self._base is not None:
-            self._base.require_frozen()
-        if self._reads is not None:
-            self._reads.start()
+        if self._watches.base is not None:
+            self._watches.base.require_frozen()
+        if self._watches.reads is not None:
+            self._watches.reads.start()
 
     @override
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: torch.Tensor) -> None:
-        if self._finite is not None:
-            self._finite.before_backward(loss)
+        if self._watches.finite is not None:
+            self._watches.finite.before_backward(loss)
 
     @override
     def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Never train silently on nothing: gradients must reach the adapters before their optimizer's first step."""
-        if self._reads is not None:
-            self._reads.require_none()
-        if self._gradients is not None:
-            self._gradients.after_backward()
-            if self._gradients.is_over:
-                self._gradients = None
+        if self._watches.reads is not None:
+            self._watches.reads.require_none()
+        if self._watches.gradients is not None:
+            self._watches.gradients.after_backward()
+            if self._watches.gradients.is_over:
+                self._watches.gradients = None
 
     @override
     def on_before_optimizer_step(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: torch.optim.Optimizer
     ) -> None:
         """Let no NaN and no infinity into the adapters."""
-        if self._finite is not None:
-            self._finite.before_optimizer_step(optimizer)
+        if self._watches.finite is not None:
+            self._watches.finite.before_optimizer_step(optimizer)
 
     @override
     def on_save_checkpoint(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
     ) -> None:
         """Say so if the base is no longer the one on which the checkpoint will be opened."""
-        if self._base is not None:
-            self._base.warn_of_moved()
+        if self._watches.base is not None:
+            self._watches.base.warn_of_moved()
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
         """A moment from which a run can go on."""
-        if self._reads is not None:
-            self._reads.stop()
+        if self._watches.reads is not None:
+            self._watches.reads.stop()
         requeue.requeue_if_asked(trainer)
 
     @override
@@ -319,8 +336,8 @@ class LoRA(Callback):
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """The last one. What the last step has made is about to be saved, exported and merged."""
         requeue.requeue_if_asked(trainer)
-        if self._finite is not None:
-            self._finite.finish()
+        if self._watches.finite is not None:
+            self._watches.finite.finish()
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -328,9 +345,9 @@ class LoRA(Callback):
         callbacks = _lora_callbacks(trainer)
         if self is not callbacks[-1]:
             return  # the last one acts for all, since checkpoints must be read before any adapter is folded in
-        if self._gradients is not None:
-            self._gradients.finish()
-        moved = self._base.warn_of_moved(thoroughly=True) if self._base is not None else []
+        if self._watches.gradients is not None:
+            self._watches.gradients.finish()
+        moved = self._watches.base.warn_of_moved(thoroughly=True) if self._watches.base is not None else []
         if self.merge == "best":
             load_best(trainer, pl_module)
         # Where processes share the model, all of them take part in gathering it.
@@ -342,12 +359,12 @@ class LoRA(Callback):
             )
         for cb, directory in [] if moved else exporting:
             write_adapter(cb._injection(cb._root(pl_module)), directory / ADAPTER_DIR, run_of(trainer))
-        if self._probe is not None and exporting:
-            self._probe.look()
+        if self._watches.probe is not None and exporting:
+            self._watches.probe.look()
         if self.merge is not None:
             merge_in_memory(pl_module)
             for cb, directory in exporting:
-                export_merged(trainer, cb._root(pl_module), directory, self._probe, cb.verify)
+                export_merged(trainer, cb._root(pl_module), directory, self._watches.probe, cb.verify)
 
     @override
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -409,12 +426,8 @@ class LoRA(Callback):
     def _release(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         _as_before_configure_model(pl_module)
         quantized_base.as_before(trainer, pl_module)
-        if self._gradients is not None:
-            self._gradients.stop()
-        for watch in (self._reads, self._finite, self._probe):
-            if watch is not None:
-                watch.stop()
-        self._gradients = self._base = self._reads = self._finite = self._probe = None
+        self._watches.stop()
+        self._watches = _Watches()
         gradient_checks.disable_through_checkpointing(pl_module)
 
     def _injection(self, root: nn.Module) -> Injection:
@@ -439,8 +452,7 @@ class LoRA(Callback):
             ) from error
 
     def __reduce__(self) -> Any:
-        watches = dict.fromkeys(("_gradients", "_base", "_reads", "_finite", "_probe"))  # which belong to this very run
-        return rebuild, (original_class(self),), {**self.__dict__, **watches}
+        return rebuild, (original_class(self),), {**self.__dict__, "_watches": _Watches()}
 
 
 def _floating_dtype(name: str | None) -> torch.dtype | None:

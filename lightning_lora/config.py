@@ -13,6 +13,8 @@ ALL_LINEAR = "all-linear"
 LAYER_GROUPS = ("linear", "conv", "recurrent")  # words for "all-linear" and what is added to it
 AUTO = "auto"
 LOFTQ = re.compile(r"loftq(?:_(4|8)(?:_niter_([1-9]\d*))?)?")
+# Settings that choose layers: they may be spelled in many ways, and what comes of them is in the names of tensors.
+CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 _BIAS_MODES = ("none", "all", "lora_only")
 _INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa", "loftq", "eva")
 _NUMBERED_INITS = (re.compile(r"pissa_niter_\d+"), LOFTQ)

@@ -17,6 +17,8 @@ def test_settings_reach_the_config() -> None:
     assert LoRA(r=3, bias="all").config == LoraConfig(r=3, bias="all")
     config = LoraConfig(r=5)
     assert LoRA(config=config).config is config
+    with pytest.raises(ValueError, match=r"LoraConfig in the place of r: pass it by its name, LoRA\(config="):
+        LoRA(LoraConfig(r=2))
     with pytest.raises(ValueError, match="both a config and settings"):
         LoRA(r=3, config=config)
     with pytest.raises(ValueError, match="merge is 'first'"):

@@ -1,5 +1,6 @@
 """The learning curve of a run, beside its checkpoints."""
 
+from io import BytesIO
 from pathlib import Path
 
 import lightning as L
@@ -36,6 +37,7 @@ class LearningCurve(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Look early for what the end needs."""
         self._start = 0
+        self._drawn: tuple[Curves, bytes | None] = ({}, None)
         if stage == "fit" and _is_recorded(trainer):
             _logger(trainer)
             _folder(trainer)
@@ -50,13 +52,22 @@ class LearningCurve(Callback):
             self._save(trainer)
 
     def card_picture(self, trainer: L.Trainer, directory: Path) -> str | None:
-        """Draw the run so far for the card of what it exports.
+        """The run so far, drawn for the card of what it exports.
 
         Returns:
             The name of the picture in the directory, ``None`` if there is nothing to draw.
         """
-        drawn = _is_recorded(trainer) and plot(self._curves(trainer), directory / PICTURE)
-        return PICTURE if drawn else None
+        picture = self._picture(self._curves(trainer)) if _is_recorded(trainer) else None
+        if picture is None:
+            return None
+        (directory / PICTURE).write_bytes(picture)
+        return PICTURE
+
+    def _picture(self, curves: Curves) -> bytes | None:
+        """These curves, drawn once for all who show them."""
+        if curves != self._drawn[0]:
+            self._drawn = curves, draw(curves)
+        return self._drawn[1]
 
     def _curves(self, trainer: L.Trainer) -> Curves:
         """What was logged so far, and where the run was resumed, before."""
@@ -76,7 +87,9 @@ class LearningCurve(Callback):
             return
         folder = _folder(trainer)
         write_curves(curves, folder / CURVE_FILE)
-        if plot(curves, folder / PICTURE):
+        if (picture := self._picture(curves)) is not None:
+            with whole_file(folder / PICTURE) as new:
+                new.write_bytes(picture)
             log_file(trainer, folder / PICTURE)
 
 
@@ -88,24 +101,20 @@ def _joined(earlier: Curves, later: Curves, start: int) -> Curves:
     }
 
 
-def plot(curves: Curves, path: Path) -> bool:
-    """Draw losses in one panel and other metrics but speed in a second, if there are any.
-
-    Returns:
-        Whether there is a picture.
-    """
+def draw(curves: Curves) -> bytes | None:
+    """A PNG of losses in one panel and other metrics but speed in a second; ``None`` if there are none."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        rank_zero_info(f"No picture of the learning curve beside {path.parent}: run pip install matplotlib for one.")
-        return False
+        rank_zero_info("There is no picture of the learning curve: run pip install matplotlib for one.")
+        return None
     panels = [
         {name: points for name, points in curves.items() if ("loss" in name) == wanted and name not in SPEED}
         for wanted in (True, False)
     ]
     panels = [panel for panel in panels if panel]
     if not panels:
-        return False
+        return None
     # Not through pyplot, which would look for a display.
     figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
@@ -114,9 +123,9 @@ def plot(curves: Curves, path: Path) -> bool:
         axes.set_xlabel("step")
         axes.legend()
         axes.grid(alpha=0.3)
-    with whole_file(path) as new:
-        figure.savefig(new, dpi=150, format="png")
-    return True
+    picture = BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    return picture.getvalue()
 
 
 def _is_recorded(trainer: L.Trainer) -> bool:

@@ -8,13 +8,12 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_lora.cli.terminal import console, printable
+from lightning_lora.config import CHOOSING
 from lightning_lora.formats.saved_adapter import SavedAdapter, read
+from lightning_lora.layers import kind_of
 
 _ROUNDING = 1e-6  # relative; what folding a scaling into B makes of it
-# How layers are chosen, which may be spelled otherwise: what it comes to is compared.
-_SPELLED = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
-_SPELLED |= {"rank_pattern", "alpha_pattern", "target_parameters"}
-_DRAWN = ("vera_A", "vera_B")  # from a seed; some files hold them
+_SPELLED = {*CHOOSING, "rank_pattern", "alpha_pattern", "target_parameters"}  # what these come to is compared
 T = TypeVar("T")
 
 
@@ -65,8 +64,9 @@ def by_common_names(one: dict[str, T], other: dict[str, T]) -> tuple[dict[str, T
 def _updates(saved: SavedAdapter) -> dict[str, tuple[Tensor, ...]]:
     """Each layer's A and scaled B, and the other tensors that were trained, by name."""
     config, factors = saved.config(), saved.factors()
+    drawn = kind_of(config).shared_names  # from a seed; some files hold them
     pairs = {f"{layer}.lora_{matrix}" for layer in factors for matrix in "AB"}
-    rest = {name: (each,) for name, each in saved.named().items() if name not in pairs and not name.endswith(_DRAWN)}
+    rest = {name: (each,) for name, each in saved.named().items() if name not in pairs and not name.endswith(drawn)}
     return rest | {layer: (lora_A, config.scaling(layer) * lora_B) for layer, (lora_A, lora_B) in factors.items()}
 
 

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from typing_extensions import NotRequired, TypedDict
 
-from lightning_lora.config import LoraConfig
+from lightning_lora.config import CHOOSING, LoraConfig
 from lightning_lora.formats.schema import require_type
 from lightning_lora.fqn import listed
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint
@@ -48,9 +48,8 @@ _BINDING = (
 
 # Settings of PEFT that say where an adapter is from, how it was begun, or which layers it is for.
 _FREE_IN_PEFT = {
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights", "init_weights",
-    "layers_pattern", "layers_to_transform", "modules_to_save", "peft_version", "revision", "runtime_config",
-    "target_modules", "task_type",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "init_weights", "peft_version",
+    "revision", "runtime_config", "task_type", *CHOOSING,
 }  # fmt: skip
 
 

@@ -127,13 +127,13 @@ def write_adapter(injection: Injection, directory: Path, run: Run | None = None,
             _write(below, each.settings, each.tensors, base, None, injection, run, layout)
         return directory
     prefix = _peft_root(injection)
-    _warn_of_what_peft_leaves_out(injection, directory)
     tensors = _tensors_of(injection, prefix)
     trained = {name: tensor for name, tensor in tensors.items() if name not in _buffers_of(injection, prefix)}
     require_finite(trained, "The adapter", f"Nothing was written to {directory}.")
     base = fingerprint_in(injection, prefix)
     if not is_writer(injection.root):
         return directory
+    _warn_of_what_peft_misreads(injection, directory)
     start = str(injection.config.init_lora_weights) if injection.config.quantizes_base else None
     _write(directory, peft_config(injection, prefix), tensors, base, start, injection, run, layout)
     return directory
@@ -298,15 +298,20 @@ def load_tensors(
     return root
 
 
-def _warn_of_what_peft_leaves_out(injection: Injection, directory: Path) -> None:
+def _warn_of_what_peft_misreads(injection: Injection, directory: Path) -> None:
     read = [f"{name}.{inner}".lstrip(".") for name, layer in injection.layers() for inner in layer.beyond_peft()]
     modules = modules_by_name(injection.root)
-    single = [name for name in injection.saved if name not in modules]
-    if read or single:
+    left_out = read + [name for name in injection.saved if name not in modules]
+    misread: dict[str, list[str]] = {}
+    if left_out:
+        misread["adapts layers where they are called and trains whole modules, so it would leave out"] = left_out
+    for name, layer in injection.layers():
+        if (misrun := layer.misrun_by_peft()) is not None:
+            misread.setdefault(f"0.21 {misrun}, and so would compute something else in", []).append(name)
+    for what, names in misread.items():
         rank_zero_warn(
-            f"PEFT adapts layers where they are called and trains whole modules, so it would leave out "
-            f"{listed(list(map(repr, read + single)))}. lightning_lora loads {directory} right; for others, export the "
-            "merged model."
+            f"PEFT {what} {listed(list(map(repr, names)))}. lightning_lora loads {directory} right; for others, export "
+            "the merged model."
         )
 
 

@@ -17,7 +17,7 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.formats.peft_config import config_from_peft
 from lightning_lora.formats.peft_files import PREFIX, PeftFiles, layers_in
 from lightning_lora.formats.transformers_names import in_todays_names
-from lightning_lora.layers.conv import CONVOLUTIONS
+from lightning_lora.layers.conv import is_misrun_by_peft
 from lightning_lora.model.state_dict import CheckpointError
 from lightning_lora.model.targets import find_modules_to_save, matches, modules_by_name
 from lightning_lora.sharding import full_tensor
@@ -121,8 +121,8 @@ def _without_blocks(
 def _as_peft_runs(tensors: Tensors, files: PeftFiles, modules: Mapping[str, nn.Module]) -> Tensors:
     """Two kinds of layers that PEFT, up to 0.21 at least, does not run as the update in its file says.
 
-    It adds that of the output projection of ``nn.MultiheadAttention`` twice, also when it merges. Under convolutions,
-    it pads with zeros and does not dilate until it merges: that cannot be held.
+    It adds that of the output projection of ``nn.MultiheadAttention`` twice, also when it merges. What it does under
+    some convolutions cannot be held.
     """
     if not files.is_trained_by_peft:
         return tensors
@@ -131,14 +131,12 @@ def _as_peft_runs(tensors: Tensors, files: PeftFiles, modules: Mapping[str, nn.M
         module, lora_B = modules.get(layer), f"{PREFIX}{layer}.base_layer.out_proj.lora_B.weight"
         if isinstance(module, nn.MultiheadAttention) and lora_B in tensors:
             found[lora_B] = 2 * tensors[lora_B]
-        if isinstance(module, CONVOLUTIONS) and max(module.kernel_size) > 1:
-            pads = module.padding_mode != "zeros" and module.padding not in ("valid", (0,) * len(module.kernel_size))
-            if pads or max(module.dilation) > 1:
-                raise CheckpointError(
-                    f"{files.directory} was trained by PEFT on {layer!r}, a convolution with padding_mode="
-                    f"{module.padding_mode!r} and dilation={module.dilation}, which PEFT leaves out until it merges: "
-                    "what was trained is no update of its weight. Nothing was loaded."
-                )
+        if module is not None and is_misrun_by_peft(module):
+            raise CheckpointError(
+                f"{files.directory} was trained by PEFT on {layer!r}, a convolution with padding_mode="
+                f"{module.padding_mode!r} and dilation={module.dilation}, which PEFT leaves out until it merges: "
+                "what was trained is no update of its weight. Nothing was loaded."
+            )
     return found
 
 

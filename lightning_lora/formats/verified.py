@@ -15,7 +15,7 @@ from lightning_lora.formats.peft_config import config_from_peft
 from lightning_lora.formats.peft_files import read_files
 from lightning_lora.fqn import listed
 from lightning_lora.layers import Adapter
-from lightning_lora.model.state_dict import CheckpointError
+from lightning_lora.model.state_dict import CheckpointError, place_of
 from lightning_lora.model.targets import is_of_diffusers
 
 _KEPT = "Nothing was written to its place."
@@ -63,16 +63,17 @@ def verify_merged(model: nn.Module, directory: Path) -> None:
     expected = model.state_dict()
     if hasattr(getattr(model, "config", None), "to_dict") or is_of_diffusers(model):
         _require_config(model, expected, directory)
-    found: set[tuple[int, torch.Size]] = set()
+    found: set[Any] = set()  # names, and where their tensors are: one that is tied to them is not written twice
     other: list[str] = []
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             if not expected.keys() >= set(names):
                 return
-            found.update(_place(expected[name]) for name in names)
+            found.update(names, (place_of(expected[name]) for name in names))
             other += [name for name in names if not _same(expected[name], file.get_tensor(name))]
-    other += [name for name, tensor in expected.items() if _place(tensor) not in found]
+    found.discard(None)  # those of which no place is known
+    other += [name for name, tensor in expected.items() if not found & {name, place_of(tensor)}]
     if other:
         raise CheckpointError(
             f"The merged model that was written is not the one in memory: {listed(list(map(repr, other)))} differs or "
@@ -114,10 +115,6 @@ def _not_built(model: Any, config: Any, expected: Mapping[str, Tensor]) -> dict[
         built = type(model).from_config(config) if is_of_diffusers(model) else type(model)(config)
     shapes = {name: tensor.shape for name, tensor in built.state_dict().items()}
     return {name: shapes.get(name) for name in sorted(expected) if shapes.get(name) != expected[name].shape}
-
-
-def _place(tensor: Tensor) -> tuple[int, torch.Size]:
-    return tensor.data_ptr(), tensor.shape
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

@@ -25,6 +25,7 @@ class Adapter(nn.Module):
 
     peft_names: ClassVar[dict[str, str]]  # by the name of each trained tensor here, its name in PEFT's files
     peft_type: ClassVar[str] = "LORA"
+    shared_names: ClassVar[tuple[str, ...]] = ()  # of what PEFT stores once for all layers
     # Whether forward is called, so that FSDP may treat the adapter as a unit of its own.
     is_called: ClassVar[bool] = True
     # Whether it sets a weight as a whole, so that no other adapter can be active with it in a layer.
@@ -91,7 +92,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def shared_tensors(cls, adapters: Sequence["Adapter"]) -> dict[str, Tensor]:
-        """What PEFT stores once for all layers, under its names."""
+        """What PEFT stores once for all layers, by its ``shared_names``."""
         return {}
 
     @classmethod

@@ -38,5 +38,8 @@ class LoraMultiheadAttention(LoraParameters):
     def peft_targets(self, name: str) -> dict[str, list[str]]:
         return {"target_modules": [name]}
 
+    def misrun_by_peft(self) -> str | None:
+        return "adds the update of an attention's output projection twice"
+
     def peft_wrapped(self) -> dict[str, str]:
         return {"": ".base_layer", ".out_proj": ".base_layer.out_proj.base_layer"}

@@ -267,6 +267,10 @@ class LoraLayer(nn.Module):
         """The adapted parameters that PEFT would leave as they are where they are read."""
         return []
 
+    def misrun_by_peft(self) -> str | None:
+        """What PEFT 0.21 does in such a layer by which it computes something else; ``None`` if nothing."""
+        return None
+
     @property
     def active(self) -> tuple[str, ...]:
         """Names of the active adapters."""

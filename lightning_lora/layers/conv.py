@@ -72,6 +72,14 @@ class ConvAdapter(LoraAdapter):
         return rows, rows // (self.r // self.groups)
 
 
+def is_misrun_by_peft(module: nn.Module) -> bool:
+    """Whether a convolution dilates, or pads otherwise than with zeros, which PEFT leaves out until it merges."""
+    if not isinstance(module, CONVOLUTIONS) or max(module.kernel_size) == 1:
+        return False
+    pads = module.padding_mode != "zeros" and module.padding not in ("valid", (0,) * len(module.kernel_size))
+    return pads or max(module.dilation) > 1
+
+
 class LoraConv(LoraLayer):
     """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``, and subclasses that leave the forward as it is."""
 
@@ -82,6 +90,9 @@ class LoraConv(LoraLayer):
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
         return isinstance(module, CONVOLUTIONS)
+
+    def misrun_by_peft(self) -> str | None:
+        return "leaves out dilation and padding modes until it merges" if is_misrun_by_peft(self) else None
 
     @classmethod
     def new_adapter(

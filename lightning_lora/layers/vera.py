@@ -40,10 +40,6 @@ class Projections(nn.Module):
             bound = math.sqrt(6 / tensor.shape[1])  # Kaiming-uniform for ReLU
             tensor.copy_(torch.empty(tensor.shape, device="cpu").uniform_(-bound, bound, generator=generator))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The pair under PEFT's names."""
-        return {"vera_A": self.vera_A, "vera_B": self.vera_B}
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Projections":
         # Each layer passes its move or cast on to the pair that all have, and all but the first find it done.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -56,6 +52,7 @@ class VeraAdapter(LoraAdapter):
 
     peft_names = {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"}
     peft_type = "VERA"
+    shared_names = ("vera_A", "vera_B")
 
     projections: Projections
     vera_lambda_b: nn.Parameter
@@ -102,7 +99,7 @@ class VeraAdapter(LoraAdapter):
     @classmethod
     def shared_tensors(cls, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
         first: Any = adapters[0]
-        return {name: tensor.cpu() for name, tensor in first.projections.tensors().items()}
+        return {name: getattr(first.projections, name).cpu() for name in cls.shared_names}
 
     @classmethod
     def to_peft_config(cls, settings: dict[str, Any], config: LoraConfig) -> dict[str, Any]:

@@ -130,18 +130,13 @@ def thaw(injection: Injection) -> None:
             norm.__class__ = type(norm).__bases__[1]
         elif norm is not None and (around := modules.get(name.rpartition(".")[0])) is not None:
             norm.training = around.training  # KeepFrozen's doing
-    for module in modules.values():
+    own = set(injection.frozen_norms)
+    for name, module in modules.items():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, KeepFrozen):
+            # Those that keep another injection's norms stay.
+            if isinstance(hook, KeepFrozen) and any(".".join((name, *path)).lstrip(".") in own for path in hook.paths):
                 del module._forward_pre_hooks[key]
     for name, switch, value in injection.fused:
         if name in modules:
             setattr(modules[name], switch, value)
     injection.frozen, injection.fused, injection.frozen_norms = [], [], []
-
-
-def hand_over(injection: Injection, other: Injection) -> None:
-    """Leave it to another injection to thaw what this one has frozen."""
-    other.frozen += injection.frozen
-    other.frozen_norms += injection.frozen_norms
-    other.fused += injection.fused

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_lora.fqn import base_modules
 from lightning_lora.layers import LoraLayer, change_class
-from lightning_lora.model.freeze import freeze, hand_over, thaw
+from lightning_lora.model.freeze import freeze, thaw
 from lightning_lora.model.record import (
     Injection,
     adapted_layers,
@@ -68,10 +68,20 @@ def remove_all(root: nn.Module) -> _Removed:
                 found += others
                 known.update(others)
     removed = _Removed(found, [_remove_class(layer) for layer in layers.values()])
-    for injection in removed.injections:
+    _forget_injections(removed.injections)
+    return removed
+
+
+def _forget_injections(gone: list[Injection]) -> None:
+    """Thaw what they have frozen, but for what is in the base of others that stay."""
+    for injection in gone:
         thaw(injection)
         drop_record(injection)
-    return removed
+    stay = [other for each in gone for layer in adapted_layers(each.root) for other in injections_on(layer)]
+    by_root = {other.living_root(): other for other in dict.fromkeys(stay)}  # any of a root freezes all of it
+    for root, other in by_root.items():
+        if root is not None:
+            freeze(other)
 
 
 def keep_removed(root: nn.Module, removed: _Removed) -> None:
@@ -127,12 +137,7 @@ def remove_adapter(injection: Injection) -> None:
         if not layer.lora:
             _remove_class(layer)
     injection.switch(False)
-    others = [other for other in injections_of(injection.root) if other is not injection]
-    if others:  # what was frozen with this one is thawed with the last one
-        hand_over(injection, others[0])
-    else:
-        thaw(injection)
-    drop_record(injection)
+    _forget_injections([injection])
 
 
 def is_removed(model: nn.Module) -> bool:

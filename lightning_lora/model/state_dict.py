@@ -158,8 +158,8 @@ class _Owners:
         """The adapters' entries in a state dict, and of those that it has under none of these names their tensors."""
         found = {name: value for name, value in state_dict.items() if clean_fqn(name) in self.adapters}
         tensors = {name: getattr(*self.adapters[name]).detach() for name in self.adapters}
-        there = {_place(tensors[clean_fqn(name)]) for name in found}
-        return found | {name: tensor for name, tensor in tensors.items() if _place(tensor) not in there}
+        there = {place_of(tensors[clean_fqn(name)]) for name in found}
+        return found | {name: tensor for name, tensor in tensors.items() if place_of(tensor) not in there}
 
     def kept_in(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """What a checkpoint holds of a state dict."""
@@ -170,12 +170,12 @@ class _Owners:
         if name in self.adapters:
             return True
         if not self.inside(name):
-            return not isinstance(value, Tensor) or _place(value) not in self.places
+            return not isinstance(value, Tensor) or place_of(value) not in self.places
         return name not in self.base and any(parent in self.whole for parent in _parents(name))
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Where a tensor's values are, ``None`` if that cannot be told."""
+def place_of(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Where a tensor's values are in memory, ``None`` if that cannot be told."""
     if tensor.is_nested or tensor.layout is not torch.strided or wraps_tensors(tensor):
         return None
     return (tensor.device, tensor.data_ptr(), tensor.shape) if tensor.numel() and not tensor.is_meta else None
@@ -211,7 +211,7 @@ def _owners(model: nn.Module) -> _Owners:
     ]
     base = [tensor for holder in holders for tensor in holder.values() if tensor is not None]
     adapter_ids, base_ids = set(map(id, adapter)), set(map(id, base))
-    places = set() if is_sharded(model) else {place for each in (*adapter, *base) if (place := _place(each))}
+    places = set() if is_sharded(model) else {place for each in (*adapter, *base) if (place := place_of(each))}
     owners = _Owners({}, set(), set(), set(), places)
     for name, module, inner in named_tensors(model):
         if id(getattr(module, inner)) in adapter_ids:

@@ -115,7 +115,7 @@ class CausalLM(TokenWeighted):
         ids = torch.tensor([question], device=next(self.model.parameters()).device)
         return self._continue(ids, torch.ones_like(ids), max_new_tokens)[0]
 
-    def _continue(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> list[str]:
+    def _continue(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **given: Any) -> list[str]:
         with evaluating(self.model):
             output = self.model.generate(
                 input_ids=input_ids,
@@ -126,6 +126,7 @@ class CausalLM(TokenWeighted):
                 top_p=None,
                 top_k=None,
                 pad_token_id=self.tokenizer.pad_token_id,
+                **given,
             )
         new = self.tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in new]

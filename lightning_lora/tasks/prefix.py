@@ -121,20 +121,8 @@ class PrefixCausalLM(CausalLM):
         """Rows of a mask, or of token ids, with ones in the place of the prefix."""
         return torch.cat([rows.new_ones(len(rows), self.prefix.tokens), rows], dim=1)
 
-    def _continue(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int) -> list[str]:
-        cache = self.prefix.cache(len(input_ids), self.model.dtype)
-        with evaluating(self.model):
-            # The ids in the prefix's place are never looked at: their keys and values are there already.
-            output = self.model.generate(
-                input_ids=self._behind_prefix(input_ids),
-                attention_mask=self._behind_prefix(attention_mask),
-                **{self._cache_name: cache},
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
-        new = output[:, self.prefix.tokens + input_ids.shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    def _continue(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **given: Any) -> list[str]:
+        given[self._cache_name] = self.prefix.cache(len(input_ids), self.model.dtype)
+        # The ids in the prefix's place are never looked at: their keys and values are there already.
+        input_ids, attention_mask = self._behind_prefix(input_ids), self._behind_prefix(attention_mask)
+        return super()._continue(input_ids, attention_mask, max_new_tokens, **given)

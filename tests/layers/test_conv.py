@@ -234,7 +234,8 @@ def test_padding_modes_and_dilation_are_as_peft_merges_and_not_as_it_runs(
     plain = copy.deepcopy(base)
     model = inject(copy.deepcopy(base), LoraConfig(r=4, target_modules=["0"]))
     randomize(model)
-    save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="PEFT 0.21 leaves out dilation and padding modes .* something else in '0'"):
+        save_adapter(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     there = theirs.base_model.model[0]
     assert not torch.allclose(there(x), model[0](x), atol=1e-2)
@@ -246,6 +247,26 @@ def test_padding_modes_and_dilation_are_as_peft_merges_and_not_as_it_runs(
     theirs.save_pretrained(tmp_path / "theirs")
     with pytest.raises(CheckpointError, match=rf"padding_mode='{layer.padding_mode}'.*PEFT leaves out until it merges"):
         load_adapter(plain, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 4, 3, padding=1, stride=2),
+        nn.Conv2d(4, 4, 3, padding_mode="circular"),
+        nn.Conv1d(4, 4, 3, padding="valid", padding_mode="reflect"),
+        nn.Conv1d(4, 4, 1, dilation=2),
+    ],
+)
+def test_what_peft_runs_rightly_is_exported_in_silence(layer: nn.Module, tmp_path: Path) -> None:
+    model = inject(nn.ModuleList([copy.deepcopy(layer)]), LoraConfig(r=4, target_modules=["0"]))
+    randomize(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(model, tmp_path)
+    x = torch.randn(2, 4, *[6] * (layer.weight.dim() - 2))
+    theirs = peft.PeftModel.from_pretrained(nn.ModuleList([layer]), tmp_path)
+    torch.testing.assert_close(theirs.base_model.model[0](x), model[0](x), rtol=1e-4, atol=1e-5)
 
 
 def test_all_linear_leaves_convolutions_alone() -> None:

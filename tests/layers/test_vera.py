@@ -27,6 +27,7 @@ from lightning_lora import (
     unmerge,
 )
 from lightning_lora.layers import LoraLayer
+from lightning_lora.layers.vera import VeraAdapter
 
 MODELS: list[tuple[Callable[[], nn.Module], list[str]]] = [
     (tiny_llama, ["q_proj", "v_proj", "down_proj"]),
@@ -110,10 +111,10 @@ def test_a_model_on_the_meta_device_gets_the_pair_when_it_is_materialized() -> N
             module.reset_parameters()
     whole = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 9))
     inject(whole, LoraConfig(r=4, use_vera=True, target_modules=["0", "1"], seed=5))
-    expected = whole[0].lora["default"].projections.tensors()
+    expected = VeraAdapter.shared_tensors([whole[0].lora["default"]])
     assert expected["vera_A"].abs().min() > 0
     for layer in model:
-        toys.assert_same_tensors(layer.lora["default"].projections.tensors(), expected)
+        toys.assert_same_tensors(VeraAdapter.shared_tensors([layer.lora["default"]]), expected)
 
 
 def test_another_projection_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,16 @@ from helpers.models import tiny_classifier, tiny_llama
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_lora import LoraConfig, TargetError, adapter_state_dict, eject, inject, load_adapter_state_dict, unmerge
+from lightning_lora import (
+    LoraConfig,
+    TargetError,
+    adapter_state_dict,
+    delete_adapter,
+    eject,
+    inject,
+    load_adapter_state_dict,
+    unmerge,
+)
 from lightning_lora.model.freeze import FrozenNorm
 from lightning_lora.model.state_dict import CheckpointError
 
@@ -294,6 +303,26 @@ def test_norms_stay_frozen_where_others_take_their_place(copied: bool) -> None:
     assert all(module.training and not module._forward_pre_hooks for module in model.modules())
     model(x)
     assert not torch.equal(model.last.running_mean, before["last.running_mean"])
+
+
+@pytest.mark.parametrize("outer_first", [True, False])
+@pytest.mark.parametrize("outer_stays", [True, False])
+def test_the_base_of_another_injection_stays_frozen(outer_first: bool, outer_stays: bool) -> None:
+    """One goes, and the base of the other stays frozen, also where other norms take the place of those there."""
+    model = nn.Sequential(nn.BatchNorm1d(4), Blocks())
+    outer, inner = (model, "outer"), (model[1], "inner")
+    for root, name in (outer, inner) if outer_first else (inner, outer):
+        inject(root, LoraConfig(r=2), name)
+    stays = outer if outer_stays else inner
+    delete_adapter(*(inner if outer_stays else outer))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model.train())
+    before = {name: buffer.clone() for name, buffer in model[1].named_buffers()}
+    model(torch.randn(8, 4))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model[1].named_buffers())
+    assert not any(p.requires_grad for name, p in stays[0].named_parameters() if ".lora." not in name)
+    eject(stays[0])
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("saved", [["wte", "lm_head"], ["lm_head"], ["wte"]])

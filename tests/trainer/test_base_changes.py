@@ -182,7 +182,7 @@ def test_the_callback_is_copied_in_fit_without_it(tmp_path: Path) -> None:
     class Copies(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
             state = trainer.callbacks[0].__reduce__()[2]
-            assert trainer.callbacks[0]._base is not None and state["_base"] is None and state["_gradients"] is None
+            assert trainer.callbacks[0]._watches.base is not None and state["_watches"] == type(state["_watches"])()
 
     fit(tmp_path, Toy(), Copies())
 

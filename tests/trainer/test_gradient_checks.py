@@ -213,7 +213,7 @@ def test_optimizers_that_are_made_and_stepped_by_hand(tmp_path: Path, when: str)
 def test_nothing_is_left_of_it_once_it_has_passed(tmp_path: Path) -> None:
     class Looks(Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-            assert trainer.callbacks[0]._gradients is None
+            assert trainer.callbacks[0]._watches.gradients is None
             assert not trainer.optimizers[0]._optimizer_step_post_hooks
 
     toys.trainer(tmp_path, [LoRA(r=2, summary=False), Looks()], max_steps=2).fit(Toy(), loader())

@@ -1,6 +1,7 @@
 """A training step that computes with the weight of an adapted layer is refused, and one that only looks is not."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,9 +238,10 @@ def test_a_callback_is_copied_without_its_run(tmp_path: Path) -> None:
 
     class Copies(L.Callback):
         def on_train_batch_end(self, *_: Any) -> None:
-            assert lora._reads is not None  # this one comes first, so while the first batch is watched
+            assert lora._watches.reads is not None  # this one comes first, so while the first batch is watched
             copies.append(copy.copy(lora))
 
     data = DataLoader(torch.arange(12).remainder(10).view(4, 3), batch_size=2)
     toys.trainer(tmp_path, [Copies(), lora], max_steps=1).fit(Items(LOOKS["norm"]), data)
-    assert [(each._reads, each._finite, each._gradients, each._base) for each in copies] == [(None,) * 4]
+    (watches,) = [dataclasses.astuple(each._watches) for each in copies]
+    assert watches == (None,) * 5
