@@ -7,7 +7,17 @@ from helpers import toys
 from helpers.toys import Toy, assert_same_tensors, inputs, loader, snapshot
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_lora import CheckpointError, LoRA, load_adapter, load_from_checkpoint
+from lightning_lora import (
+    CheckpointError,
+    LoRA,
+    LoraConfig,
+    adapter_state_dict,
+    inject,
+    load_adapter,
+    load_from_checkpoint,
+    unmerge,
+)
+from lightning_lora.formats.metadata import metadata
 
 
 def refused(tmp_path: Path, path: Path, match: str, model: Any = None, lora: Any = None) -> None:
@@ -80,3 +90,47 @@ def test_the_same_base_in_bfloat16_is_the_same_base(tmp_path: Path, adapter_chec
     )
     model = load_adapter(Toy().bfloat16(), adapter_checkpoint[0])
     assert torch.isfinite(model.eval()(inputs().bfloat16())).all()
+
+
+def saved(path: Path, **settings: Any) -> Path:
+    model = inject(Toy(), LoraConfig(r=2, target_modules=["0", "4"], **settings))
+    torch.save({"lightning_lora": metadata(model), "state_dict": adapter_state_dict(model)}, path)
+    return path
+
+
+BINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "lora_alpha": ({"lora_alpha": 3}, {}),
+    "rank_pattern": ({"rank_pattern": {"net.4": 3}}, {}),
+    "alpha_pattern": ({"alpha_pattern": {"net.4": 3}}, {}),
+    "use_rslora": ({"use_rslora": True}, {}),
+    "use_dora": ({"use_dora": True}, {}),
+    "init_lora_weights": ({"init_lora_weights": "pissa"}, {}),
+    "seed": ({"init_lora_weights": "pissa_niter_4", "seed": 1}, {"init_lora_weights": "pissa_niter_4", "seed": 2}),
+}
+
+
+@pytest.mark.parametrize("setting", BINDS)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_settings_that_change_what_is_computed_must_be_the_same(setting: str, swapped: bool, tmp_path: Path) -> None:
+    there, here = BINDS[setting][::-1] if swapped else BINDS[setting]
+    model = inject(Toy(), LoraConfig(r=2, target_modules=["0", "4"], **here))
+    with pytest.raises(CheckpointError, match=rf"other LoRA settings: {setting} \(.* saved, .* here\)"):
+        load_adapter(model, saved(tmp_path / "x.ckpt", **there))
+
+
+def test_what_two_runs_may_differ_in(tmp_path: Path) -> None:
+    there = {"lora_dropout": 0.1, "rank_dropout": 0.1, "freeze_A": True, "init_lora_weights": "gaussian", "seed": 5}
+    model = inject(Toy(), LoraConfig(r=2, target_modules=["0", "4"]))
+    load_adapter(model, saved(tmp_path / "x.ckpt", **there))
+    expected = inject(Toy(), LoraConfig(r=2, target_modules=["0", "4"], **there))
+    assert_same_tensors(adapter_state_dict(model), adapter_state_dict(expected))
+
+
+def test_an_adapter_on_merged_weights_says_what_they_hold(tmp_path: Path) -> None:
+    model = Toy()
+    for stage in ("first", "second"):
+        toys.trainer(tmp_path, [LoRA(r=2, adapter_name=stage, summary=False)], max_epochs=1).fit(model, loader())
+        model = unmerge(model) if stage == "second" else model
+    torch.save({"lightning_lora": metadata(model), "state_dict": adapter_state_dict(model)}, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match="Into that base, the adapter 'first' had been merged for good"):
+        load_adapter(Toy(), tmp_path / "x.ckpt")
