@@ -51,17 +51,27 @@ def test_other_settings_are_refused(tmp_path: Path, adapter_checkpoint: tuple[Pa
 
 def test_another_base_is_refused(tmp_path: Path, adapter_checkpoint: tuple[Path, Any]) -> None:
     refused(tmp_path, adapter_checkpoint[0], "trained on another base model: its fingerprint", model=Toy(seed=1))
-    with pytest.raises(CheckpointError, match="another base model"):
+    with pytest.raises(CheckpointError, match=f"{adapter_checkpoint[0]} .*another base model"):
         load_from_checkpoint(Toy, adapter_checkpoint[0], seed=1)
     base = Toy(seed=1)
     with pytest.raises(CheckpointError, match="another base model"):
         load_adapter(base, adapter_checkpoint[0])
 
 
+def test_a_file_of_anything_else_is_named(tmp_path: Path, adapter_checkpoint: tuple[Path, Any]) -> None:
+    content = torch.load(adapter_checkpoint[0], weights_only=True)
+    content["lightning_lora"]["adapters"][0]["module"] = "absent"
+    for name, of in (("list", [1]), ("text", "adapter"), ("elsewhere", content)):
+        torch.save(of, tmp_path / f"{name}.ckpt")
+        for read in (lambda path: load_from_checkpoint(Toy, path), lambda path: load_adapter(Toy(), path)):
+            with pytest.raises(CheckpointError, match=f"{tmp_path}/{name}.ckpt"):
+                read(tmp_path / f"{name}.ckpt")
+
+
 def test_a_full_checkpoint_is_refused(tmp_path: Path) -> None:
     trainer = toys.trainer(tmp_path, [ModelCheckpoint(tmp_path, save_last=True)])
     trainer.fit(Toy(), loader())
-    refused(tmp_path, tmp_path / "last.ckpt", "is no adapter checkpoint: it holds 11 tensors")
+    refused(tmp_path, tmp_path / "last.ckpt", f"{tmp_path}/last.ckpt is no adapter checkpoint: it holds 11 tensors")
     with pytest.raises(CheckpointError, match="is no adapter checkpoint"):
         load_from_checkpoint(Toy, tmp_path / "last.ckpt")
 

@@ -317,8 +317,12 @@ def test_a_resized_scaling_and_another_base_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="this LlamaForCausalLM is not wrapped"):
         load_adapter(Module(build=tiny_llama), tmp_path / "x.ckpt")
     ours = LoRA(r=4, target_modules=LAYERS, module="model", summary=False)
-    with pytest.raises(CheckpointError, match="adapters that PEFT had put in, and here this package has"):
+    with pytest.raises(CheckpointError, match="adapters that PEFT had put in, and here this package has: build"):
         fit(tmp_path, Module(build=tiny_llama), ours, ckpt_path=tmp_path / "x.ckpt")
+    ours = LoRA(r=4, target_modules=LAYERS, module="model", summary=False, merge=None)
+    fit(tmp_path, Module(build=tiny_llama), ours).save_checkpoint(tmp_path / "ours.ckpt")
+    with pytest.raises(CheckpointError, match="adapters that this package had put in, and here PEFT has: build"):
+        fit(tmp_path, module, LoRA(module="model", summary=False), ckpt_path=tmp_path / "ours.ckpt")
 
 
 def test_what_cannot_be_done_is_said_before_the_run(tmp_path: Path) -> None:
