@@ -121,17 +121,28 @@ def wait(children: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
+def over(children: list[int], at: float) -> bool:
+    """Wait until a moment, unless all processes end before it."""
+    options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while time.monotonic() < at:
+        if all(os.waitid(os.P_PID, child, options) for child in children):
+            return True
+        time.sleep(0.005)
+    return False
+
+
 def killed(folder: Path, strategy: str, after: float, which: int | None) -> str:
     """Kill a run, all of its processes or one, and say in which phase that was."""
     children = start(folder, strategy)
-    time.sleep(after)
+    if over(children, time.monotonic() + after):
+        wait(children)
+        return "over"
     for child in children if which is None else [children[which]]:
         os.kill(child, signal.SIGKILL)
     time.sleep(0.2)  # what another process does of itself then
     for child in children:
         os.kill(child, signal.SIGKILL)
-    if all(code == 0 for code in wait(children)):
-        return "over"
+    wait(children)
     if any(folder.rglob(".*.partial")):
         return "while it wrote"
     if (folder / "end.pt").exists():
@@ -175,8 +186,10 @@ def kills(strategy: str, number: int, draws: random.Random) -> dict[str, Any]:
         while sum(phases.values()) < number:
             folder = Path(tempfile.mkdtemp(dir=scratch))
             which = draws.choice([None, *range(STRATEGIES[strategy][0])])
+            begun = time.monotonic()
             phase = killed(folder, strategy, draws.uniform(0.1, 1.0) * length, which)
-            if phase == "over":  # it was faster than the first
+            if phase == "over":  # it was faster than those before it
+                length = time.monotonic() - begun
                 continue
             phases[phase] = phases.get(phase, 0) + 1
             if problem := problem_of(folder, strategy, expected):
