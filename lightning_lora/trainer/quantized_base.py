@@ -7,9 +7,9 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from lightning_lora.class_names import is_a
 from lightning_lora.model.quantization import quantized_layers
 from lightning_lora.model.record import injections
-from lightning_lora.trainer.pytorch_lightning import is_a
 
 _SHARDING = ("FSDPStrategy", "ModelParallelStrategy")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
