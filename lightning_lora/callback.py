@@ -1,7 +1,6 @@
 """``LoRA``: the life of a run, hook by hook, in the order in which Lightning calls them."""
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from lightning_lora.sharding import is_sharded
 from lightning_lora.signature import takes
 from lightning_lora.trainer import (
     base_changes,
+    configure_model,
     gradient_checks,
     quantized_base,
     requeue,
@@ -196,7 +196,7 @@ class LoRA(Callback):
         self._came = None
         install(trainer.strategy, checkpoints, keeps_finite=self.on_nan != "ignore")
         quantized_base.leave_to_building(trainer)
-        _after_configure_model(pl_module, self)
+        configure_model.attach_after(pl_module, self)
         if weight_averaging.must_be_injected_early(trainer, pl_module, self):
             self.attach(pl_module)
 
@@ -424,7 +424,7 @@ class LoRA(Callback):
         return forget_removed(root)
 
     def _release(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        _as_before_configure_model(pl_module)
+        configure_model.as_before(pl_module)
         quantized_base.as_before(trainer, pl_module)
         self._watches.stop()
         self._watches = _Watches()
@@ -464,48 +464,3 @@ def _floating_dtype(name: str | None) -> torch.dtype | None:
 
 def _lora_callbacks(trainer: "pl.Trainer") -> list[LoRA]:
     return [callback for callback in trainer.callbacks if isinstance(callback, LoRA)]  # type: ignore[attr-defined]
-
-
-def _after_configure_model(pl_module: "pl.LightningModule", callback: LoRA) -> None:
-    """Attach a callback's adapter when Lightning calls ``configure_model``.
-
-    Lightning 2.6 has no callback hook between ``configure_model`` and the strategy's set-up, where optimizers are made
-    and the model is wrapped. So the instance gets a ``configure_model`` of its own until the run ends. It is made of
-    what can be pickled and copied, and in a copy of the module it is about the copy, and attaches nothing.
-    """
-    current = pl_module.__dict__.get("configure_model")
-    if not _is_of(current, pl_module):
-        current = partial(_build_and_attach, pl_module, current, _Waiting())
-        pl_module.__dict__["configure_model"] = current
-    current.args[2].append(callback)  # type: ignore[union-attr]
-
-
-def _as_before_configure_model(pl_module: "pl.LightningModule") -> None:
-    current: Any = pl_module.__dict__.get("configure_model")
-    if _is_of(current, pl_module):
-        del pl_module.__dict__["configure_model"]
-        if current.args[1] is not None:  # the instance had one already
-            pl_module.__dict__["configure_model"] = current.args[1]
-
-
-def _is_of(current: Any, pl_module: "pl.LightningModule") -> bool:
-    ours = isinstance(current, partial) and current.func is _build_and_attach
-    return ours and current.args[0] is pl_module
-
-
-class _Waiting(list[LoRA]):
-    """The callbacks whose adapters are to be attached; none in a copy."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _Waiting, ()
-
-
-def _build_and_attach(pl_module: "pl.LightningModule", own: Any, waiting: _Waiting) -> None:
-    has_own = own is not None or not type(pl_module).configure_model.__module__.endswith("core.hooks")
-    with quantized_base.building(pl_module, has_own):
-        if own is None:
-            type(pl_module).configure_model(pl_module)
-        else:
-            own()
-    for callback in waiting:
-        callback.attach(pl_module)

@@ -1,6 +1,6 @@
 """Names of modules and parameters, and the walk over those of a base."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
@@ -34,6 +34,15 @@ def base_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tu
             for inner, child in reversed(module._modules.items())
             if child is not None and inner != adapters
         )
+
+
+def outermost(model: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """The wanted ones among the base's modules, by name, but those inside of another that is wanted."""
+    found: dict[str, nn.Module] = {}
+    for name, module in base_modules(model):
+        if not any(is_submodule(name, outer) for outer in found) and is_wanted(module):
+            found[name] = module
+    return found
 
 
 def is_submodule(name: str, other: str) -> bool:

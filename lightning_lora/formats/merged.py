@@ -152,7 +152,7 @@ def _save_one_by_one(model: nn.Module, directory: Path, max_shard_size: str, dty
         tensors: dict[str, Tensor] = {}
         for part in content:
             tensor = part.values()
-            weight_map[part.name], total = file_name, total + tensor.numel() * tensor.element_size()
+            weight_map[part.name], total = file_name, total + tensor.nbytes
             if is_writer(model):
                 tensors[part.name] = tensor.detach().cpu().contiguous()
         if is_writer(model):

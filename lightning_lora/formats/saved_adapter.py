@@ -39,7 +39,7 @@ class SavedAdapter:
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def named(self) -> dict[str, Tensor]:
         """The tensors by names that are the same in both formats, such as ``model.q_proj.lora_A``."""

@@ -15,7 +15,6 @@ from lightning_lora.layers.base import (
     adapted_class,
     change_class,
     class_problem,
-    rows_of,
     unreadable_reason,
     weightless_reason,
 )
@@ -29,6 +28,7 @@ from lightning_lora.layers.parameters import LoraParameters
 from lightning_lora.layers.quantized import QuantizedStorage, register_quantized_storage, storage_of
 from lightning_lora.layers.quantized_linear import LoraQuantizedLinear, dequantized
 from lightning_lora.layers.recurrent import LoraRecurrent
+from lightning_lora.layers.rows import rows_of
 from lightning_lora.layers.tokens import LoraTokens
 from lightning_lora.layers.vera import VERA
 

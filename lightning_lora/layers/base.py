@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from types import MethodType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.functional import add_low_rank_by_sample
 from lightning_lora.layers.offloading import Shown, onloaded, swap_offloaded
 from lightning_lora.layers.quantized import storage_of
+from lightning_lora.layers.rows import Rows, input_rows
 from lightning_lora.layers.seal import Seal, wraps_tensors
 from lightning_lora.sharding import local_tensor, shard_of, swap_parameters, unsharded, unwrap_fsdp
 
@@ -59,18 +60,6 @@ class MergedForm:
     otherwise: torch.dtype = torch.float32
 
 
-class Rows(NamedTuple):
-    """Which adapter each sample of a batch has.
-
-    Attributes:
-        choice: For each sample, the index of its adapter in ``samples``, or their number for none.
-        samples: By adapter, the indices of its samples.
-    """
-
-    choice: Tensor
-    samples: dict[str, Tensor]
-
-
 class _Calls(threading.local):
     """The layers whose objects' own forwards are running, and whether these have led back to their classes'."""
 
@@ -106,7 +95,7 @@ class LoraLayer(nn.Module):
     _aside: dict[str, Tensor]  # meanwhile, by name, the base's own parameters or their values
     _seals: dict[str, Seal]  # by the same names, seals on the merged ones
     _own_forward: Any = None  # what was called in the place of the class's forward, if something was
-    _rows: "Rows | None"  # for a batch of several adapters' samples
+    _rows: Rows | None  # for a batch of several adapters' samples
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
@@ -125,8 +114,13 @@ class LoraLayer(nn.Module):
         """An adapter for one module, ready to be put in."""
         make: Any = adapter_class
         weight = cls.weight_for(target.module, adapter_class)
-        adapter: nn.Module = make(weight, config, target.name, adapter_name)
+        adapter: nn.Module = make(weight, config, target.name, adapter_name, **cls.layout(target, config))
         return adapter
+
+    @classmethod
+    def layout(cls, target: Target, config: LoraConfig) -> dict[str, Any]:
+        """What an adapter of this kind must know of a module beside its weight, by attribute."""
+        return {}
 
     @classmethod
     def weight_for(cls, module: nn.Module, adapter_class: type[Adapter]) -> Tensor:
@@ -216,7 +210,7 @@ class LoraLayer(nn.Module):
         """Whether this thread is in a call of the object's own forward."""
         return id(self) in _calls.led_back
 
-    def _add_by_sample(self, x: Tensor, out: Tensor, rows: "Rows") -> Tensor:
+    def _add_by_sample(self, x: Tensor, out: Tensor, rows: Rows) -> Tensor:
         """Add to each sample's output the path of its own adapter, all samples of one adapter at once."""
         samples = len(rows.choice)
         present = {name: chosen for name, chosen in rows.samples.items() if name in self.lora}
@@ -228,7 +222,7 @@ class LoraLayer(nn.Module):
             places = torch.tensor([*(here.get(name, len(here)) for name in rows.samples), len(here)], device=x.device)
             return add_low_rank_by_sample(out, x, factors, places[rows.choice.to(x.device)])
         for name, chosen in present.items():
-            index = _rows_of(chosen.to(x.device), samples, len(x))
+            index = input_rows(chosen.to(x.device), samples, len(x))
             out = out.index_copy(0, index, self._adapted(name, x[index], out[index]))
         return out
 
@@ -430,25 +424,6 @@ def class_problem(layer_class: type[LoraLayer], module: nn.Module) -> str | None
             "the layer's among its bases; put it after"
         )
     return None
-
-
-def rows_of(adapter_names: Sequence[str | None], names: Sequence[str]) -> Rows:
-    """Which adapter each sample has, given the name of each sample's adapter and all of these names once."""
-    index = {name: position for position, name in enumerate(names)}
-    choice = torch.tensor([len(index) if name is None else index[name] for name in adapter_names], dtype=torch.long)
-    samples = {name: (choice == position).nonzero().flatten() for name, position in index.items()}
-    return Rows(choice, samples)
-
-
-def _rows_of(samples: Tensor, count: int, rows: int) -> Tensor:
-    """The rows of given samples in a tensor whose rows are ``count`` samples, or several in a row for each of them."""
-    each, rest = divmod(rows, count)
-    if rest:
-        raise ValueError(
-            f"adapters_for names the adapters of {count} samples, but a layer got an input of {rows} rows: give one "
-            "name for each sample of the batch (None for the base alone)."
-        )
-    return (samples.unsqueeze(1) * each + torch.arange(each, device=samples.device)).flatten()
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.layers.adapter import Adapter, LoraAdapter
+from lightning_lora.layers.adapter import LoraAdapter
 from lightning_lora.layers.base import LoraLayer, Target
 from lightning_lora.layers.functional import low_rank_product
 
@@ -95,12 +95,8 @@ class LoraConv(LoraLayer):
         return "leaves out dilation and padding modes until it merges" if is_misrun_by_peft(self) else None
 
     @classmethod
-    def new_adapter(
-        cls, adapter_class: type[Adapter], target: Target, config: LoraConfig, adapter_name: str
-    ) -> nn.Module:
-        make: Any = adapter_class
-        adapter: nn.Module = make(target.module.weight, config, target.name, adapter_name, groups=target.module.groups)
-        return adapter
+    def layout(cls, target: Target, config: LoraConfig) -> dict[str, Any]:
+        return {"groups": target.module.groups}
 
     @classmethod
     def unsupported_reason(cls, target: Target, config: LoraConfig) -> str | None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import Linear
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import Target
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter, LoraLinear
 
@@ -92,18 +91,11 @@ class LoraFusedLinear(LoraLinear):
         return False  # fused_qkv chooses
 
     @classmethod
-    def new_adapter(
-        cls, adapter_class: type[Adapter], target: Target, config: LoraConfig, adapter_name: str
-    ) -> nn.Module:
+    def layout(cls, target: Target, config: LoraConfig) -> dict[str, Any]:
         rows = qkv_rows(target.module, target.parent)
         assert rows is not None and config.fused_qkv is not None
         parts = [rows[part] for part in ("q", "k", "v") if part in config.fused_qkv]
-        make: Any = adapter_class
-        out_features = sum(map(len, rows.values()))
-        adapter: nn.Module = make(
-            target.module.weight, config, target.name, adapter_name, parts=parts, out_features=out_features
-        )
-        return adapter
+        return {"parts": parts, "out_features": sum(map(len, rows.values()))}
 
 
 class LoraFusedConv1D(LoraFusedLinear):

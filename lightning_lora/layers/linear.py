@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Linear  # by its own name, for Lightning's BitsandbytesPrecision has nn.Linear be another class
 
+from lightning_lora.class_names import is_a
 from lightning_lora.config import LOFTQ
 from lightning_lora.layers.adapter import LoraAdapter
 from lightning_lora.layers.base import LoraLayer, base_class, is_hooked
@@ -166,6 +167,4 @@ class LoraConv1D(LoraLayer):
 
     @classmethod
     def adapts(cls, module: nn.Module) -> bool:
-        # By name, so that transformers need not be imported.
-        names = {f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__}
-        return "transformers.pytorch_utils.Conv1D" in names
+        return is_a(module, "Conv1D", "transformers.pytorch_utils")

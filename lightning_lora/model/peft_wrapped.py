@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.class_names import is_a
 from lightning_lora.config import LoraConfig
-from lightning_lora.fqn import base_modules, clean_fqn, is_submodule
+from lightning_lora.fqn import clean_fqn, is_submodule, outermost
 from lightning_lora.model.base_config import configs_of
 from lightning_lora.model.fingerprint import BaseTensor, Fingerprint, base_values, fingerprint_of
 from lightning_lora.model.freeze import tracks_statistics
@@ -22,6 +23,8 @@ from lightning_lora.model.quantization import is_quantized, quantization
 from lightning_lora.model.record import Injection, drop_record, injections_of, keep_record
 from lightning_lora.model.targets import TargetError
 from lightning_lora.sharding import named_tensors
+
+_PEFT, _SAVED = "peft.", "AuxiliaryTrainingWrapper"  # its class around modules that it trains in full
 
 
 class PeftInjection(Injection):
@@ -89,11 +92,7 @@ def lora_factors(module: Any, adapter: str) -> tuple[tuple[Tensor, Tensor], floa
 
 def wrapped_models(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost modules that PEFT has wrapped (``get_peft_model``) or put layers into, by name."""
-    found: dict[str, nn.Module] = {}
-    for name, module in base_modules(model):
-        if not any(is_submodule(name, outer) for outer in found) and _is_root(module):
-            found[name] = module
-    return {clean_fqn(name): module for name, module in found.items()}
+    return {clean_fqn(name): module for name, module in outermost(model, _is_root).items()}
 
 
 def adopt_peft(root: nn.Module, config: LoraConfig, adapter_name: str) -> PeftInjection:
@@ -147,7 +146,7 @@ def base_fingerprint(root: nn.Module, adapter: str | None = None) -> Fingerprint
     replaced: dict[int, tuple[int, ...]] = {}
     for name, module in _base(root, outside=True):
         copies = getattr(module, "modules_to_save", {})
-        if _is_a(module, "AuxiliaryTrainingWrapper") and (copies if adapter is None else adapter in copies):
+        if is_a(module, _SAVED, _PEFT) and (copies if adapter is None else adapter in copies):
             trained_in_full.append(name)
         rows = getattr(getattr(module, "token_adapter", module), "token_indices", {})
         for chosen in [rows[each] for each in rows if adapter in (None, each)]:
@@ -227,19 +226,14 @@ def _is_root(module: nn.Module) -> bool:
     return isinstance(configs, dict) and bool(configs) and any(map(_wraps, module.modules()))
 
 
-def _is_a(module: nn.Module, name: str) -> bool:
-    """Whether a module is of a class of PEFT that others are made of."""
-    return any(base.__name__ == name and base.__module__.startswith("peft.") for base in type(module).__mro__)
-
-
 def _wraps(module: nn.Module) -> bool:
     """Whether it is a module that PEFT has put around one of the base."""
-    return "peft" in sys.modules and (_is_a(module, "BaseTunerLayer") or _is_a(module, "AuxiliaryTrainingWrapper"))
+    return "peft" in sys.modules and (is_a(module, "BaseTunerLayer", _PEFT) or is_a(module, _SAVED, _PEFT))
 
 
 def _inner(wrapper: nn.Module) -> nn.Module:
     """What PEFT has put a module around, which it may have done more than once."""
-    inner = wrapper.original_module if _is_a(wrapper, "AuxiliaryTrainingWrapper") else wrapper.base_layer
+    inner = wrapper.original_module if is_a(wrapper, _SAVED, _PEFT) else wrapper.base_layer
     assert isinstance(inner, nn.Module)
     return inner
 

@@ -11,8 +11,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lightning_lora.class_names import is_a
 from lightning_lora.config import AUTO, LoraConfig
-from lightning_lora.fqn import base_modules, clean_fqn, is_submodule
+from lightning_lora.fqn import base_modules, clean_fqn, is_submodule, outermost
 from lightning_lora.layers import (
     LoraLayer,
     LoraParameters,
@@ -275,29 +276,22 @@ def parameters_in(saved: Mapping[str, nn.Module | Tensor]) -> list[str]:
 
 def pretrained_models(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost transformers models inside a module (which may be one itself), by name."""
-    found: dict[str, nn.Module] = {}
-    for name, module in base_modules(model):
-        # Told by their attributes, so that transformers need not be imported.
-        is_pretrained = hasattr(type(module), "base_model_prefix") and hasattr(module, "get_output_embeddings")
-        if is_pretrained and not any(is_submodule(name, outer) for outer in found):
-            found[name] = module
-    return found
+    return outermost(model, _is_pretrained)
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    # Told by their attributes, so that transformers need not be imported.
+    return hasattr(type(module), "base_model_prefix") and hasattr(module, "get_output_embeddings")
 
 
 def is_of_diffusers(module: nn.Module) -> bool:
-    """Whether a module is a model of diffusers, which need not be imported for it."""
-    return any(
-        base.__qualname__ == "ModelMixin" and base.__module__.startswith("diffusers.") for base in type(module).__mro__
-    )
+    """Whether a module is a model of diffusers."""
+    return is_a(module, "ModelMixin", "diffusers.")
 
 
 def models_with_files(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost models of transformers and of diffusers inside a module, which write themselves, by name."""
-    found = pretrained_models(model)
-    for name, module in base_modules(model):
-        if is_of_diffusers(module) and not any(is_submodule(name, outer) for outer in found):
-            found[name] = module
-    return found
+    return outermost(model, lambda module: _is_pretrained(module) or is_of_diffusers(module))
 
 
 def _group(module: nn.Module) -> str:

@@ -1,14 +1,15 @@
 """Which rows of which embeddings ``trainable_token_indices`` means, and what shares them."""
 
 import difflib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.fqn import clean_fqn, is_submodule
+from lightning_lora.fqn import is_submodule
 from lightning_lora.layers import LoraLayer, LoraTokens, Target, unsupported_reason
+from lightning_lora.model.record import parameters_by_name
 from lightning_lora.model.targets import TargetError, matches, modules_by_name, pretrained_models
 
 
@@ -85,7 +86,7 @@ def _tied_to(name: str, names: dict[str, nn.Module], model: nn.Module) -> list[s
     weight = names[name]._parameters.get("weight")
     if weight is None:
         return [name]
-    holders = {clean_fqn(full).rpartition(".")[::2] for full, p in _named_parameters(model) if p is weight}
+    holders = {full_name.rpartition(".")[::2] for full_name, p in parameters_by_name(model).items() if p is weight}
     elsewhere = sorted(f"{owner}.{attribute}" for owner, attribute in holders if attribute != "weight")
     if elsewhere:
         raise TargetError(
@@ -94,13 +95,6 @@ def _tied_to(name: str, names: dict[str, nn.Module], model: nn.Module) -> list[s
         )
     owners = {owner for owner, _ in holders}
     return [each for each in names if each in owners]
-
-
-def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for prefix, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                yield f"{prefix}.{attribute}".lstrip("."), parameter
 
 
 def _require_fit(

@@ -76,13 +76,9 @@ class CausalLM(TokenWeighted):
         """Loss of one batch, logged as ``train_loss``."""
         return self.weigh(self._loss(batch, "train_loss", sync_dist=False), label_tokens(self.model, batch["labels"]))
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Log ``val_loss``."""
-        self._loss(batch, "val_loss", sync_dist=True)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Log ``test_loss``."""
-        self._loss(batch, "test_loss", sync_dist=True)
+    def score(self, batch: dict[str, Tensor], stage: str) -> None:
+        """Log ``val_loss`` or ``test_loss``."""
+        self._loss(batch, f"{stage}_loss", sync_dist=True)
 
     def _loss(self, batch: dict[str, Tensor], name: str, sync_dist: bool) -> Tensor:
         if "position_ids" in batch and not self._packing_checked:

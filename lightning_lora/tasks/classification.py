@@ -110,19 +110,12 @@ class Classification(FineTuning):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Log ``val_loss`` and the metrics."""
-        self._score(batch, "val_loss", self.val_metrics)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Log ``test_loss`` and the metrics."""
-        self._score(batch, "test_loss", self.test_metrics)
-
-    def _score(self, batch: dict[str, Tensor], name: str, metrics: Any) -> None:
-        loss, logits, labels = self._evaluate(batch, None)
+    def score(self, batch: dict[str, Tensor], stage: str) -> None:
+        """Log the loss and the metrics."""
+        metrics, (loss, logits, labels) = getattr(self, f"{stage}_metrics"), self._evaluate(batch, None)
         metrics.update(*self._problem.scored(logits.float(), labels))
         # Weighing by the labels makes the epoch mean one over all of them.
-        self.log(name, loss, batch_size=len(labels), prog_bar=True, sync_dist=True)
+        self.log(f"{stage}_loss", loss, batch_size=len(labels), prog_bar=True, sync_dist=True)
         self.log_dict(metrics, prog_bar=True)
 
     def _evaluate(self, batch: dict[str, Tensor], weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -62,6 +62,18 @@ class FineTuning(L.LightningModule):
         if hasattr(data, "highest_token"):
             require_fit(self.model, data.highest_token, data.longest_row)
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log ``val_loss``, and what else the task measures."""
+        self.score(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """The same for ``test``."""
+        self.score(batch, "test")
+
+    def score(self, batch: Any, stage: str) -> None:
+        """Log what a batch of ``"val"`` or ``"test"`` tells of the model."""
+        raise NotImplementedError
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW on the trainable parameters."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]

@@ -25,28 +25,23 @@ class Problem(NamedTuple):
 
 
 def _of_one(labels: int) -> dict[str, Any]:
-    from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
-
-    return {
-        "accuracy": MulticlassAccuracy(labels, average="micro"),
-        "f1": MulticlassF1Score(labels, average="macro"),
-        "mcc": MulticlassMatthewsCorrCoef(labels),
-    }
+    return _of_classes(task="multiclass", num_classes=labels)
 
 
 def _of_several(labels: int) -> dict[str, Any]:
-    from torchmetrics.classification import (
-        MultilabelAccuracy,
-        MultilabelExactMatch,
-        MultilabelF1Score,
-        MultilabelMatthewsCorrCoef,
-    )
+    from torchmetrics import ExactMatch
+
+    given: dict[str, Any] = {"task": "multilabel", "num_labels": labels}
+    return {**_of_classes(**given), "exact_match": ExactMatch(**given)}
+
+
+def _of_classes(**given: Any) -> dict[str, Any]:
+    from torchmetrics import Accuracy, F1Score, MatthewsCorrCoef
 
     return {
-        "accuracy": MultilabelAccuracy(labels, average="micro"),
-        "exact_match": MultilabelExactMatch(labels),
-        "f1": MultilabelF1Score(labels, average="macro"),
-        "mcc": MultilabelMatthewsCorrCoef(labels),
+        "accuracy": Accuracy(**given, average="micro"),
+        "f1": F1Score(**given, average="macro"),
+        "mcc": MatthewsCorrCoef(**given),
     }
 
 

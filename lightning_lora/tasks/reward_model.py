@@ -62,14 +62,6 @@ class RewardModel(FineTuning):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Log ``val_loss``, ``val_accuracy`` and ``val_margin``."""
-        self._score(batch, "val", self.val_accuracy)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Log ``test_loss``, ``test_accuracy`` and ``test_margin``."""
-        self._score(batch, "test", self.test_accuracy)
-
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, float]]:
         """``{"reward": ...}`` for each row with one answer, and ``{"chosen": ..., "rejected": ...}`` for each pair."""
         rewards = self(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
@@ -79,8 +71,9 @@ class RewardModel(FineTuning):
             for values in rewards.split(batch["answers"])
         ]
 
-    def _score(self, batch: dict[str, Tensor], stage: str, accuracy: Any) -> None:
-        margins = self._margins(batch)
+    def score(self, batch: dict[str, Tensor], stage: str) -> None:
+        """Log loss, accuracy and margin."""
+        accuracy, margins = getattr(self, f"{stage}_accuracy"), self._margins(batch)
         accuracy.update(torch.sigmoid(margins), torch.ones_like(margins, dtype=torch.int))
         values = {"loss": -logsigmoid(margins).mean(), "margin": margins.mean()}
         for name, value in values.items():

@@ -90,21 +90,13 @@ class SentenceEmbedding(FineTuning):
         self.log("train_loss", loss, batch_size=batch["rows"], prog_bar=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log ``val_loss``."""
-        self._score(batch, "val_loss", self.val_retrieval)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log ``test_loss``."""
-        self._score(batch, "test_loss", self.test_retrieval)
-
     def on_validation_epoch_end(self) -> None:
         """Log ``val_mrr``, ``val_hit_rate_1`` and ``val_hit_rate_10``."""
-        self._report("val", self.val_retrieval)
+        self._report("val")
 
     def on_test_epoch_end(self) -> None:
         """Log ``test_mrr``, ``test_hit_rate_1`` and ``test_hit_rate_10``."""
-        self._report("test", self.test_retrieval)
+        self._report("test")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """``{"text": ..., "embedding": [...]}`` for each row."""
@@ -124,13 +116,15 @@ class SentenceEmbedding(FineTuning):
         scores = (anchors @ candidates.T / self.temperature).masked_fill(belongs, -torch.inf)
         return cross_entropy(scores, torch.arange(rows, device=scores.device))
 
-    def _score(self, batch: dict[str, Any], name: str, retrieval: Any) -> None:
+    def score(self, batch: dict[str, Any], stage: str) -> None:
+        """Log the loss, and add the pairs to those of which each anchor is to find its own."""
         rows, embeddings = batch["rows"], self._embed(batch)
         keys = batch["keys"][: 2 * rows].view(2, rows).T
-        retrieval.update(embeddings[:rows], embeddings[rows : 2 * rows], keys)
-        self.log(name, self._loss(batch, embeddings), batch_size=rows, prog_bar=True, sync_dist=True)
+        getattr(self, f"{stage}_retrieval").update(embeddings[:rows], embeddings[rows : 2 * rows], keys)
+        self.log(f"{stage}_loss", self._loss(batch, embeddings), batch_size=rows, prog_bar=True, sync_dist=True)
 
-    def _report(self, stage: str, retrieval: Any) -> None:
+    def _report(self, stage: str) -> None:
+        retrieval = getattr(self, f"{stage}_retrieval")
         values = {f"{stage}_{name}": value for name, value in retrieval.compute().items()}
         self.log_dict(values, prog_bar=True, sync_dist=True)
         retrieval.reset()

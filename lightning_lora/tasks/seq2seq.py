@@ -83,14 +83,6 @@ class Seq2Seq(TokenWeighted):
         """Loss of one batch, logged as ``train_loss``."""
         return self.weigh(*self._loss(batch, "train_loss", sync_dist=False))
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Log ``val_loss`` and the scores of the texts written."""
-        self._score(batch, "val_loss", self.val_metrics)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """The same for ``test``."""
-        self._score(batch, "test_loss", self.test_metrics)
-
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, str]]:
         """``{"target": ...}`` for each row, written greedily."""
         return [{"target": text} for text in self.write(batch)]
@@ -114,9 +106,10 @@ class Seq2Seq(TokenWeighted):
         self.log(name, loss, batch_size=tokens, prog_bar=True, sync_dist=sync_dist)
         return loss, tokens
 
-    def _score(self, batch: dict[str, Tensor], name: str, metrics: Any) -> None:
-        labels = batch["labels"]
-        self._loss(batch, name, sync_dist=True)
+    def score(self, batch: dict[str, Tensor], stage: str) -> None:
+        """Log the loss, and add to the scores the texts that the model writes."""
+        labels, metrics = batch["labels"], getattr(self, f"{stage}_metrics")
+        self._loss(batch, f"{stage}_loss", sync_dist=True)
         padded = labels.masked_fill(labels == -100, self.tokenizer.pad_token_id)
         expected = self.tokenizer.batch_decode(padded, skip_special_tokens=True)
         written = self.write(batch)
@@ -125,13 +118,14 @@ class Seq2Seq(TokenWeighted):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores over all texts."""
-        self._log_scores("val", self.val_metrics)
+        self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
         """The same for ``test``."""
-        self._log_scores("test", self.test_metrics)
+        self._log_scores("test")
 
-    def _log_scores(self, stage: str, metrics: Any) -> None:
+    def _log_scores(self, stage: str) -> None:
+        metrics = getattr(self, f"{stage}_metrics")
         rouge = metrics["rouge"].compute()
         self.log_dict(
             {

@@ -15,10 +15,10 @@ import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from lightning_lora.class_names import is_a
 from lightning_lora.formats.dcp import write_checksums
 from lightning_lora.formats.publish import partial_path, publish, whole_file
 from lightning_lora.trainer.instance_mixin import mix_into
-from lightning_lora.trainer.pytorch_lightning import is_a
 
 _ASYNC = "AsyncCheckpointIO"
 

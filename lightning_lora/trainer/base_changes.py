@@ -9,13 +9,13 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_lora.class_names import is_a
 from lightning_lora.fqn import clean_fqn, is_submodule, listed
 from lightning_lora.layers.seal import checksum_of, words, writes
 from lightning_lora.model.record import base_parameters, named_injections
 from lightning_lora.model.state_dict import saved_names
 from lightning_lora.sharding import is_sharded, local_tensor, named_tensors
 from lightning_lora.trainer.frozen_parameters import held_by, nested
-from lightning_lora.trainer.pytorch_lightning import is_a
 
 _SAMPLES = 16
 _WAYS_OUT = (

@@ -6,11 +6,13 @@ by name, over the base's, and ignores every name that this model does not have.
 
 from typing import Any
 
+from lightning_lora.class_names import is_a
+
 
 def spawns(strategy: Any) -> bool:
     """Whether a strategy trains in processes that it spawns or forks."""
     # By name, since the class is private; that of XLA is derived from it.
-    return any(cls.__name__ == "_MultiProcessingLauncher" for cls in type(strategy.launcher).__mro__)
+    return is_a(strategy.launcher, "_MultiProcessingLauncher")
 
 
 def no_way_back() -> ValueError:

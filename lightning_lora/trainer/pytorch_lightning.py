@@ -19,11 +19,6 @@ def serve_both_packages(callback: T) -> T:
     return callback
 
 
-def is_a(instance: Any, class_name: str) -> bool:
-    """Whether something is of a class of Lightning's, told by its name, so that those of both packages count."""
-    return any(cls.__name__ == class_name for cls in type(instance).__mro__)
-
-
 def original_class(callback: Any) -> type:
     """The class that can be found by its name, as pickle has to."""
     cls = type(callback)

@@ -7,11 +7,11 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from lightning_lora.class_names import is_a
 from lightning_lora.model.quantization import quantized_layers
 from lightning_lora.model.record import injections
-from lightning_lora.trainer.pytorch_lightning import is_a
+from lightning_lora.trainer.sharded_strategy import keeps_whole_model
 
-_SHARDING = ("FSDPStrategy", "ModelParallelStrategy")
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 _TRUE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
 
@@ -83,10 +83,10 @@ def require_compatible(trainer: "pl.Trainer", root: nn.Module) -> None:
     Raises:
         ValueError: If one would destroy them.
     """
-    shards = any(is_a(trainer.strategy, name) for name in _SHARDING)
+    shards = not keeps_whole_model(trainer.strategy)
     dtype = _cast_to(trainer.precision_plugin)
     for name, module, storage, packed in quantized_layers(root):
-        reason = storage.unshardable_reason(packed, is_a(trainer.strategy, _SHARDING[0])) if shards else None
+        reason = storage.unshardable_reason(packed, is_a(trainer.strategy, "FSDPStrategy")) if shards else None
         if reason is not None:
             raise ValueError(
                 f"{type(trainer.strategy).__name__} shards the model, and the weight of {name!r} is quantized: "

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
 from torch.distributed.tensor import DTensor
 
+from lightning_lora.class_names import is_a
 from lightning_lora.fqn import clean_fqn
 from lightning_lora.model.eva import KIND
 from lightning_lora.model.record import injections
@@ -32,15 +33,14 @@ def checkpoints_of(strategy: Any) -> type[AdapterCheckpoints]:
         ValueError: If it is one that is not supported.
     """
     # By name, so that the strategies of the package pytorch_lightning count too.
-    names = {cls.__name__ for cls in type(strategy).__mro__}
-    unsupported = [name for name in _UNSUPPORTED if name in names]
+    unsupported = [name for name in _UNSUPPORTED if is_a(strategy, name)]
     if unsupported:
         raise ValueError(
             f"LoRA does not support {unsupported[0]}, which keeps parameters and optimizer state in a format of its "
             'own: use one device, or strategy="ddp", FSDPStrategy or ModelParallelStrategy. With adapters, optimizer '
             "state is small, so the model often fits without sharding."
         )
-    return ShardedCheckpoints if names.intersection(_SHARDING) else AdapterCheckpoints
+    return ShardedCheckpoints if any(is_a(strategy, name) for name in _SHARDING) else AdapterCheckpoints
 
 
 def keeps_whole_model(strategy: Any) -> bool:

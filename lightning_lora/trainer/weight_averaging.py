@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_lora.class_names import is_a
 from lightning_lora.model.freeze import FrozenNorm
-from lightning_lora.trainer.pytorch_lightning import is_a
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback

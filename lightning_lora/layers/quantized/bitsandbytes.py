@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Linear  # by its own name, for Lightning's BitsandbytesPrecision has nn.Linear be another class
 
+from lightning_lora.class_names import is_a
 from lightning_lora.layers.quantized.storage import QuantizedStorage
 
 _PACKAGES = ("bitsandbytes.", "lightning.fabric.plugins.precision.bitsandbytes")
@@ -19,7 +20,7 @@ class _Bitsandbytes(QuantizedStorage):
     attributes: tuple[str, ...]  # of a layer, beside those of nn.Linear
 
     def holds(self, module: nn.Module) -> bool:
-        return any(c.__name__ == self.layer and c.__module__.startswith(_PACKAGES[0]) for c in type(module).__mro__)
+        return is_a(module, self.layer, _PACKAGES[0])
 
     def plain_class(self, cls: type[nn.Module]) -> type[nn.Module]:
         return Linear
@@ -94,7 +95,7 @@ class Bitsandbytes4bit(_Bitsandbytes):
     def size(self, module: nn.Module, packed: Tensor) -> int:
         state = _state(module, packed)
         scales = (state.absmax, state.code, *((state.state2.absmax, state.state2.code) if state.nested else ()))
-        return sum(tensor.numel() * tensor.element_size() for tensor in (packed, *scales))
+        return sum(tensor.nbytes for tensor in (packed, *scales))
 
     def is_ready(self, module: nn.Module, packed: Tensor) -> bool:
         return _state(module, packed) is not None

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.class_names import is_a
 from lightning_lora.layers.quantized.storage import QuantizedStorage
 
 
@@ -15,8 +16,7 @@ class Torchao(QuantizedStorage):
     broadcasts = False
 
     def holds(self, module: nn.Module) -> bool:
-        weight = module._parameters.get("weight")
-        return any(f"{c.__module__}.{c.__name__}" == "torchao.utils.TorchAOBaseTensor" for c in type(weight).__mro__)
+        return is_a(module._parameters.get("weight"), "TorchAOBaseTensor", "torchao.")
 
     def shape(self, module: nn.Module, packed: Tensor) -> torch.Size:
         return packed.shape
@@ -68,8 +68,7 @@ class TorchaoNF4(Torchao):
     supported = "torchao's NF4Tensor"
 
     def holds(self, module: nn.Module) -> bool:
-        cls = type(module._parameters.get("weight"))
-        return cls.__name__ == "NF4Tensor" and cls.__module__.startswith("torchao.")
+        return is_a(module._parameters.get("weight"), "NF4Tensor", "torchao.")
 
     def dequantized(self, module: nn.Module, packed: Tensor) -> Tensor:
         like: Any = packed.detach()
@@ -100,6 +99,6 @@ def _plain(value: Any) -> Any:
 def _bytes(tensor: Any) -> int:
     """The bytes of a tensor, or of all that its class makes it of."""
     if not hasattr(tensor, "__tensor_flatten__"):
-        return int(tensor.numel() * tensor.element_size())
+        return int(tensor.nbytes)
     names, _ = tensor.__tensor_flatten__()
     return sum(_bytes(getattr(tensor, name)) for name in names)
