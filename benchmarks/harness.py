@@ -7,7 +7,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,12 +178,21 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with counted() as allocations:
         call()
+    return max(itertools.accumulate(allocations), initial=0)
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """What is allocated on the CPU within this context, and what is freed, less than zero: there when it is over."""
+    allocations: list[int] = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        yield allocations
     # The profiler's own table adds up by operator; the single allocations are in what it is made of alone.
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore
     events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+    allocations += [event.nbytes() for event in events]
 
 
 def ratios(times: dict[str, list[float]], to: str) -> dict[str, dict[str, float]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -102,6 +104,46 @@ def load_causal_lm(
     return model
 
 
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Within this context, ``from_pretrained`` of transformers reads a model's config alone, and no weights.
+
+    The model has new ones, which is for where tensors have no values.
+
+    Raises:
+        ValueError: Within it, if a model is to be quantized by another library than bitsandbytes.
+    """
+    import transformers
+
+    logging: Any = transformers.utils.logging
+
+    models: Any = transformers.PreTrainedModel
+    read = models.from_pretrained.__func__
+
+    def build(cls: Any, name: Any, /, *args: Any, config: Any = None, **options: Any) -> Any:
+        gguf_file = options.pop("gguf_file", None)
+        quantization = options.pop("quantization_config", None)
+        if gguf_file is not None and config is None:
+            config = transformers.AutoConfig.from_pretrained(name, gguf_file=gguf_file)
+        elif config is None:
+            config = cls.config_class.from_pretrained(name)
+        quantization = quantization or vars(config).pop("quantization_config", None)
+        model = read(cls, None, *args, config=config, state_dict={}, **options)
+        kind = _kind_of(quantization)
+        if kind is not None:
+            _quantize_layers(model, kind, model.dtype)
+        return model
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # or it would warn that all weights are new
+    models.from_pretrained = classmethod(build)
+    try:
+        yield
+    finally:
+        models.from_pretrained = classmethod(read)
+        logging.set_verbosity(verbosity)
+
+
 def load_classifier(
     pretrained: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -173,6 +215,8 @@ def _quantize_layers(model: PreTrainedModel, quantize: str, dtype: torch.dtype) 
     import bitsandbytes
     from torch.nn import Linear
 
+    from lightning_lora.fake_tensors import has_values
+
     library: Any = bitsandbytes
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     for parent in list(model.modules()):
@@ -181,14 +225,53 @@ def _quantize_layers(model: PreTrainedModel, quantize: str, dtype: torch.dtype) 
                 continue
             sizes = layer.in_features, layer.out_features, layer.bias is not None
             if quantize == "int8":
-                new = library.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)  # transformers' own
+                # The threshold is transformers' own.
+                new = library.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0, device="meta")
             else:
                 new = library.nn.Linear4bit(
                     *sizes, dtype, quantize.endswith("-dq"), quantize[:3], quant_storage=dtype, device="meta"
                 )
-            new.weight = type(new.weight)(layer.weight.data, requires_grad=False, **_kept(new.weight))
+            if has_values(layer.weight):
+                new.weight = type(new.weight)(layer.weight.data, requires_grad=False, **_kept(new.weight))
+            else:
+                new.weight = _without_values(new, layer.weight)
             new.bias = layer.bias
             setattr(parent, name, new.to(layer.weight.device))  # which quantizes
+
+
+def _without_values(new: Any, weight: torch.Tensor) -> Any:
+    """The packed weight of a new layer of bitsandbytes in the place of one that has no values, and has none either."""
+    import bitsandbytes
+    import torch
+
+    library: Any = bitsandbytes
+    settings = _kept(new.weight)
+    if isinstance(new, library.nn.Linear4bit):
+        names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+        packed, state = library.functional.quantize_4bit(weight.data, **{name: settings[name] for name in names})
+        settings |= {"quant_state": state, "bnb_quantized": True}
+    else:
+        packed, scales, _ = library.functional.int8_vectorwise_quant(weight.data.half())
+    # The classes of bitsandbytes take no fake tensor, so this is one number that stands for all.
+    found = type(new.weight)(torch.zeros(1, dtype=packed.dtype).expand(packed.shape), requires_grad=False, **settings)
+    if not isinstance(new, library.nn.Linear4bit):
+        found.CB, found.SCB = found.data, scales
+    return found
+
+
+def _kind_of(quantization: Any) -> str | None:
+    """Which of :data:`QUANTIZE` a quantization config of transformers asks for."""
+    settings = quantization if isinstance(quantization, dict) or quantization is None else quantization.to_dict()
+    if not settings or settings.get("quant_method") == "gguf":  # which is made plain when it is read
+        return None
+    if settings.get("quant_method") != "bitsandbytes":
+        raise ValueError(
+            f"Found a base quantized by {settings.get('quant_method')}, expected bitsandbytes or none: memory is "
+            "estimated for these alone. Measure the first steps instead: fit with --trainer.max_steps 2."
+        )
+    if settings.get("load_in_8bit"):
+        return "int8"
+    return str(settings.get("bnb_4bit_quant_type", "fp4")) + "-dq" * bool(settings.get("bnb_4bit_use_double_quant"))
 
 
 def _kept(weight: Any) -> dict[str, Any]:

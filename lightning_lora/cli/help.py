@@ -6,6 +6,7 @@ RUNS = {
     "test": "measure on the test data",
     "predict": "write predictions to a file (--output FILE)",
     "data": "show what fit would learn: counts, lengths, and rows with what is learned in them in color",
+    "memory": "say what fit would hold in memory: base, adapters, gradients, moments, activations, peak",
 }
 REPORTS = {"report": "write a page on a run: whether it worked, why, what to try next"}
 RECIPES = {"recipes": "list the recipes that come with the package, or copy one out"}

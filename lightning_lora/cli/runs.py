@@ -17,10 +17,14 @@ from lightning_lora import shipped_recipes
 from lightning_lora.callback import LoRA
 from lightning_lora.callbacks.graceful_interrupt import GracefulInterrupt
 from lightning_lora.callbacks.prediction_writer import PredictionWriter, resumable_from
+from lightning_lora.cli import memory
 from lightning_lora.cli.help import RUNS
 from lightning_lora.cli.quiet import quiet
 from lightning_lora.cli.shown_data import show
 from lightning_lora.data.from_files import FileData
+from lightning_lora.fake_tensors import FakeTensors
+from lightning_lora.pretrained import without_weights
+from lightning_lora.trainer.memory import MemoryEstimate, estimate
 from lightning_lora.trainer.precision import fitting_precision
 
 _CONFIG = ("--config", "-c")
@@ -54,13 +58,32 @@ class RecipeTrainer(Trainer):
         datamodule.setup("fit")
         show(datamodule, rows)
 
+    def memory(
+        self, model: LightningModule, datamodule: LightningDataModule | None = None, fakes: FakeTensors | None = None
+    ) -> MemoryEstimate:
+        """Estimate what a fit would hold in memory.
+
+        Args:
+            model: The model.
+            datamodule: The data; ``None`` if the model has its own.
+            fakes: In which the model was made.
+
+        Returns:
+            The bytes.
+        """
+        with without_weights(), fakes or FakeTensors() as running:
+            return estimate(self, model, datamodule, running)
+
 
 class LoraCLI(LightningCLI):
     """``LightningCLI`` with the subcommands that run a model, and short ways to reach the LoRA callback."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        every = LightningCLI.subcommands() | {_SHOW: {"model", "datamodule"}}
+        every = LightningCLI.subcommands() | {
+            _SHOW: {"model", "datamodule"},
+            "memory": {"model", "datamodule", "fakes"},
+        }
         return {name: every[name] for name in _PARSERS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -102,6 +125,18 @@ class LoraCLI(LightningCLI):
                 config.trainer[name] = value
         elif config.trainer.precision == "auto":
             self._choose_precision(config.trainer)
+        if self.subcommand == "memory":
+            self._of_processes = memory.prepare(config.trainer)
+
+    def instantiate_classes(self) -> None:
+        """Make what the config names; for ``memory``, without values."""
+        if self.subcommand != "memory":
+            super().instantiate_classes()
+            return
+        self._fakes = FakeTensors()
+        self.save_config_callback = None
+        with without_weights(), self._fakes:
+            super().instantiate_classes()
 
     def _choose_precision(self, trainer: Any) -> None:
         if not isinstance(trainer.accelerator, str) or _has_own_precision(trainer):
@@ -134,6 +169,11 @@ class LoraCLI(LightningCLI):
         self.datamodule.predict_from = resumable_from(output, self.datamodule.batch_size)
         rank_zero_info(f"Goes on from row {self.datamodule.predict_from + 1}, of which the first batch is compared.")
         return self.datamodule.predict_from
+
+    def memory(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+        """Show what a fit would hold in memory."""
+        trainer: Any = self.trainer
+        memory.show(trainer.memory(model, datamodule, self._fakes), self._of_processes)
 
     def predict(self, model: LightningModule, ckpt_path: str | None = None, **options: Any) -> Any:
         """Predict with a checkpoint, or with the base alone where that is asked for.

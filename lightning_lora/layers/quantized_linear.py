@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.config import LoraConfig
+from lightning_lora.fake_tensors import has_values
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.base import MergedForm, Target
 from lightning_lora.layers.functional import add_low_rank
@@ -218,6 +219,8 @@ def _gradient_problem(module: nn.Module, storage: QuantizedStorage, packed: Tens
     if packed.is_meta or key in _proven:
         return None
     weight = storage.dequantized(module, packed)
+    if not has_values(weight):
+        return None
     dtype = storage.dtype(module, packed) or torch.float32
     draw = torch.Generator().manual_seed(0)
     x, grad_out = (torch.randn(2, size, generator=draw).to(weight.device, dtype) for size in weight.shape[::-1])

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.fake_tensors import has_values
 from lightning_lora.layers import LoraQuantizedLinear, dequantized, storage_of
 from lightning_lora.layers.offloading import offloaded
 from lightning_lora.model.base_config import changed_settings, configs_of
@@ -138,7 +139,7 @@ def fingerprint(injection: Injection) -> Fingerprint:
     it in another precision is the same base.
     """
     if injection.fingerprint is None:
-        if any(tensor.is_meta for tensor in parameters_by_name(injection.root).values()):
+        if not all(map(has_values, parameters_by_name(injection.root).values())):
             return Fingerprint(_UNKNOWN)
         injection.fingerprint = fingerprint_in(injection)
     found: Fingerprint = injection.fingerprint

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.fake_tensors import has_values
 from lightning_lora.fqn import clean_fqn, listed
 from lightning_lora.layers.seal import wraps_tensors
 from lightning_lora.model.finite import DTYPES
@@ -178,7 +179,7 @@ def place_of(tensor: Tensor) -> tuple[Any, ...] | None:
     """Where a tensor's values are in memory, ``None`` if that cannot be told."""
     if tensor.is_nested or tensor.layout is not torch.strided or wraps_tensors(tensor):
         return None
-    return (tensor.device, tensor.data_ptr(), tensor.shape) if tensor.numel() and not tensor.is_meta else None
+    return (tensor.device, tensor.data_ptr(), tensor.shape) if tensor.numel() and has_values(tensor) else None
 
 
 def _parents(name: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_lora.class_names import is_a
+from lightning_lora.fake_tensors import has_values
 from lightning_lora.fqn import clean_fqn, is_submodule, listed
 from lightning_lora.layers.seal import checksum_of, words, writes
 from lightning_lora.model.record import base_parameters, named_injections
@@ -144,7 +145,7 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The frozen parameters and persistent buffers of which no checkpoint holds anything."""
     tensors = {name: local_tensor(module, inner) for name, module, inner in named_tensors(model)}
     saved = set(saved_names(model, tensors))
-    yield from ((name, t) for name, t in tensors.items() if name not in saved and not t.is_meta and t.numel())
+    yield from ((name, t) for name, t in tensors.items() if name not in saved and has_values(t) and t.numel())
 
 
 def _written(tensor: Tensor) -> tuple[int, int]:
