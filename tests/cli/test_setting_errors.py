@@ -85,9 +85,9 @@ def test_a_value_of_the_command_line_is_not_blamed_on_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("my.yaml").write_text("trainer:\n  max_epochs: 3\n")
-    error = said(monkeypatch, capsys, "fit", *RECIPE, "--config", "my.yaml", "--trainer.max_epochs", "x")
-    assert "Found x for trainer.max_epochs, expected" in error
+    Path("my.yaml").write_text("trainer:\n  max_steps: 3\n")
+    error = said(monkeypatch, capsys, "fit", *RECIPE, "--config", "my.yaml", "--trainer.max_steps", "x")
+    assert "Found x for trainer.max_steps, expected" in error
 
 
 @pytest.mark.parametrize("command", ["fitt", "dat"])
