@@ -1,5 +1,7 @@
 """The commands by name, and the texts that help with them."""
 
+import difflib
+
 RUNS = {
     "fit": "train, and leave small checkpoints, the adapter and the merged model",
     "validate": "measure on the validation data",
@@ -21,13 +23,14 @@ ADAPTER_FILES = {
     "extract": "make an adapter of a full fine-tune",
     "push": "upload an exported directory to the Hugging Face Hub",
 }
+_COMMANDS = RUNS | REPORTS | RECIPES | ADAPTER_FILES
 
 HELP = f"""usage: lightning-lora <command> [options]
 
 LoRA for PyTorch Lightning: complete runs from a YAML file.
 
 commands:
-{"".join(f"  {name:<9}  {purpose}{chr(10)}" for name, purpose in (RUNS | REPORTS | RECIPES | ADAPTER_FILES).items())}
+{"".join(f"  {name:<9}  {purpose}{chr(10)}" for name, purpose in _COMMANDS.items())}
 a run:
   lightning-lora fit --config quickstart              a recipe by its name, or any YAML file
   lightning-lora fit --config my.yaml --trainer.max_steps 50 --lora.r 16 --model.lr 1e-3 --data.path my.jsonl
@@ -73,3 +76,10 @@ more:
 def run_help(command: str) -> str:
     """What one of the ``RUNS`` takes."""
     return _RUN_HELP.format(command=command, purpose=RUNS[command])
+
+
+def no_such_command(name: str) -> str:
+    """What to say of a command that is not there."""
+    near = difflib.get_close_matches(name, _COMMANDS, 1)
+    instead = f" Did you mean {near[0]}?" if near else ""
+    return f"Found the command {name!r}, expected one of {', '.join(_COMMANDS)}.{instead}"

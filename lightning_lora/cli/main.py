@@ -1,6 +1,7 @@
 """``lightning-lora``: who answers a command line."""
 
 import sys
+from argparse import ArgumentError
 from typing import TYPE_CHECKING
 
 from lightning_lora.cli import adapter_files, help, recipes, report
@@ -28,9 +29,11 @@ def main(args: "ArgsType" = None) -> None:
     except Exception as error:
         if debug:
             raise
-        kind = "" if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
+        kind = (
+            "" if isinstance(error, (ValueError, OSError, ImportError, ArgumentError)) else f"{type(error).__name__}: "
+        )
         print(f"{' '.join(['lightning-lora', *command])}: {kind}{error} (--debug shows where)", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(2 if isinstance(error, ArgumentError) else 1) from None
 
 
 def _answer(args: "ArgsType") -> None:
@@ -48,6 +51,8 @@ def _answer(args: "ArgsType") -> None:
             report.run(others)
         case [command, *_] if command in help.ADAPTER_FILES:
             raise SystemExit(adapter_files.run(given))
+        case [command, *_] if isinstance(given, list) and not command.startswith("-") and command not in help.RUNS:
+            raise ArgumentError(None, help.no_such_command(command))
         case _:
             from lightning_lora.cli import runs
 

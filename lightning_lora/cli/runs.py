@@ -3,7 +3,9 @@
 import inspect
 import sys
 import warnings
-from pathlib import Path
+from argparse import ArgumentError
+from difflib import get_close_matches
+from functools import partial
 from pydoc import locate
 from typing import Any, Literal
 
@@ -17,9 +19,10 @@ from lightning_lora import shipped_recipes
 from lightning_lora.callback import LoRA
 from lightning_lora.callbacks.graceful_interrupt import GracefulInterrupt
 from lightning_lora.callbacks.prediction_writer import PredictionWriter, resumable_from
-from lightning_lora.cli import memory
+from lightning_lora.cli import config_files, memory
 from lightning_lora.cli.help import RUNS
 from lightning_lora.cli.quiet import quiet
+from lightning_lora.cli.setting_errors import explained
 from lightning_lora.cli.shown_data import show
 from lightning_lora.data.from_files import FileData
 from lightning_lora.fake_tensors import FakeTensors
@@ -27,7 +30,6 @@ from lightning_lora.pretrained import without_weights
 from lightning_lora.trainer.memory import MemoryEstimate, estimate
 from lightning_lora.trainer.precision import fitting_precision
 
-_CONFIG = ("--config", "-c")
 _SHOW = "show_data"  # what ``data`` is in the parser, where that name is of the data module's settings
 _PARSERS = {_SHOW if name == "data" else name: name for name in RUNS}
 
@@ -102,9 +104,28 @@ class LoraCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Note where the arguments come from."""
+        """Note where the arguments come from, and say in one paragraph what is wrong with them."""
         self._args = args
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise self._explained(error) from error
+
+    def instantiate_classes(self) -> None:
+        """Make what the settings name, and say in one paragraph what a class does not take of them."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if str(error).startswith("Does not validate against"):
+                raise self._explained(error) from error
+            raise
+
+    def _explained(self, error: Exception) -> ArgumentError:
+        given = sys.argv[1:] if self._args is None else self._args
+        parsers = map(self._parser, self.subcommands())  # Lightning's own look-up by name
+        known = [str(name) for one in parsers for name in one.get_defaults().keys()]  # noqa: SIM118 - by path
+        place = partial(config_files.place, given if isinstance(given, list) else [])
+        return ArgumentError(None, explained(str(error), known, place))
 
     def before_instantiate_classes(self) -> None:
         """Put ``--lora`` and ``--output`` where they belong, and choose a precision: the saved config is complete."""
@@ -202,7 +223,7 @@ def run(args: ArgsType = None) -> None:
     """Run the command line, or ``args`` in its place."""
     given = sys.argv[1:] if args is None else args
     if isinstance(given, list):
-        given = _with_recipes_found(_with_config(given))
+        given = config_files.with_recipes_found(_with_config(given))
         if given[1:] == ["--help", "all"]:
             given = given[:2]
     if args is None:
@@ -218,7 +239,8 @@ def run(args: ArgsType = None) -> None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={
+            parser_kwargs={"exit_on_error": False}
+            | {
                 name: {"usage": f"lightning-lora {command} --config NAME [options]"}
                 for name, command in _PARSERS.items()
             },
@@ -242,7 +264,9 @@ def _change_lora(callbacks: list[Any], settings: dict[str, Any]) -> None:
     known = set(inspect.signature(LoRA).parameters)
     unknown = sorted(settings.keys() - known)
     if unknown:
-        raise ValueError(f"Found --lora.{unknown[0]}, expected one of {', '.join(sorted(known))}.")
+        near = get_close_matches(unknown[0], known, 1)
+        instead = f" Did you mean --lora.{near[0]}?" if near else ""
+        raise ValueError(f"Found --lora.{unknown[0]}, expected one of {', '.join(sorted(known))}.{instead}")
     for callback in mine:
         for name, value in settings.items():
             callback.init_args[name] = value
@@ -254,35 +278,8 @@ def _with_config(arguments: list[str]) -> list[str]:
         case ["data", name, *others] if not name.startswith("-"):
             if name.endswith((".yaml", ".yml")) or name in shipped_recipes.recipes():
                 return [_SHOW, "--config", name, *others]
-            named = any(other.partition("=")[0] in _CONFIG for other in others)
+            named = any(other.partition("=")[0] in config_files.OPTIONS for other in others)
             return [_SHOW, *([] if named else ["--config", "chat_sft"]), *others, "--data.path", name]
         case ["data", *others]:
             return [_SHOW, *others]
     return arguments
-
-
-def _with_recipes_found(arguments: list[str]) -> list[str]:
-    """The arguments, with the names of shipped recipes after ``--config`` turned into paths."""
-    found = []
-    for index, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        if equals and option in _CONFIG:
-            found.append(f"{option}={_config_path(value)}")
-        elif index and arguments[index - 1] in _CONFIG:
-            found.append(_config_path(argument))
-        else:
-            found.append(argument)
-    return found
-
-
-def _config_path(value: str) -> str:
-    # A file of one's own goes first.
-    if Path(value).is_file():
-        return value
-    recipes = shipped_recipes.recipes()
-    found = recipes.get(value.removesuffix(".yaml"))
-    if found is None and ":" not in value and not Path(value).exists():  # no URL, no settings themselves
-        raise FileNotFoundError(
-            f"Found no file {value!r}, expected one of settings, or a recipe: {', '.join(recipes)}. Correct --config."
-        )
-    return value if found is None else str(found)
