@@ -4,6 +4,7 @@ import inspect
 import sys
 import warnings
 from argparse import ArgumentError
+from contextlib import ExitStack
 from difflib import get_close_matches
 from functools import partial
 from pydoc import locate
@@ -112,13 +113,19 @@ class LoraCLI(LightningCLI):
             raise self._explained(error) from error
 
     def instantiate_classes(self) -> None:
-        """Make what the settings name, and say in one paragraph what a class does not take of them."""
-        try:
-            super().instantiate_classes()
-        except ValueError as error:
-            if str(error).startswith("Does not validate against"):
-                raise self._explained(error) from error
-            raise
+        """Make what the settings name, for ``memory`` without values; say in one paragraph what a class does not take."""
+        with ExitStack() as stack:
+            if self.subcommand == "memory":
+                self.save_config_callback = None
+                self._fakes = FakeTensors()
+                stack.enter_context(without_weights())
+                stack.enter_context(self._fakes)
+            try:
+                super().instantiate_classes()
+            except ValueError as error:
+                if str(error).startswith("Does not validate against"):
+                    raise self._explained(error) from error
+                raise
 
     def _explained(self, error: Exception) -> ArgumentError:
         given = sys.argv[1:] if self._args is None else self._args
@@ -148,16 +155,6 @@ class LoraCLI(LightningCLI):
             self._choose_precision(config.trainer)
         if self.subcommand == "memory":
             self._of_processes = memory.prepare(config.trainer)
-
-    def instantiate_classes(self) -> None:
-        """Make what the config names; for ``memory``, without values."""
-        if self.subcommand != "memory":
-            super().instantiate_classes()
-            return
-        self._fakes = FakeTensors()
-        self.save_config_callback = None
-        with without_weights(), self._fakes:
-            super().instantiate_classes()
 
     def _choose_precision(self, trainer: Any) -> None:
         if not isinstance(trainer.accelerator, str) or _has_own_precision(trainer):
