@@ -212,3 +212,33 @@ def test_finders(
     assert found[changed] != before[changed]
     state = torch.load(tmp_path / "runs/chat_sft/checkpoints/last.ckpt", weights_only=True)
     assert state["global_step"] == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_within_a_long_epoch_goes_on(
+    tmp_path: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a power failure: what was saved last was saved by the clock."""
+    recipe = (RECIPES / "chat_sft.yaml").read_text()
+    assert recipe.count('train_time_interval: "0:10:00"') == 1
+    (tmp_path / "often.yaml").write_text(recipe.replace("0:10:00", "0:00:01"))
+    rows = [json.dumps({"prompt": f"w{1 + i % 9} w{1 + i // 9 % 9}", "response": f"w{1 + i % 7}"}) for i in range(9999)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    long = [*tiny, "--data.path", "rows.jsonl", "--data.batch_size", "1", "--trainer.limit_val_batches", "0"]
+    long += ["--data.packing", "false"]
+    command = [sys.executable, "-m", "lightning_lora", "fit", "--config", "often.yaml", *long]
+    last = tmp_path / "runs/chat_sft/checkpoints/last.ckpt"
+    with subprocess.Popen([*command, "--trainer.max_steps", "-1"], cwd=tmp_path) as process:
+        try:
+            end = time.monotonic() + 200
+            while not last.exists() and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.1)
+        finally:
+            process.kill()
+    assert last.exists()
+    saved = torch.load(last, weights_only=True)
+    steps = saved["global_step"]
+    assert 0 < steps < 5000 and saved["epoch"] == 0
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--config", "often.yaml", *long, "--trainer.max_steps", str(steps + 2), "--ckpt_path", "last"])
+    assert torch.load(last, weights_only=True)["global_step"] == steps + 2
