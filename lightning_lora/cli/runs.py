@@ -113,7 +113,7 @@ class LoraCLI(LightningCLI):
             raise self._explained(error) from error
 
     def instantiate_classes(self) -> None:
-        """Make what the settings name, for ``memory`` without values, and explain what a class does not take of them."""
+        """Make what the settings name, for ``memory`` without values, and explain what a class does not take."""
         with ExitStack() as stack:
             if self.subcommand == "memory":
                 self.save_config_callback = None

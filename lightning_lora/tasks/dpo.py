@@ -116,15 +116,27 @@ class DPO(CausalLM):
         gains, divergence = torch.zeros_like(policy), policy.new_zeros(())
         if self.kind.has_reference:
             gains = policy - self._reference_log_probabilities(batch)
-        # Of one row alone, no question has another's answer.
-        if self.loss == "kto" and len(policy) > (2 if single is None else 1):
-            others = mismatched(batch)
-            with torch.no_grad():
-                gained = self._log_probabilities(others) - self._reference_log_probabilities(others)
-            divergence = gained.mean().clamp(min=0)
+        if self.loss == "kto":
+            gained = policy.new_zeros(0)
+            if len(policy) > (2 if single is None else 1):  # of one row alone, no question has another's answer
+                gained = self._gained_by_others(batch)
+            divergence = self._mean_of_processes(gained).clamp(min=0)
         desirable = torch.arange(len(policy), device=policy.device) < len(policy) // 2 if single is None else single
         weights = torch.where(desirable, self.desirable_weight, self.undesirable_weight).to(policy)
         return Answers(policy, (batch["labels"] != IGNORED).sum(-1), gains, divergence, desirable, weights)
+
+    @torch.no_grad()
+    def _gained_by_others(self, batch: dict[str, Tensor]) -> Tensor:
+        others = mismatched(batch)
+        return self._log_probabilities(others) - self._reference_log_probabilities(others)
+
+    def _mean_of_processes(self, values: Tensor) -> Tensor:
+        """The mean over the batches of all processes, which make one step together; 0 of none."""
+        total = torch.stack([values.sum(), values.new_tensor(float(len(values)))])
+        trainer: Any = self._trainer  # none outside of a run
+        if trainer is not None:
+            total = trainer.strategy.reduce(total, reduce_op="sum")
+        return total[0] / total[1].clamp(min=1)
 
     @torch.no_grad()
     def _reference_log_probabilities(self, batch: dict[str, Tensor]) -> Tensor:
