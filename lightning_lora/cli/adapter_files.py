@@ -4,9 +4,9 @@ Each ends with 0, with 1 after an error, after a difference (``diff``) or where 
 trained (``check``), and with 2 after a wrong call.
 """
 
-import argparse
 from pathlib import Path
 
+from lightning_lora.cli.arguments import Parser
 from lightning_lora.cli.help import ADAPTER_FILES
 
 _DESCRIPTIONS = {
@@ -46,8 +46,8 @@ def run(arguments: list[str]) -> int:
     return adapter_work.run(given)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("lightning-lora")
+def _parser() -> Parser:
+    parser = Parser("lightning-lora")
     added = parser.add_subparsers(dest="command", required=True)
     commands = {
         name: added.add_parser(name, help=purpose, description=_DESCRIPTIONS[name])

@@ -1,14 +1,14 @@
 """``lightning-lora recipes``: list the shipped recipes, or copy one out."""
 
-import argparse
 from pathlib import Path
 
 from lightning_lora import shipped_recipes
+from lightning_lora.cli.arguments import Parser
 
 
 def run(arguments: list[str]) -> None:
     """Run ``recipes [copy NAME [TARGET]]``."""
-    parser = argparse.ArgumentParser("lightning-lora recipes", description="List the shipped recipes, or copy one out.")
+    parser = Parser("lightning-lora recipes", description="List the shipped recipes, or copy one out.")
     actions = parser.add_subparsers(dest="action")
     copy = actions.add_parser("copy", help="copy a recipe out, to change it")
     copy.add_argument("name", choices=shipped_recipes.recipes(), metavar="NAME", help="its name in the list")

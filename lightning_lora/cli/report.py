@@ -1,12 +1,13 @@
 """``lightning-lora report``: the page on a run, made again of what lies in its directory."""
 
-import argparse
 from pathlib import Path
+
+from lightning_lora.cli.arguments import Parser
 
 
 def run(arguments: list[str]) -> None:
     """Run ``report RUN_DIR``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "lightning-lora report",
         description="Write RUN_DIR/report.html, one file that opens in any browser without a network: whether a run "
         "worked, why, and what to try next.",

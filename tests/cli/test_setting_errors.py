@@ -1,5 +1,6 @@
 """Wrong settings, on the command line and in files: one paragraph each, and never a half-made run."""
 
+import re
 import sys
 from argparse import ArgumentError
 from pathlib import Path
@@ -106,3 +107,26 @@ def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_words_that_are_not_known_are_kept_in_one_line() -> None:
     assert explained("a new\n  way\n to fail", [], lambda *_: "") == "a new way to fail"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [command, *rest]
+        for command in ("inspect", "merge", "diff", "export", "push", "report", "recipes")
+        for rest in ([], ["a", "b", "c", "d", "--no-such"], ["--no-such"])
+        if command != "recipes" or rest
+    ]
+    + [["recipes", "copy"], ["recipes", "cop", "x"]],
+)
+def test_wrong_calls_of_the_other_commands(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-lora", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    wrong = r"the following arguments are required|unrecognized arguments|argument \w+: invalid choice"
+    assert stop.value.code == 2
+    assert re.match(rf"lightning-lora[ \w]*: ({wrong}).*\. lightning-lora[ \w]* --help says what it takes\.$", line)
