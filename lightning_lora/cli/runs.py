@@ -28,7 +28,7 @@ from lightning_lora.cli.shown_data import show
 from lightning_lora.data.from_files import FileData
 from lightning_lora.fake_tensors import FakeTensors
 from lightning_lora.pretrained import without_weights
-from lightning_lora.trainer.memory import MemoryEstimate, estimate
+from lightning_lora.trainer.memory import MemoryEstimate, estimate, fake_tensors
 from lightning_lora.trainer.precision import fitting_precision
 
 _SHOW = "show_data"  # what ``data`` is in the parser, where that name is of the data module's settings
@@ -74,7 +74,7 @@ class RecipeTrainer(Trainer):
         Returns:
             The bytes.
         """
-        with without_weights(), fakes or FakeTensors() as running:
+        with without_weights(), fakes or fake_tensors() as running:
             return estimate(self, model, datamodule, running)
 
 
@@ -117,7 +117,7 @@ class LoraCLI(LightningCLI):
         with ExitStack() as stack:
             if self.subcommand == "memory":
                 self.save_config_callback = None
-                self._fakes = FakeTensors()
+                self._fakes = fake_tensors()
                 stack.enter_context(without_weights())
                 stack.enter_context(self._fakes)
             try:
