@@ -180,7 +180,7 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
         return torch.cuda.max_memory_allocated() - before
     with counted() as allocations:
         call()
-    return max(itertools.accumulate(allocations), initial=0)
+    return max(itertools.accumulate(allocations, initial=0))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Tensors with a shape and no values: a run on them takes no memory, and tells what it would take."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -34,7 +34,7 @@ def has_values(tensor: Tensor) -> bool:
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
-class ValueNeededError(ValueError):
+class ValueNeededError(Exception):
     """What ran on tensors without values asks for one that decides how it goes on."""
 
 
@@ -45,14 +45,19 @@ class FakeTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # (torch
     positions and indices do what they do in a run. A single number that would be computed of parameters, such as a
     loss, is 1; of comparisons, all are true and not one is.
 
+    Args:
+        instead: What to do in the place of operators of other libraries, by their names such as ``library::operator``,
+            where these take memory that their results do not show, or ask for values.
+
     Attributes:
         live: Bytes of all tensors that were made in here and are there still.
         peak: The most that there were at once, since :meth:`restart`.
         on_peak: Called each time that there are more than ever.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, instead: Mapping[str, Callable[..., Any]] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._instead = instead or {}
         self.live = self.peak = 0
         self.on_peak: Callable[[], None] | None = None
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -80,6 +85,15 @@ class FakeTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # (torch
             yield
         finally:
             self._is_off = before
+
+    @contextmanager
+    def _within(self) -> Iterator[None]:
+        """What is run by an operator is counted too."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def restart(self) -> None:
         """Forget the peak."""
@@ -135,13 +149,19 @@ class FakeTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # (torch
                 out = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return func(*args, **kwargs)
-        return out if any(map(_is_large, filter(torch.is_tensor, tree_leaves(out)))) else func(*args, **kwargs)
+        made = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
+        # Kernels of other libraries may be slow, and none of them are masks or positions.
+        is_foreign = func.namespace not in ("aten", "prims") and any(each.is_floating_point() for each in made)
+        return out if is_foreign or any(map(_is_large, made)) else func(*args, **kwargs)
 
     def _on_fakes(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is _aten._local_scalar_dense.default:
             return _single(args[0].dtype)
         if func in (_aten.equal.default, _aten.allclose.default):
             return True
+        if func._schema.name in self._instead:
+            with self._within():
+                return self._instead[func._schema.name](*args, **kwargs)
         if func in _INDEXING:
             args = (args[0], _indices(args[1]), *args[2:])
         try:

@@ -153,7 +153,7 @@ class Reader:
         if arguments[0] in ("fit", "predict") and "--print_config" not in arguments:
             self.fits += arguments[0] == "fit"
             arguments = [*arguments, "--trainer.max_steps", str(2 * self.fits), *self.few_steps()]
-        elif arguments[0] == "data":
+        elif arguments[0] in ("data", "memory"):
             arguments = [*arguments, *self.tiny_model()]
         self.monkeypatch.setattr(sys, "argv", ["lightning-lora", *arguments])
         try:

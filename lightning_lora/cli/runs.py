@@ -24,7 +24,7 @@ from lightning_lora.cli.shown_data import show
 from lightning_lora.data.from_files import FileData
 from lightning_lora.fake_tensors import FakeTensors
 from lightning_lora.pretrained import without_weights
-from lightning_lora.trainer.memory import MemoryEstimate, estimate
+from lightning_lora.trainer.memory import MemoryEstimate, estimate, fake_tensors
 from lightning_lora.trainer.precision import fitting_precision
 
 _CONFIG = ("--config", "-c")
@@ -71,7 +71,7 @@ class RecipeTrainer(Trainer):
         Returns:
             The bytes.
         """
-        with without_weights(), fakes or FakeTensors() as running:
+        with without_weights(), fakes or fake_tensors() as running:
             return estimate(self, model, datamodule, running)
 
 
@@ -125,7 +125,7 @@ class LoraCLI(LightningCLI):
         if self.subcommand != "memory":
             super().instantiate_classes()
             return
-        self._fakes = FakeTensors()
+        self._fakes = fake_tensors()
         self.save_config_callback = None
         with without_weights(), self._fakes:
             super().instantiate_classes()

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_lora.fake_tensors import FakeTensors, ValueNeededError
 from lightning_lora.fqn import clean_fqn
+from lightning_lora.layers.quantized.bitsandbytes import OPERATORS
 from lightning_lora.model.quantization import quantized_layers
 from lightning_lora.model.state_dict import adapter_tensors
 
@@ -57,6 +58,11 @@ class MemoryEstimate:
     def activations(self) -> int:
         """What a step adds at its peak: what the backward pass needs, and intermediate results."""
         return self.peak - self.resting - self.gradients_at_peak
+
+
+def fake_tensors() -> FakeTensors:
+    """The context in which what :func:`estimate` takes is made."""
+    return FakeTensors(OPERATORS)
 
 
 def estimate(

@@ -18,11 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import harness
 from lightning_lora import LoRA
-from lightning_lora.fake_tensors import FakeTensors
+from lightning_lora.fake_tensors import has_values
 from lightning_lora.model.quantization import quantized_layers
 from lightning_lora.pretrained import without_weights
 from lightning_lora.tasks import CausalLM, causal_lm
-from lightning_lora.trainer.memory import MemoryEstimate, estimate
+from lightning_lora.trainer.memory import MemoryEstimate, estimate, fake_tensors
 
 Build = Callable[[], L.LightningModule]
 
@@ -104,8 +104,7 @@ def both(build: Build, batch: Any, precision: str = "32-true", **options: Any) -
 
 
 def foreseen(build: Build, batch: Any, precision: str = "32-true", **options: Any) -> MemoryEstimate:
-    fakes = FakeTensors()
-    with without_weights(), fakes:
+    with without_weights(), fake_tensors() as fakes:
         return estimate(make_trainer(precision, **options), build(), Data(batch), fakes)
 
 
@@ -163,7 +162,8 @@ def text(packed: bool = False) -> dict[str, Tensor]:
         (CausalLM, {"dtype": "bfloat16"}, "bf16-mixed"),
         (Checkpointed, {}, "32-true"),
         pytest.param(CausalLM, {"quantize": "nf4"}, "32-true", marks=quantized.needs("bitsandbytes")),
-        pytest.param(Checkpointed, {"quantize": "nf4-dq"}, "bf16-mixed", marks=quantized.needs("bitsandbytes")),
+        pytest.param(CausalLM, {"quantize": "nf4-dq"}, "bf16-mixed", marks=quantized.needs("bitsandbytes")),
+        pytest.param(CausalLM, {"quantize": "int8"}, "32-true", marks=quantized.needs("bitsandbytes")),
     ],
 )
 def test_a_language_model(
@@ -174,3 +174,41 @@ def test_a_language_model(
     found, peak = both(lambda: task(llama, **options), batch, precision)
     assert found.peak == pytest.approx(peak, rel=0.1)
     assert found.activations > 0.1 * peak
+
+
+def test_gradients_are_kept_beside_those_of_the_next_micro_batch() -> None:
+    build, batch = lambda: Mlp(128), torch.randn(64, 128)
+    one, several = foreseen(build, batch), foreseen(build, batch, accumulate=2)
+    assert several.gradients == one.gradients
+    assert several.gradients_at_peak >= one.gradients_at_peak
+
+
+def test_the_largest_rows_are_one_batch() -> None:
+    rows = [torch.randn(2 + index % 7, 32) for index in range(20)]
+
+    class Rows(L.LightningDataModule):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(rows, batch_size=2, collate_fn=lambda given: torch.cat(given))  # type: ignore[arg-type]
+
+    with fake_tensors() as fakes:
+        found = estimate(make_trainer("32-true"), Mlp(32), Rows(), fakes)
+    assert found.batch == "the 2 largest of 20 rows, 16x32"
+
+
+def test_parameters_have_no_values_and_leave_no_trace_in_torch() -> None:
+    with fake_tensors() as fakes:
+        module = Mlp(4096)
+        assert fakes.live == 4 * (4 * 4096**2 + 3 * 4096)
+        assert not any(has_values(parameter) for parameter in module.parameters())
+    assert all(has_values(parameter) for parameter in Mlp(4).parameters())
+
+
+class Choosing(Mlp):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        out = self.net(batch)
+        return out[out > 0].sum()
+
+
+def test_a_step_that_asks_for_values_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"needs values, .* --trainer.max_steps 2"):
+        foreseen(lambda: Choosing(32), torch.randn(8, 32))

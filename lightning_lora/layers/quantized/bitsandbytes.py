@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -178,3 +179,47 @@ class Bitsandbytes8bit(_Bitsandbytes):
 def _scales(module: nn.Module, packed: Tensor) -> Tensor:
     on_weight: Tensor | None = getattr(packed, "SCB", None)
     return module.state.SCB if on_weight is None else on_weight  # type: ignore[union-attr,return-value]
+
+
+def _multiply_4bit(
+    x: Tensor,
+    packed: Tensor,
+    shape: list[int],
+    absmax: Tensor,
+    block_size: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    code: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    library: Any = torch.ops.bitsandbytes
+    if absmax_8bit is not None:
+        absmax = library.dequantize_blockwise(absmax_8bit, absmax, code, 256, torch.float32) + offset
+    weight = library.dequantize_4bit(packed, absmax, block_size, quant_type, shape, x.dtype)
+    if torch.is_autocast_enabled(x.device.type):  # which casts within the operator
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _quantize_rows(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    outliers = x.new_empty(0, dtype=torch.int64) if threshold else None  # which are few
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32).flatten(), outliers
+
+
+def _multiply_8bit(
+    x: Tensor, codes: Tensor, packed: Tensor, rows: Tensor, columns: Tensor, outliers: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    library: Any = torch.ops.bitsandbytes
+    product = library.int8_linear_matmul(codes, packed)
+    return library.int8_mm_dequant(product, rows, columns, x.dtype, bias), x.new_empty(x.shape[0], 0)
+
+
+# What the operators do, by others: for counting memory, where those themselves hide a dequantized weight or look at
+# values.
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "bitsandbytes::gemm_4bit": _multiply_4bit,
+    "bitsandbytes::int8_vectorwise_quant": _quantize_rows,
+    "bitsandbytes::int8_mixed_scaled_mm": _multiply_8bit,
+}
