@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_lora import LoraConfig, eject, inject, load_adapter, save_adapter
 from lightning_lora.formats.merged import save_merged
-from lightning_lora.formats.publish import partial_path, whole_directory
+from lightning_lora.formats.publish import partial_path, whole_directory, write_text
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a copy of the process")
 
@@ -57,6 +57,13 @@ def test_files_of_others_stay_and_those_of_an_earlier_write_go(tmp_path: Path) -
     (target / "inner" / "file").write_text("mine")
     write(target, "model-1.safetensors", stale=("model*.safetensors",))
     assert contents(target) == {"model-1.safetensors": "new", "notes.txt": "mine", "inner/file": "mine"}
+
+
+def test_a_text_is_written_with_its_directory(tmp_path: Path) -> None:
+    for text in ("old", "new: \u00fc"):
+        write_text(text, tmp_path / "a" / "b.txt")
+        assert (tmp_path / "a" / "b.txt").read_bytes() == text.encode()
+    assert os.listdir(tmp_path / "a") == ["b.txt"]
 
 
 @pytest.mark.parametrize("can_link", [True, False])

@@ -303,6 +303,9 @@ def test_a_resized_scaling_and_another_base_are_refused(tmp_path: Path) -> None:
         nn.init.normal_(model.base_model.model.lm_head.weight)
         return model
 
+    fit(
+        tmp_path, Module(build=lambda: wrap(lora(lora_dropout=0.3))), LoRA(summary=False), ckpt_path=tmp_path / "x.ckpt"
+    )
     for build, message in (
         (lambda: wrap(lora(lora_alpha=3)), r"default\.lora_alpha \(8 saved, 3 here\)"),
         (lambda: wrap(lora(target_modules=["q_proj"])), "left over: .*v_proj"),
