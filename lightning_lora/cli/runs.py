@@ -138,7 +138,10 @@ class LoraCLI(LightningCLI):
         """Put ``--lora`` and ``--output`` where they belong, and choose a precision: the saved config is complete."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.lora:
-            _change_lora(config.trainer.callbacks or [], config.lora)
+            try:
+                _change_lora(config.trainer.callbacks or [], config.lora)
+            except ArgumentError as error:
+                raise self._explained(error) from error
             config.lora = None
         if config.output is not None and self.subcommand != "predict":
             raise ValueError(f"Found --output with {self.subcommand}, expected it with predict. Take it out.")
@@ -264,6 +267,9 @@ def _change_lora(callbacks: list[Any], settings: dict[str, Any]) -> None:
         near = get_close_matches(unknown[0], known, 1)
         instead = f" Did you mean --lora.{near[0]}?" if near else ""
         raise ValueError(f"Found --lora.{unknown[0]}, expected one of {', '.join(sorted(known))}.{instead}")
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(LoRA, "lora")
+    parser.parse_object({"lora": settings})  # refuses values of other types, by their names
     for callback in mine:
         for name, value in settings.items():
             callback.init_args[name] = value
