@@ -141,15 +141,18 @@ KINDS = {
 }
 
 
+def any_file_is_read_or_refused(kind: str, data: st.DataObject, request: pytest.FixtureRequest, path: Path) -> None:
+    good, change = KINDS[kind]
+    read_or_refused(change(data, request.getfixturevalue(good), path), path)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 @FUZZ
 def test_any_file_is_read_or_refused(
     kind: str, data: st.DataObject, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    good, change = KINDS[kind]
-    model = change(data, request.getfixturevalue(good), tmp_path / "changed")
-    read_or_refused(model, tmp_path / "changed")
+    any_file_is_read_or_refused(kind, data, request, tmp_path / "changed")
 
 
 @pytest.mark.slow
@@ -161,9 +164,7 @@ def test_two_thousand_files_are_read_or_refused(
     kind: str, data: st.DataObject, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """``--hypothesis-show-statistics`` tells how many were refused."""
-    good, change = KINDS[kind]
-    model = change(data, request.getfixturevalue(good), tmp_path / "changed")
-    read_or_refused(model, tmp_path / "changed")
+    any_file_is_read_or_refused(kind, data, request, tmp_path / "changed")
 
 
 def read_or_refused(model: nn.Module, path: Path) -> None:
