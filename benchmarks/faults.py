@@ -11,7 +11,6 @@ name is opened, and the run is resumed. After that, one run makes many steps, an
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from benchmarks.harness import SHAPES, base, parser, report
+from benchmarks.harness import SHAPES, base, free_port, join, parser, report
 from benchmarks.saving import CpuFSDP
 from lightning_lora import LoRA, adapter_state_dict, load_adapter, lora_auto_wrap_policy
 from lightning_lora.data import ResumableDataLoader
@@ -91,20 +90,13 @@ def fit(folder: Path, strategy: str, ckpt_path: Path | None) -> None:
 
 def start(folder: Path, strategy: str, ckpt_path: Path | None = None) -> list[int]:
     """Start the processes of a run, copies of this one, and return their numbers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world_size, children = STRATEGIES[strategy][0], []
+    port, world_size, children = free_port(), STRATEGIES[strategy][0], []
     for rank in range(world_size):
         if (child := os.fork()) == 0:
             output = os.open(folder.with_suffix(f".{rank}.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1), os.dup2(output, 2)
             if world_size > 1:
-                os.environ |= {
-                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size),
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
-                    "LOCAL_WORLD_SIZE": str(world_size), "TORCHELASTIC_RUN_ID": "faults",
-                }  # fmt: skip
+                join(rank, world_size, port)
             code = 1
             try:
                 fit(folder, strategy, ckpt_path)

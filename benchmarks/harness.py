@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import platform
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -193,6 +194,22 @@ def counted() -> Iterator[list[int]]:
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore
     events.sort(key=lambda event: event.start_ns())
     allocations += [event.nbytes() for event in events]
+
+
+def free_port() -> int:
+    """A port on which the processes of a run can meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def join(rank: int, world_size: int, port: int) -> None:
+    """Make this process one of several, as torchrun would, so that a Trainer starts none of its own."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size), "RANK": str(rank),
+        "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(world_size),
+        "TORCHELASTIC_RUN_ID": "benchmarks",
+    }  # fmt: skip
 
 
 def ratios(times: dict[str, list[float]], to: str) -> dict[str, dict[str, float]]:

@@ -10,7 +10,6 @@ whole model. Memory is the peak of a process's tensors while it saves, over thos
 import argparse
 import json
 import os
-import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from benchmarks.harness import SHAPES, base, parser, peak_bytes, report
+from benchmarks.harness import SHAPES, base, free_port, join, parser, peak_bytes, report
 from lightning_lora import LoRA, LoraConfig, inject, lora_auto_wrap_policy
 
 PROCESSES = 2
@@ -95,10 +94,7 @@ def strategies(device: str) -> dict[str, Callable[[], Strategy]]:
 
 def one(rank: int, port: int, name: str, alone: bool, shape: str, device: str, file: str) -> None:
     """Train one step in one of the processes, save, and write down what it took."""
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(PROCESSES), "RANK": str(rank),
-        "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(PROCESSES), "TORCHELASTIC_RUN_ID": "saving",
-    }  # fmt: skip
+    join(rank, PROCESSES, port)
     module = OneStep(shape, alone)
     trainer = L.Trainer(
         accelerator=device, devices=PROCESSES, strategy=strategies(device)[name](), max_steps=1, logger=False,
@@ -136,12 +132,9 @@ def main() -> None:
     for name in args.strategies:
         # Lightning's full state dict of FSDP crashes on the CPU, with torch 2.13.
         for alone in (False, True) if args.device != "cpu" or name != "FSDP" else (False,):
-            with socket.socket() as probe, tempfile.NamedTemporaryFile() as found:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-                probe.close()
+            with tempfile.NamedTemporaryFile() as found:
                 torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
-                    one, (port, name, alone, args.shape, args.device, found.name), nprocs=PROCESSES
+                    one, (free_port(), name, alone, args.shape, args.device, found.name), nprocs=PROCESSES
                 )
                 rows[f"{name}, {'Lightning alone' if alone else 'ours'}"] = {**of, **json.loads(found.read())}
     columns = ["base", "adapter", "extra, rank 0", "extra, rank 1", "over the adapter", "checkpoint"]
