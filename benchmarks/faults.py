@@ -8,6 +8,7 @@ name is opened, and the run is resumed. After that, one run makes many steps, an
     python -m benchmarks.faults --kills 40 --steps 300
 """
 
+import multiprocessing
 import os
 import random
 import signal
@@ -91,6 +92,7 @@ def fit(folder: Path, strategy: str, ckpt_path: Path | None) -> None:
 def start(folder: Path, strategy: str, ckpt_path: Path | None = None) -> list[int]:
     """Start the processes of a run, copies of this one, and return their numbers."""
     port, world_size, children = free_port(), STRATEGIES[strategy][0], []
+    done = multiprocessing.get_context("fork").Barrier(world_size)
     for rank in range(world_size):
         if (child := os.fork()) == 0:
             output = os.open(folder.with_suffix(f".{rank}.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -100,6 +102,7 @@ def start(folder: Path, strategy: str, ckpt_path: Path | None = None) -> list[in
             code = 1
             try:
                 fit(folder, strategy, ckpt_path)
+                done.wait(timeout=60)  # the first to end would break a collective in which the other still is
                 code = 0
             except BaseException as error:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)

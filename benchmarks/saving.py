@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def strategies(device: str) -> dict[str, Callable[[], Strategy]]:
     }
 
 
-def one(rank: int, port: int, name: str, alone: bool, shape: str, device: str, file: str) -> None:
+def one(rank: int, port: int, name: str, alone: bool, shape: str, device: str, file: str, done: Barrier) -> None:
     """Train one step in one of the processes, save, and write down what it took."""
     join(rank, PROCESSES, port)
     module = OneStep(shape, alone)
@@ -110,7 +111,7 @@ def one(rank: int, port: int, name: str, alone: bool, shape: str, device: str, f
         if rank == 0:
             files = [entry for entry in (path, *path.rglob("*")) if entry.is_file()]
             Path(file).write_text(json.dumps({"extra": everyone, "file": sum(f.stat().st_size for f in files)}))
-        dist.barrier()
+        done.wait()  # not one of gloo's, which the first to end would break for the other
     os._exit(0)  # gloo's threads may still be at work
 
 
@@ -133,8 +134,9 @@ def main() -> None:
         # Lightning's full state dict of FSDP crashes on the CPU, with torch 2.13.
         for alone in (False, True) if args.device != "cpu" or name != "FSDP" else (False,):
             with tempfile.NamedTemporaryFile() as found:
+                done = torch.multiprocessing.get_context("spawn").Barrier(PROCESSES)
                 torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
-                    one, (free_port(), name, alone, args.shape, args.device, found.name), nprocs=PROCESSES
+                    one, (free_port(), name, alone, args.shape, args.device, found.name, done), nprocs=PROCESSES
                 )
                 rows[f"{name}, {'Lightning alone' if alone else 'ours'}"] = {**of, **json.loads(found.read())}
     columns = ["base", "adapter", "extra, rank 0", "extra, rank 1", "over the adapter", "checkpoint"]

@@ -33,6 +33,11 @@ def test_each_rank_returns_what_it_found() -> None:
     assert run_processes("add_ranks", 10) == [{"rank": 0, "total": 21}, {"rank": 1, "total": 21}]
 
 
+def test_a_rank_that_is_done_stays_until_the_others_are(tmp_path: Path) -> None:
+    """Its end would close connections that another rank's last collective still reads from."""
+    assert all(rank["there"] for rank in run_processes("outlast", str(tmp_path)))
+
+
 def test_a_failure_shows_what_the_ranks_printed() -> None:
     with pytest.raises(AssertionError, match="rank 0 ended with 0(.|\n)*rank 1 ended with 1(.|\n)*second rank fails"):
         run_processes("fail_on_one")

@@ -54,6 +54,16 @@ def add_ranks(offset: int) -> dict[str, Any]:
     return {"rank": rank(), "total": sum(total)}
 
 
+def outlast(directory: str) -> dict[str, Any]:
+    """The first process is done at once; the second looks a second later whether it is still there."""
+    first = Path(directory, "pid")
+    if rank() == 0:
+        first.write_text(str(os.getpid()))
+        return {"there": True}
+    time.sleep(1)
+    return {"there": Path("/proc", first.read_text()).exists()}
+
+
 def fail_on_one() -> dict[str, Any]:
     if rank() == 1:
         raise ValueError("the second rank fails")

@@ -16,6 +16,8 @@ from typing import Any
 
 from helpers import TESTS
 
+LET_GO = b"."  # what a rank is told when every rank has a result or has ended
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -66,7 +68,7 @@ def end_processes(job: str, *args: Any, world_size: int = 2, limit: float = 120)
                             start_new_session=True,  # a process group, to be killed as one
                         )
                     )
-            returncodes = _wait(processes, limit)
+            returncodes = _wait(processes, results, limit)
         finally:
             for process in processes:
                 _kill_group(process.pid)
@@ -78,11 +80,22 @@ def end_processes(job: str, *args: Any, world_size: int = 2, limit: float = 120)
         ]
 
 
-def _wait(processes: list[subprocess.Popen], limit: float) -> list[int | None]:
+def _wait(processes: list[subprocess.Popen], results: list[Path], limit: float) -> list[int | None]:
     end = time.monotonic() + limit
     while time.monotonic() < end and any(process.poll() is None for process in processes):
+        # The first to end closes its connections, and would break a collective in which another still is.
+        if all(process.poll() is not None or result.exists() for process, result in zip(processes, results)):
+            for process in processes:
+                _let_go(process)
         time.sleep(0.05)
     return [process.poll() for process in processes]
+
+
+def _let_go(process: subprocess.Popen) -> None:
+    try:
+        os.write(process.stdin.fileno(), LET_GO)
+    except BrokenPipeError:  # it has ended
+        return
 
 
 def _kill_group(group: int) -> None:
@@ -120,23 +133,21 @@ def _told(number: int, rank: Ended, limit: float) -> str:
     return f"--- rank {number} {how}:\n{rank.output}"
 
 
-def _end_with_parent() -> None:
-    os.read(sys.stdin.fileno(), 1)
+def _end_as_parent_says() -> None:
+    if os.read(sys.stdin.fileno(), 1) == LET_GO:
+        os._exit(0)  # the threads of gloo may still be at work, and would be torn down with the interpreter
     _kill_group(os.getpgrp())
 
 
 def _main(job: str, args: str, result: str) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    import torch
-
+    parent = threading.Thread(target=_end_as_parent_says, daemon=True)
+    parent.start()
     module, _, function = job.rpartition(".")
     returned = getattr(importlib.import_module(f"{__package__}.{module or 'jobs'}"), function)(*json.loads(args))
-    Path(result).write_text(json.dumps(returned))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # the threads of gloo may still be at work, and would be torn down with the interpreter
+    Path(f"{result}.partial").write_text(json.dumps(returned))
+    os.replace(f"{result}.partial", result)
+    parent.join()
 
 
 if __name__ == "__main__":
