@@ -18,6 +18,10 @@ CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_
 _BIAS_MODES = ("none", "all", "lora_only")
 _INITS = (True, False, "gaussian", "orthogonal", "olora", "pissa", "loftq", "eva")
 _NUMBERED_INITS = (re.compile(r"pissa_niter_\d+"), LOFTQ)
+_NOT_BESIDE_VERA = (
+    "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "freeze_A", "rank_dropout", "fused_qkv",
+    "target_parameters", "trainable_token_indices",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +119,27 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         self._make_plain()
+        self._check_numbers()
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            self._check_patterns(name)
+        self._check_tokens()
+        self._check_targets()
+        self._check_words()
+        self._check_together()
+
+    def _make_plain(self) -> None:
+        """Take what NumPy, Hydra and others have in place of plain types, and ``None`` for a dict that is empty."""
+        for field in dataclasses.fields(LoraConfig):
+            value = getattr(self, field.name)
+            if field.default_factory is dict:
+                if not isinstance(value, (Mapping, type(None))):
+                    raise ValueError(
+                        f"{field.name} is {value!r}, but it must be a dict by names or patterns of modules, or None."
+                    )
+                value = value or {}
+            object.__setattr__(self, field.name, plain(value))
+
+    def _check_numbers(self) -> None:
         _require_rank("r", self.r)
         for pattern, rank in self.rank_pattern.items():
             _require_rank(f"rank_pattern[{pattern!r}]", rank)
@@ -132,81 +157,6 @@ class LoraConfig:
                 f"vera_d_initial is {self.vera_d_initial!r}, but it must be a number other than zero, at which nothing "
                 "would get a gradient: pass 0.1, as in the paper."
             )
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            self._check_patterns(name)
-        for name in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, name):
-                require_expression(pattern, name)
-        if not isinstance(self.target_parameters, (list, type(None))):
-            raise ValueError(
-                f"target_parameters is {self.target_parameters!r}, but it must be a list of names or None."
-            )
-        self._check_tokens()
-        if not self.target_modules and not self.target_parameters and not self.trainable_token_indices:
-            raise ValueError(
-                'target_modules is empty, so there is nothing to adapt: name layers such as ["q_proj", "v_proj"], or '
-                'pass "all-linear".'
-            )
-        if isinstance(self.fused_qkv, list):
-            object.__setattr__(self, "fused_qkv", sorted(self.fused_qkv, key="qkv".find))
-        if self.fused_qkv is not None and (not self.fused_qkv or set(self.fused_qkv) - {"q", "k", "v"}):
-            raise ValueError(f'fused_qkv is {self.fused_qkv!r}, but it must be a list of "q", "k" and "v", or None.')
-        if self.fused_qkv and (self.use_dora or self.takes_from_base or self.init_lora_weights == "orthogonal"):
-            raise ValueError(
-                "fused_qkv gives each part of a layer an A and B of its own, while DoRA and the orthogonal, PiSSA and "
-                "OLoRA starts are for whole matrices: leave one of them out."
-            )
-        if self.bias not in _BIAS_MODES:
-            raise ValueError(f"bias is {self.bias!r}, but it must be one of {', '.join(map(repr, _BIAS_MODES))}.")
-        if self.init_lora_weights not in _INITS and not any(
-            pattern.fullmatch(str(self.init_lora_weights)) for pattern in _NUMBERED_INITS
-        ):
-            raise ValueError(
-                f"init_lora_weights is {self.init_lora_weights!r}, but it must be one of "
-                f"{', '.join(map(repr, _INITS))}, 'pissa_niter_<number of iterations>', 'loftq_<4 or 8 bits>' or "
-                "'loftq_<4 or 8 bits>_niter_<number of iterations>'."
-            )
-        if self.adapter_kind not in ("lora", self.kind):
-            raise ValueError(
-                f"{self.kind_setting} and adapter_kind={self.adapter_kind!r} do not go together: leave one of them out."
-            )
-        if self.use_dora and self.takes_from_base:
-            raise ValueError(
-                f"use_dora and init_lora_weights={self.init_lora_weights!r} do not go together: DoRA's magnitude is "
-                "that of the whole weight, out of which this start is taken. Use one of them."
-            )
-        beside_vera = (
-            "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "freeze_A", "rank_dropout", "fused_qkv",
-            "target_parameters", "trainable_token_indices",
-        )  # fmt: skip
-        clashing = [name for name in beside_vera if getattr(self, name)]
-        if self.init_lora_weights is not True:
-            clashing.append("init_lora_weights")
-        if self.use_vera and clashing:
-            raise ValueError(
-                f"use_vera and {clashing[0]} do not go together: VeRA's A and B are random, frozen and shared by all "
-                "layers. Use one of them."
-            )
-        if self.freeze_A and (self.takes_from_base or self.init_lora_weights in (False, "orthogonal")):
-            raise ValueError(
-                f"freeze_A and init_lora_weights={self.init_lora_weights!r} do not go together: with A frozen, B must "
-                "start at zero and learn the whole update. Use one of them."
-            )
-        odd = [rank for rank in (self.r, *self.rank_pattern.values()) if rank % 2]
-        if self.init_lora_weights == "orthogonal" and odd:
-            raise ValueError(f"init_lora_weights is 'orthogonal', which needs even ranks, but there is {odd[0]}.")
-
-    def _make_plain(self) -> None:
-        """Take what NumPy, Hydra and others have in place of plain types, and ``None`` for a dict that is empty."""
-        for field in dataclasses.fields(LoraConfig):
-            value = getattr(self, field.name)
-            if field.default_factory is dict:
-                if not isinstance(value, (Mapping, type(None))):
-                    raise ValueError(
-                        f"{field.name} is {value!r}, but it must be a dict by names or patterns of modules, or None."
-                    )
-                value = value or {}
-            object.__setattr__(self, field.name, plain(value))
 
     def _check_patterns(self, name: str) -> None:
         value = getattr(self, name)
@@ -236,6 +186,70 @@ class LoraConfig:
                     "of at least 0 and there once, or a dict of such lists by the name of the embedding: correct it, "
                     "or pass None for none."
                 )
+
+    def _check_targets(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                require_expression(pattern, name)
+        if not isinstance(self.target_parameters, (list, type(None))):
+            raise ValueError(
+                f"target_parameters is {self.target_parameters!r}, but it must be a list of names or None."
+            )
+        if not self.target_modules and not self.target_parameters and not self.trainable_token_indices:
+            raise ValueError(
+                'target_modules is empty, so there is nothing to adapt: name layers such as ["q_proj", "v_proj"], or '
+                'pass "all-linear".'
+            )
+
+    def _check_words(self) -> None:
+        if isinstance(self.fused_qkv, list):
+            object.__setattr__(self, "fused_qkv", sorted(self.fused_qkv, key="qkv".find))
+        if self.fused_qkv is not None and (not self.fused_qkv or set(self.fused_qkv) - {"q", "k", "v"}):
+            raise ValueError(f'fused_qkv is {self.fused_qkv!r}, but it must be a list of "q", "k" and "v", or None.')
+        if self.bias not in _BIAS_MODES:
+            raise ValueError(f"bias is {self.bias!r}, but it must be one of {', '.join(map(repr, _BIAS_MODES))}.")
+        if self.init_lora_weights not in _INITS and not any(
+            pattern.fullmatch(str(self.init_lora_weights)) for pattern in _NUMBERED_INITS
+        ):
+            raise ValueError(
+                f"init_lora_weights is {self.init_lora_weights!r}, but it must be one of "
+                f"{', '.join(map(repr, _INITS))}, 'pissa_niter_<number of iterations>', 'loftq_<4 or 8 bits>' or "
+                "'loftq_<4 or 8 bits>_niter_<number of iterations>'."
+            )
+
+    def _check_together(self) -> None:
+        """Refuse settings of which each is right, and not beside the other."""
+        start = f"init_lora_weights={self.init_lora_weights!r}"
+        if self.fused_qkv and (self.use_dora or self.takes_from_base or self.init_lora_weights == "orthogonal"):
+            raise ValueError(
+                "fused_qkv gives each part of a layer an A and B of its own, while DoRA and the orthogonal, PiSSA and "
+                "OLoRA starts are for whole matrices: leave one of them out."
+            )
+        if self.adapter_kind not in ("lora", self.kind):
+            raise ValueError(
+                f"{self.kind_setting} and adapter_kind={self.adapter_kind!r} do not go together: leave one of them out."
+            )
+        if self.use_dora and self.takes_from_base:
+            raise ValueError(
+                f"use_dora and {start} do not go together: DoRA's magnitude is that of the whole weight, out of which "
+                "this start is taken. Use one of them."
+            )
+        clashing = [name for name in _NOT_BESIDE_VERA if getattr(self, name)]
+        if self.init_lora_weights is not True:
+            clashing.append("init_lora_weights")
+        if self.use_vera and clashing:
+            raise ValueError(
+                f"use_vera and {clashing[0]} do not go together: VeRA's A and B are random, frozen and shared by all "
+                "layers. Use one of them."
+            )
+        if self.freeze_A and (self.takes_from_base or self.init_lora_weights in (False, "orthogonal")):
+            raise ValueError(
+                f"freeze_A and {start} do not go together: with A frozen, B must start at zero and learn the whole "
+                "update. Use one of them."
+            )
+        odd = [rank for rank in (self.r, *self.rank_pattern.values()) if rank % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            raise ValueError(f"init_lora_weights is 'orthogonal', which needs even ranks, but there is {odd[0]}.")
 
     @property
     def layer_groups(self) -> frozenset[str]:

@@ -20,6 +20,7 @@ from lightning_lora.model.state_dict import CheckpointError
 from lightning_lora.model.targets import matches, modules_by_name
 
 Tensors = dict[str, Tensor]
+_TodaysName = Callable[[str], tuple[str, Any, Any]]  # the name, its converter if any, and the pattern that matched
 # Transformers' operations for experts: stacked, and if there are several projections, these beside each other.
 _STACKED = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
@@ -53,6 +54,50 @@ def in_todays_names(config: LoraConfig, tensors: Tensors, base: nn.Module, sourc
     todays_name = _todays_name(base) if old else None
     if todays_name is None:
         return config, tensors
+    renamed, stacked = _moved(old, modules, todays_name, source)
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        of_layer = OF_LAYER.fullmatch(name)
+        layer = of_layer["layer"] if of_layer is not None else name.removeprefix(PREFIX).rpartition(".")[0]
+        layer = layer.removesuffix(".base_layer")
+        if layer in renamed:
+            name = name.replace(f"{PREFIX}{layer}.", f"{PREFIX}{renamed[layer]}.", 1)
+        elif of_layer is None and layer not in modules:  # of a module that was trained in full
+            name = PREFIX + todays_name(name.removeprefix(PREFIX))[0]
+        found[name] = tensor
+    parameters = [*(config.target_parameters or []), *stacked]
+    own_ranks = {re.escape(new): config.rank(layer) for layer, new in renamed.items()}
+    own_alphas = {re.escape(new): config.alpha(layer) for layer, new in renamed.items()}
+    ranks = {new: rank for new, rank in own_ranks.items() if rank != config.r}
+    alphas = {new: alpha for new, alpha in own_alphas.items() if alpha != config.lora_alpha}
+    for name, parts in stacked.items():
+        owner, _, attribute = name.rpartition(".")
+        adapted = [each for each in modules[owner]._parameters if matches(f"{owner}.{each}".lstrip("."), parameters)]
+        wrappers = ".base_layer" * (len(adapted) - 1 - adapted.index(attribute))
+        rank, scaling, pair = _stack(parts, config, found, modules[owner], attribute, source)
+        for matrix, tensor in pair.items():
+            found[f"{PREFIX}{owner}{wrappers}.{matrix}.weight"] = tensor
+        ranks[re.escape(name)] = rank
+        alphas[re.escape(name)] = scaling * (math.sqrt(rank) if config.use_rslora else rank)
+    if stacked and config.lora_dropout:
+        rank_zero_warn(
+            f"{source} was trained with lora_dropout={config.lora_dropout}, and dropout is not for stacked experts: it "
+            "is left out, which changes nothing but further training."
+        )
+    return dataclasses.replace(
+        config,
+        target_modules=_targets(config.target_modules, modules, renamed),
+        target_parameters=parameters or None,
+        rank_pattern={**ranks, **config.rank_pattern},
+        alpha_pattern={**alphas, **config.alpha_pattern},
+        lora_dropout=0.0 if stacked else config.lora_dropout,
+    ), found
+
+
+def _moved(
+    old: list[str], modules: dict[str, nn.Module], todays_name: _TodaysName, source: str
+) -> tuple[dict[str, str], dict[str, list[_Part]]]:
+    """Where layers have gone: the new names of some, and by stacked parameter those that are parts of it."""
     renamed: dict[str, str] = {}
     stacked: dict[str, list[_Part]] = {}
     for layer in old:
@@ -69,49 +114,16 @@ def in_todays_names(config: LoraConfig, tensors: Tensors, base: nn.Module, sourc
                     "known here. Nothing was loaded."
                 )
             stacked.setdefault(name, []).append(_Part(layer, numbers[-1], patterns.index(pattern), len(patterns)))
-    found: Tensors = {}
-    for name, tensor in tensors.items():
-        of_layer = OF_LAYER.fullmatch(name)
-        layer = of_layer["layer"] if of_layer is not None else name.removeprefix(PREFIX).rpartition(".")[0]
-        layer = layer.removesuffix(".base_layer")
-        if layer in renamed:
-            name = name.replace(f"{PREFIX}{layer}.", f"{PREFIX}{renamed[layer]}.", 1)
-        elif of_layer is None and layer not in modules:  # of a module that was trained in full
-            name = PREFIX + todays_name(name.removeprefix(PREFIX))[0]
-        found[name] = tensor
-    own_ranks = {re.escape(new): config.rank(layer) for layer, new in renamed.items()}
-    own_alphas = {re.escape(new): config.alpha(layer) for layer, new in renamed.items()}
-    ranks = {new: rank for new, rank in own_ranks.items() if rank != config.r}
-    alphas = {new: alpha for new, alpha in own_alphas.items() if alpha != config.lora_alpha}
-    parameters = [*(config.target_parameters or []), *stacked]
-    for name, parts in stacked.items():
-        owner, _, attribute = name.rpartition(".")
-        adapted = [each for each in modules[owner]._parameters if matches(f"{owner}.{each}".lstrip("."), parameters)]
-        wrappers = ".base_layer" * (len(adapted) - 1 - adapted.index(attribute))
-        rank, scaling, pair = _stack(parts, config, found, modules[owner], attribute, source)
-        for matrix, tensor in pair.items():
-            found[f"{PREFIX}{owner}{wrappers}.{matrix}.weight"] = tensor
-        ranks[re.escape(name)] = rank
-        alphas[re.escape(name)] = scaling * (math.sqrt(rank) if config.use_rslora else rank)
-    if stacked and config.lora_dropout:
-        rank_zero_warn(
-            f"{source} was trained with lora_dropout={config.lora_dropout}, and dropout is not for stacked experts: it "
-            "is left out, which changes nothing but further training."
-        )
-    declared = config.target_modules
+    return renamed, stacked
+
+
+def _targets(declared: str | list[str], modules: dict[str, nn.Module], renamed: dict[str, str]) -> list[str]:
+    """What is adapted, of what was declared: the parts of it that are there, and the new names."""
     if isinstance(declared, list):
         targets = [each for each in declared if any(matches(name, [each]) for name in modules)]
     else:
         targets = [name for name in modules if matches(name, declared)]
-    targets += [new for new in renamed.values() if not matches(new, targets)]
-    return dataclasses.replace(
-        config,
-        target_modules=targets,
-        target_parameters=parameters or None,
-        rank_pattern={**ranks, **config.rank_pattern},
-        alpha_pattern={**alphas, **config.alpha_pattern},
-        lora_dropout=0.0 if stacked else config.lora_dropout,
-    ), found
+    return targets + [new for new in renamed.values() if not matches(new, targets)]
 
 
 def _stack(
@@ -154,7 +166,7 @@ def _stack(
     return sum(ranks), scaling, layout
 
 
-def _todays_name(base: Any) -> Callable[[str], tuple[str, Any, str | None]] | None:
+def _todays_name(base: Any) -> _TodaysName | None:
     """What transformers calls a weight of an earlier version today, with the converter that it goes through, if any."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
