@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
@@ -18,6 +19,8 @@ from lightning_lora.formats.peft_config import config_from_peft
 from lightning_lora.formats.peft_files import PREFIX, PeftFiles, layers_in
 from lightning_lora.formats.transformers_names import in_todays_names
 from lightning_lora.layers.conv import is_misrun_by_peft
+from lightning_lora.layers.loftq import is_rounded
+from lightning_lora.model.quantization import quantized_layers
 from lightning_lora.model.state_dict import CheckpointError
 from lightning_lora.model.targets import find_modules_to_save, matches, modules_by_name
 from lightning_lora.sharding import full_tensor
@@ -41,6 +44,7 @@ def as_plain_lora(files: PeftFiles, base: nn.Module) -> tuple[LoraConfig, Tensor
     config = config_from_peft(settings, source)
     if files.start is not None:
         config = dataclasses.replace(config, init_lora_weights=files.start)
+    config = _on_packed_weights(config, tensors, base, source)
     modules = modules_by_name(base)
     _require_tied_alike(tensors, modules, str(files.directory))
     if settings["peft_type"] == "TRAINABLE_TOKENS":
@@ -60,6 +64,25 @@ def as_plain_lora(files: PeftFiles, base: nn.Module) -> tuple[LoraConfig, Tensor
     if files.is_trained_by_peft:  # else they are whole names
         config = _with_modules_of_peft(config, tensors, modules)
     return _with_stored_embeddings(config, tensors, base, str(files.directory))
+
+
+def _on_packed_weights(config: LoraConfig, tensors: Tensors, base: nn.Module, source: str) -> LoraConfig:
+    """LoftQ is for a base that is kept in these bits, which is one that need not be rounded again."""
+    if config.quantization is None:
+        return config
+    bits, iterations = config.quantization
+    layers = layers_in(tensors)
+    packed = [found for found in quantized_layers(base) if found[0] in layers]
+    if len(packed) < len(layers):
+        return config
+    if not all(is_rounded(storage.dequantized(module, weight), bits) for _, module, storage, weight in packed):
+        return config
+    if iterations > 1:
+        rank_zero_warn(
+            f"{source} is of LoftQ in {iterations} iterations, which changes more of a base than its bits: it is right "
+            "if this one was made of the weights that LoftQ left, and not of those before."
+        )
+    return dataclasses.replace(config, init_lora_weights=True)
 
 
 def _require_tied_alike(tensors: Tensors, modules: Mapping[str, nn.Module], source: str) -> None:

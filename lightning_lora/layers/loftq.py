@@ -79,9 +79,20 @@ def loftq(weight: Tensor, kind: str, r: int) -> tuple[Tensor, Tensor, Tensor]:
     whole = weight.to(torch.promote_types(weight.dtype, torch.float32))
     product = torch.zeros_like(whole)
     for _ in range(iterations):
-        quantized = (nf4 if bits == 4 else int8)(whole - product).to(weight.dtype)
+        quantized = _rounded(whole - product, bits).to(weight.dtype)
         left, values, right = torch.linalg.svd(whole - quantized, full_matrices=False)
         root = values[:r].sqrt()
         lora_A, lora_B = root.unsqueeze(1) * right[:r], left[:, :r] * root
         product = lora_B @ lora_A
     return quantized, lora_B, lora_A
+
+
+def is_rounded(weight: Tensor, bits: int) -> bool:
+    """Whether a weight has the values that LoftQ's quantization to 4 or 8 bits gives, so that it leaves it as it is."""
+    whole = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    # Packages list the codes to four digits or more.
+    return torch.allclose(_rounded(whole, bits), whole, rtol=1e-3, atol=0)
+
+
+def _rounded(weight: Tensor, bits: int) -> Tensor:
+    return (nf4 if bits == 4 else int8)(weight)

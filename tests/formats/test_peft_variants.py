@@ -7,11 +7,13 @@ import peft
 import pytest
 import torch
 from helpers import toys
-from helpers.peft_cases import CASES, Case, computed
+from helpers.peft_cases import CASES, Case, computed, edit, llama, on_a_quantized_base
+from helpers.quantized import dequantize, kinds, needs, quantize
 from torch import nn
 
-from lightning_lora import CheckpointError, adapters, load_adapter, save_adapter
+from lightning_lora import CheckpointError, LoraConfig, adapters, inject, load_adapter, save_adapter
 
+WIDE = {"hidden_size": 64, "intermediate_size": 128}  # on CPUs, bitsandbytes misreads rows of less than a block
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
 
 
@@ -67,3 +69,38 @@ def test_weights_that_were_trained_apart_open_in_a_model_that_is_not_tied(tmp_pa
     trained, model = case.write(tmp_path), case.make()
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     torch.testing.assert_close(computed(load_adapter(model, tmp_path)), trained, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+@kinds("nf4", "nf4-dq", "nf4 in bfloat16", "torchao nf4")
+def test_loftq_opens_on_a_base_that_is_kept_in_its_bits(
+    kind: str, iterations: int, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    on_a_quantized_base(tmp_path)
+    edit(tmp_path, loftq_config={"loftq_bits": 4, "loftq_iter": iterations})
+    found = computed(load_adapter(quantize(llama(), kind), tmp_path))
+    edit(tmp_path, init_lora_weights=True, loftq_config={})
+    added = computed(load_adapter(dequantize(quantize(llama(), kind)), tmp_path))
+    torch.testing.assert_close(found, added, rtol=1e-4, atol=2e-5)
+    assert any("the weights that LoftQ left" in str(each.message) for each in recwarn) == (iterations > 1)
+
+
+@needs("bitsandbytes")
+def test_a_loftq_of_ours_opens_on_such_a_base(tmp_path: Path) -> None:
+    model = inject(llama(**WIDE), LoraConfig(r=8, init_lora_weights="loftq", exclude_modules=["lm_head"]))
+    toys.randomize(model)
+    save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="1[0-9] of its tensors are .* apart"):  # from those before LoftQ
+        found = load_adapter(quantize(llama(**WIDE), "nf4"), tmp_path)
+    torch.testing.assert_close(computed(found), computed(model), rtol=1e-4, atol=2e-5)
+    opened = peft.PeftModel.from_pretrained(quantize(llama(**WIDE), "nf4"), tmp_path)
+    torch.testing.assert_close(computed(opened), computed(model), rtol=1e-4, atol=2e-5)
+
+
+@kinds("fp4", "int8", "torchao int4")
+def test_loftq_is_refused_on_a_base_in_other_bits(kind: str, tmp_path: Path) -> None:
+    on_a_quantized_base(tmp_path)
+    model = quantize(llama(), kind)
+    with pytest.raises(CheckpointError, match="quantizes the base itself, and this one is quantized already"):
+        load_adapter(model, tmp_path)
+    assert not adapters(model)
