@@ -24,6 +24,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_lora.fqn import base_modules, clean_fqn
 
+# What errors say of what must be done to a model before its parameters are shared.
+BEFORE_SHARDING = (
+    "have configure_model call fully_shard in a method of the module that is named shard, before which the LoRA "
+    "callback does its part; without a Trainer, call lightning_lora.inject first"
+)
 _MIXED = 1_000_000
 _FLAT = ("_param_infos", "_shapes", "_shard_param_infos", "_shared_param_infos")
 

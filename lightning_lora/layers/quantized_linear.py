@@ -14,7 +14,7 @@ from lightning_lora.layers.functional import add_low_rank
 from lightning_lora.layers.linear import LinearAdapter, LoraLinear
 from lightning_lora.layers.offloading import onloaded
 from lightning_lora.layers.quantized import QuantizedStorage, storage_of, supported_storages
-from lightning_lora.sharding import full_tensor, is_shard, unsharded
+from lightning_lora.sharding import BEFORE_SHARDING, full_tensor, is_shard, unsharded
 
 _ALIKE = 0.1  # relative; half precision and rounded activations stay within
 _proven: set[str] = set()  # the formats that were seen to give right gradients, with the device
@@ -81,7 +81,7 @@ class LoraQuantizedLinear(LoraLinear):
     def unsupported_reason(cls, target: Target, config: LoraConfig) -> str | None:
         module = target.module
         if is_shard(module, "weight"):
-            return "its weight is quantized and processes share it already: inject before it is sharded"
+            return f"its weight is quantized and processes share it already: {BEFORE_SHARDING}"
         storage, packed = _stored(module)
         if not storage.is_ready(module, packed):
             return (

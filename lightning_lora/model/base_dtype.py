@@ -5,7 +5,7 @@ from torch import nn
 
 from lightning_lora.model.quantization import quantized_layers
 from lightning_lora.model.record import base_parameters, injections_of
-from lightning_lora.sharding import is_sharded
+from lightning_lora.sharding import BEFORE_SHARDING, is_sharded
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def cast_base(root: nn.Module, dtype: torch.dtype, is_mixed: bool) -> None:
     if is_sharded(root):
         raise ValueError(
             f"base_dtype={str(dtype).removeprefix('torch.')!r} comes too late for a model that is sharded already: "
-            "cast it in configure_model before fully_shard. Nothing was changed."
+            f"{BEFORE_SHARDING}. Nothing was changed."
         )
     kept = {id(packed) for _, _, _, packed in quantized_layers(root)}
     for module in root.modules():

@@ -19,7 +19,7 @@ from lightning_lora.fqn import base_modules
 from lightning_lora.layers import LoraLayer, Target, adapter_class_for
 from lightning_lora.layers.linear import LinearAdapter
 from lightning_lora.model.targets import TargetError
-from lightning_lora.sharding import is_sharded, register_sharding
+from lightning_lora.sharding import BEFORE_SHARDING, is_sharded, register_sharding
 
 _TENSOR_PARALLEL = ("tensor_parallel", "tp")
 
@@ -52,9 +52,7 @@ def require_shardable(model: nn.Module, config: LoraConfig, targets: Iterable[Ta
         elif target.module in owners and (of_values or not adapter_class.is_called):
             problem = "starts at values of the whole weight" if of_values else "is read and never called"
             raise TargetError(
-                f"{target.name} is sharded already, and its adapter {problem}: call lightning_lora.inject(self, "
-                "config) in configure_model before fully_shard, and give the LoRA callback the same config. Nothing "
-                "was changed."
+                f"{target.name} is sharded already, and its adapter {problem}: {BEFORE_SHARDING}. Nothing was changed."
             )
 
 

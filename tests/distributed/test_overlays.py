@@ -14,11 +14,19 @@ from helpers.recipe_runs import RECIPES
 
 
 @pytest.mark.parametrize(
-    "overlay", ["ddp", *(pytest.param(overlay, marks=pytest.mark.slow) for overlay in ("fsdp", "fsdp2"))]
+    ("overlay", "more"),
+    [
+        ("ddp", []),
+        *(
+            pytest.param(overlay, more, marks=pytest.mark.slow)
+            for overlay in ("fsdp", "fsdp2")
+            for more in ([], ["--config", "qlora"], ["--lora.use_dora", "true"])
+        ),
+    ],
 )
-def test_overlay_runs_on_two_processes(tmp_path: Path, tiny: list[str], overlay: str) -> None:
+def test_overlay_runs_on_two_processes(tmp_path: Path, tiny: list[str], overlay: str, more: list[str]) -> None:
     """Beside a recipe, in processes of their own."""
-    arguments = ["fit", "--config", "chat_sft", "--config", overlay, *tiny]
+    arguments = ["fit", "--config", "chat_sft", "--config", overlay, *more, *tiny]
     arguments += ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
     if overlay == "fsdp":  # with its settings, on the CPU, which the class itself refuses
         arguments += ["--trainer.strategy.class_path", "helpers.distributed.llama.CpuFSDP"]

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 def run(path: Path, strategy: str, kind: str) -> dict[str, Any]:
     settings = {
         "directory": str(path / strategy), "strategy": strategy, "max_steps": 4, "merge": "last", "export": True,
-        "model": {"quantized": kind}, "early": strategy == "fsdp2",
+        "model": {"quantized": kind}, "shard": strategy == "fsdp2",
     }  # fmt: skip
     ranks = run_processes("sharded.several", [settings], world_size=1 if strategy == "one" else 2, limit=100)
     runs = [rank["runs"][0] for rank in ranks]

@@ -234,9 +234,9 @@ def test_saving_makes_the_adapter_whole_and_nothing_of_the_base(
 def test_what_cannot_join_a_sharded_model_says_so(tmp_path: Path) -> None:
     fsdp2: dict[str, Any] = {"strategy": "fsdp2", "max_steps": 1}
     cases: dict[str, tuple[dict[str, Any], str]] = {
-        "dora": ({**fsdp2, "lora": {"use_dora": True}}, "before fully_shard"),
-        "pissa": ({**fsdp2, "lora": {"init_lora_weights": "pissa"}}, "before fully_shard"),
-        "tokens": ({**fsdp2, "lora": {"trainable_token_indices": [1, 2]}}, "before fully_shard"),
+        "dora": ({**fsdp2, "lora": {"use_dora": True}}, "module that is named shard"),
+        "pissa": ({**fsdp2, "lora": {"init_lora_weights": "pissa"}}, "module that is named shard"),
+        "tokens": ({**fsdp2, "lora": {"trainable_token_indices": [1, 2]}}, "module that is named shard"),
         "dora in tp": ({"strategy": "tp", "lora": {"use_dora": True}}, "cut up by tensor parallelism"),
         "vera in tp": ({"strategy": "tp", "lora": {"use_vera": True}}, "cut up by tensor parallelism"),
         "before tp": ({"strategy": "tp", "early": True}, "call parallelize_module first, then inject"),
@@ -267,11 +267,12 @@ def test_variants_are_those_of_one_process(tmp_path: Path) -> None:
     }
     runs = {
         f"{name}/{strategy}": {
-            "directory": str(tmp_path / name / strategy), "strategy": strategy, "lora": lora,
-            "early": strategy == "fsdp2", "max_steps": 2, "merge": "last", "export": True,
+            "directory": str(tmp_path / name / strategy), "strategy": strategy.partition(",")[0], "lora": lora,
+            "early": strategy == "fsdp2", "shard": strategy == "fsdp2, shard", "max_steps": 2, "merge": "last",
+            "export": True,
         }
         for name, lora in variants.items()
-        for strategy in ("fsdp", "fsdp2", "one")
+        for strategy in ("fsdp", "fsdp2", "fsdp2, shard", "one")
     }  # fmt: skip
     results = run(runs)
     for key in [key for key in runs if not key.endswith("/one")]:

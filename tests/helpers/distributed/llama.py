@@ -104,10 +104,12 @@ class Llama(L.LightningModule):
             self.model = self._build()
         if self.early is not None:
             inject(self, LoraConfig(**self.early))
+        if self.device_mesh is not None and not getattr(self, "sharded", False):
+            self.sharded = True
+            self.cut_up()
+
+    def cut_up(self) -> None:
         mesh = self.device_mesh
-        if mesh is None or getattr(self, "sharded", False):
-            return
-        self.sharded = True
         for block in self.model.model.layers:
             if mesh["tensor_parallel"].size() > 1:
                 parallelize_module(block, mesh["tensor_parallel"], {name: cls() for name, cls in PLAN.items()})
@@ -132,6 +134,16 @@ class Llama(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(param_groups(self, lr=5e-3, weight_decay=0.5), eps=1e-4)
+
+
+class ShardingLlama(Llama):
+    """The same with a method for sharding that has the name by which adapters are put in before."""
+
+    def cut_up(self) -> None:
+        self.shard()
+
+    def shard(self) -> None:
+        super().cut_up()
 
 
 class CpuHybrid(CpuFSDP):

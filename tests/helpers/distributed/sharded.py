@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from benchmarks.harness import peak_bytes
 from benchmarks.saving import CpuFSDP
-from helpers.distributed.llama import Llama, build, loader, rows, trainer
+from helpers.distributed.llama import Llama, ShardingLlama, build, loader, rows, trainer
 from lightning_lora import LoRA, LoraConfig, adapter_state_dict, disabled, eject, inject, merge, set_adapter, unmerge
 from lightning_lora.formats.merged import save_merged
 from lightning_lora.model.fingerprint import fingerprint
@@ -37,11 +37,12 @@ def fit(
     merge: str | None = None,
     export: bool = False,
     early: bool = False,
+    shard: bool = False,
 ) -> dict[str, Any]:
     """Train, and save what came of it in the directory: ``<step>.ckpt`` of the end of each epoch and ``adapter.pt``."""
     path = Path(directory)
     settings = {"r": 2, **(lora or {})}
-    module = Llama(**(model or {}), early=settings if early else None)
+    module = (ShardingLlama if shard else Llama)(**(model or {}), early=settings if early else None)
     start: dict[str, Any] = {}
     callback = _Lora(start, **settings, merge=merge, export_dir=path / "export" if export else None, summary=False)
     checkpoint = ModelCheckpoint(path, "{step}", save_top_k=-1, every_n_train_steps=4, save_last=True)
