@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import toys
 from helpers.models import tiny_llama
+from helpers.quantized import dequantize, kinds, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -119,6 +120,19 @@ def test_pefts_start_spans_the_same_space() -> None:
             mine = ours.get_submodule(name).lora["default"].lora_A.detach()
             cosines = torch.linalg.svdvals(nn.functional.normalize(A) @ mine.T)  # of the principal angles
             assert cosines.min() > 0.99, name
+
+
+@kinds("nf4", "nf4-dq", "fp4", "torchao int8", "torchao nf4")
+def test_a_quantized_base_starts_as_its_values_do(kind: str) -> None:
+    starts = []
+    for values in (False, True):
+        model = quantize(tiny_llama(tie_word_embeddings=False), kind)
+        model = inject(dequantize(model) if values else model, eva())
+        initialize_eva(model, [torch.arange(start, start + 24).view(2, 12) for start in range(0, 40, 8)], tau=NEVER)
+        starts.append({name: p.detach() for name, p in model.named_parameters() if name.endswith("lora_A")})
+    assert starts[0] and starts[0].keys() == starts[1].keys()
+    for name, rows in starts[0].items():
+        assert_same_rows(rows, starts[1][name])
 
 
 def test_layers_with_one_input_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
