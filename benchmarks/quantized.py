@@ -1,13 +1,16 @@
 """A training step with AdamW on a quantized base: bytes, time and loss, ours beside PEFT's on the same base.
 
 Each kind of bitsandbytes has a floor, the quantized base alone: its forward and its backward to the inputs. float32 is
-the base as it was. Bytes are those of tensors, counted as in benchmarks.memory, with the scales of quantized weights.
-The loss is that on the one batch after all of these steps.
+the base as it was, and bfloat16 the same after LoRA(base_dtype="bfloat16"), with adapters in float32. All take turns.
+Bytes are those of tensors, counted as in benchmarks.memory, with the scales of quantized weights. The loss is that on
+the one batch after all of these steps.
 
     python -m benchmarks.quantized
+    python -m benchmarks.quantized --kinds float32 bfloat16 --mixed
 """
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks import harness
 from benchmarks.harness import SHAPES, TARGETS
+from lightning_lora.model.base_dtype import cast_base
 from lightning_lora.model.quantization import quantized_layers
 from lightning_lora.pretrained import QUANTIZE, quantization_config
 
@@ -32,18 +36,20 @@ def contenders(shape: harness.Shape, kind: str, r: int, targets: str, device: st
     """The floor, ours and PEFT on a base of a kind, each with its own, which is the same."""
 
     def base() -> nn.Module:
-        if kind == "float32":
-            return harness.base(shape, device)
+        if kind in harness.DTYPES:
+            return harness.base(shape, device, harness.DTYPES[kind])
         config = quantization_config(kind, torch.float32)
         found: nn.Module = LlamaForCausalLM.from_pretrained(folder, quantization_config=config, device_map=device)
         return found.train()
 
     with tempfile.TemporaryDirectory() as folder:
-        if kind != "float32":
+        if kind not in harness.DTYPES:
             harness.base(shape, device).save_pretrained(folder)
         models = {
             "floor": base().requires_grad_(False),
-            "ours": harness.ours(base(), r, targets),
+            "ours": _cast(harness.ours(harness.base(shape, device), r, targets), kind)
+            if kind in harness.DTYPES
+            else harness.ours(base(), r, targets),
             "PEFT": harness.theirs(base(), r, targets),
         }
     for model in models.values():
@@ -53,40 +59,61 @@ def contenders(shape: harness.Shape, kind: str, r: int, targets: str, device: st
     return models
 
 
+def _cast(model: nn.Module, kind: str) -> nn.Module:
+    cast_base(model, harness.DTYPES[kind], is_mixed=True)
+    return model
+
+
+def mixed(step: Callable[[], None], device: str) -> Callable[[], None]:
+    """A step under bfloat16 autocast."""
+
+    def under_autocast() -> None:
+        with torch.autocast(device, torch.bfloat16):
+            step()
+
+    return under_autocast
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, turns=10)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--tokens", type=int, default=256, help="a step")
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--targets", choices=TARGETS, default="all")
-    parser.add_argument("--kinds", choices=("float32", *QUANTIZE), nargs="+", default=["float32", "nf4-dq", "int8"])
+    kinds = ("float32", "bfloat16", *QUANTIZE)
+    parser.add_argument("--kinds", choices=kinds, nargs="+", default=["float32", "nf4-dq", "int8"])
+    parser.add_argument("--mixed", action="store_true", help="under bfloat16 autocast, as bf16-mixed is")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(arguments)
     shape = SHAPES[args.shape]
-    rows: dict[str, dict[str, Any]] = {}
+    models, optimizers, steps = {}, {}, {}
     for kind in args.kinds:
-        models = contenders(shape, kind, args.r, args.targets, args.device)
-        optimizers = {name: _adamw(model) for name, model in models.items()}
-        steps = {}
-        for name, model in models.items():
+        for name, model in contenders(shape, kind, args.r, args.targets, args.device).items():
+            key = f"{kind}: {name}"
+            models[key], optimizers[key] = model, _adamw(model)
             torch.manual_seed(1)  # the same batch for all
-            steps[name] = harness.stepper(model, shape, args.tokens, optimizers[name])
-        times = harness.ratios(harness.take_turns(steps, args.turns, args.device), to="floor")
-        for name, model in models.items():
-            resting = resting_bytes(model, optimizers[name])
-            rows[f"{kind}: {name}"] = {
-                **times[name],
-                "resting bytes": resting,
-                "peak bytes": resting + harness.peak_bytes(steps[name], args.device),
-                "loss": _loss(model, shape, args.tokens),
-            }
+            step = harness.stepper(model, shape, args.tokens, optimizers[key])
+            steps[key] = mixed(step, args.device) if args.mixed else step
+    taken = harness.take_turns(steps, args.turns, args.device)
+    beside = {name: times["median"] for name, times in harness.ratios(taken, to=f"{args.kinds[0]}: ours").items()}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        resting = resting_bytes(model, optimizers[name])
+        rows[name] = {
+            **harness.ratios(taken, to=f"{name.partition(':')[0]}: floor")[name],
+            "beside ours on the first": beside[name],
+            "resting bytes": resting,
+            "peak bytes": resting + harness.peak_bytes(steps[name], args.device),
+            "loss": _loss(model, shape, args.tokens),
+        }
     harness.report(
-        "quantized",
+        harness.variant("quantized", mixed=args.mixed),
         args,
         rows,
-        ("over the floor (quartiles)", "seconds", "at rest", "peak", "loss"),
+        ("over the floor (quartiles)", f"over ours, {args.kinds[0]}", "seconds", "at rest", "peak", "loss"),
         lambda row: (
             harness.spread(row, 3),
+            f"{row['beside ours on the first']:.2f}",
             f"{row['seconds']:.4f}",
             f"{row['resting bytes'] / 1e6:.1f} MB",
             f"{row['peak bytes'] / 1e6:.1f} MB",
