@@ -12,6 +12,7 @@ from glob import escape
 from pathlib import Path
 
 _STALE = 3600.0  # seconds
+_IS_WINDOWS = os.name == "nt"
 _AT_CWD, _EXCHANGE = -100, 2  # renameat2(2): AT_FDCWD, RENAME_EXCHANGE
 
 
@@ -31,7 +32,7 @@ def partial_path(target: Path) -> Path:
 def _is_left_behind(path: Path, host: str) -> bool:
     """Whether the process that wrote this is gone: one of this machine, or, elsewhere, one that no longer writes."""
     writer, _, number = path.name.removesuffix(".partial").rpartition("-")
-    if not writer.endswith(f".{host}") or not number.isdecimal() or os.name == "nt":
+    if not writer.endswith(f".{host}") or not number.isdecimal() or _IS_WINDOWS:
         return time.time() - path.stat().st_mtime > _STALE
     try:
         os.kill(int(number), 0)  # sends nothing
@@ -183,9 +184,9 @@ def remove(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    if path.is_symlink() or (path.is_dir() and os.name == "nt"):  # where a directory cannot be opened
+    if path.is_symlink() or (path.is_dir() and _IS_WINDOWS):  # where a directory cannot be opened
         return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if _IS_WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
