@@ -285,6 +285,7 @@ class LoRA(Callback):
 
     @override
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: torch.Tensor) -> None:
+        resume.backward_begins(trainer)
         if self._watches.finite is not None:
             self._watches.finite.before_backward(loss)
 

@@ -44,7 +44,8 @@ class PredictionWriter(BasePredictionWriter):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = [] if self.start is None else finished_rows(self._partial)
         self._again = rows[self.start :]
-        self._partial.write_text("".join(rows), encoding="utf-8", newline="\n")
+        with self._partial.open("ab") as file:
+            file.truncate(len("".join(rows).encode()))  # never written again, which may fail on the way
 
     def write_on_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: Any, *args: Any, **kwargs: Any

@@ -1,6 +1,7 @@
 """A data loader that goes on where it stopped, in the middle of an epoch too."""
 
 from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -64,7 +65,8 @@ class ResumableDataLoader(DataLoader[Any]):
         self._taken = 0 if state is None else state["taken"] * len(self) // state["batches"]
         for _ in range(self._taken):
             next(batches)
-        return batches
+        # An order is drawn with the first batch, which must be by the random state of this moment.
+        return batches if self._taken else chain(list(islice(batches, 1)), batches)
 
     def _counting(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:

@@ -128,8 +128,7 @@ def write_adapter(injection: Injection, directory: Path, run: Run | None = None,
         return directory
     prefix = _peft_root(injection)
     tensors = _tensors_of(injection, prefix)
-    trained = {name: tensor for name, tensor in tensors.items() if name not in _buffers_of(injection, prefix)}
-    require_finite(trained, "The adapter", f"Nothing was written to {directory}.")
+    require_finite(_without_buffers(injection, tensors), "The adapter", f"Nothing was written to {directory}.")
     base = fingerprint_in(injection, prefix)
     if not is_writer(injection.root):
         return directory
@@ -220,7 +219,6 @@ def load_adapter(
             return model
         base = _base_of(files, model)
         config, tensors = as_plain_lora(files, base)
-        require_finite(tensors, str(path))
         require_sizes(base, config, tensors, rows_in_peft(tensors), PREFIX, str(path))
         if not before:
             inject(base, config, name)
@@ -266,14 +264,14 @@ def _load_into(injection: Injection, files: PeftFiles, other_format: bool = Fals
         )
     prefix = _peft_root(injection)
     config, tensors = as_plain_lora(files, injection.root.get_submodule(prefix.rstrip(".")))
-    require_finite(tensors, str(files.directory))
     _put(injection, files, config, tensors, other_format)
 
 
 def _put(
     injection: Injection, files: PeftFiles, saved: LoraConfig, tensors: dict[str, Tensor], other_format: bool
 ) -> None:
-    """Require that an adapter is of this kind and base, then take over its tensors."""
+    """Require that an adapter is finite and of this kind and base, then take over its tensors."""
+    require_finite(_without_buffers(injection, tensors), str(files.directory))
     _require_same_quantization(injection.config, saved, files.directory)
     _require_same_kind(injection, files.directory, saved)
     if files.fingerprint is not None:
@@ -455,10 +453,11 @@ def _saved_in_full(injection: Injection) -> dict[str, tuple[nn.Module, str, Tens
     return found
 
 
-def _buffers_of(injection: Injection, prefix: str) -> set[str]:
-    """The names in the file of buffers, which may hold an infinity, as masks do."""
-    saved = _saved_in_full(injection).items()
-    return {PREFIX + name[len(prefix) :] for name, (module, inner, _) in saved if inner in module._buffers}
+def _without_buffers(injection: Injection, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their names in the file, but for buffers, which may hold an infinity, as masks do."""
+    prefix, saved = len(_peft_root(injection)), _saved_in_full(injection).items()
+    buffers = {PREFIX + name[prefix:] for name, (module, inner, _) in saved if inner in module._buffers}
+    return {name: tensor for name, tensor in tensors.items() if name not in buffers}
 
 
 def _peft_root(injection: Injection) -> str:

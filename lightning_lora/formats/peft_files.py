@@ -192,7 +192,8 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _require_undamaged(tensors: Mapping[str, Tensor], meta: Mapping[str, str], path: Path) -> None:
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
+        # Other tensors are of modules that are trained in full, whose buffers may count.
+        if tensor.dtype not in DTYPES and (tensor.is_floating_point() or OF_LAYER.fullmatch(name)):
             raise CheckpointError(
                 f"{path} holds {name!r} as {tensor.dtype}, and an adapter's tensors are floating-point numbers of 16 "
                 "bits or more: it is damaged, or no adapter. Nothing was loaded."

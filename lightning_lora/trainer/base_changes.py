@@ -1,7 +1,8 @@
 """The frozen base must stand: what would train it is refused, and what moves it nevertheless is found and named."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_lora.class_names import is_a
 from lightning_lora.fake_tensors import has_values
-from lightning_lora.fqn import clean_fqn, is_submodule, listed
-from lightning_lora.layers.seal import checksum_of, words, writes
+from lightning_lora.fqn import base_modules, clean_fqn, is_submodule, listed
+from lightning_lora.layers.seal import checksum, checksum_of, words, writes
 from lightning_lora.model.record import base_parameters, named_injections
 from lightning_lora.model.state_dict import saved_names
 from lightning_lora.sharding import is_sharded, local_tensor, named_tensors
@@ -79,8 +80,9 @@ class BaseWatch:
     """Notes the frozen base when training starts, and finds what has moved since.
 
     torch counts the writes to a tensor, so that only what was written to is read again. Writes through ``.data`` are
-    not counted: a few values spread over every tensor are looked at each time, and all of them at the end. Where
-    processes share the model, each looks at its shards, and all of them together say what has moved.
+    not counted: a few values spread over every tensor are looked at each time, and all of them at the end. Tensors that
+    were not there, or empty, have moved too, and so have those that are gone. Where processes share the model, each
+    looks at its shards, and all of them together say what has moved.
     """
 
     def __init__(self, model: nn.Module, optimizers: Iterable[Any]) -> None:
@@ -91,6 +93,8 @@ class BaseWatch:
         tensors = dict(_base_tensors(model))
         samples, totals = _read(tensors, _sample), _read(tensors, _total)
         self._noted = {name: _Noted(_written(tensors[name]), samples[name], totals[name][0]) for name in totals}
+        self._filled = _filled(model)
+        self._extra = _extra_states(model)
 
     def require_frozen(self) -> None:
         """Require, if optimizers have other groups than before, that nothing of the base is in them."""
@@ -101,7 +105,10 @@ class BaseWatch:
 
     def moved(self, thoroughly: bool = False) -> list[str]:
         """The names of tensors whose values are not those noted, here or elsewhere; thoroughly, of every value."""
-        tensors = {name: tensor for name, tensor in _base_tensors(self._model) if name in self._noted}
+        every = dict(_base_tensors(self._model))
+        come = every.keys() - self._filled
+        gone = self._noted.keys() - _filled(self._model)
+        tensors = {name: tensor for name, tensor in every.items() if name in self._noted}
         samples = _read(tensors, _sample)
         # Another shape or type has other words, but for chance.
         found = [name for name, sample in samples.items() if sample != self._noted[name].sample]
@@ -115,7 +122,7 @@ class BaseWatch:
                 found.append(name)
             else:
                 self._noted[name].written = _written(unsure[name])
-        found = [name for name in tensors if name in found]
+        found = [name for name in (*every, *sorted(gone)) if name in {*found, *come, *gone}]
         if not is_sharded(self._model):
             return found
         everyone: list[list[str]] = [[]] * dist.get_world_size()
@@ -123,17 +130,19 @@ class BaseWatch:
         return list(dict.fromkeys(name for each in everyone for name in each))
 
     def warn_of_moved(self, thoroughly: bool = False) -> list[str]:
-        """Name what has moved, once for each tensor, and return all of them."""
+        """Name what has moved, once for each, and return the tensors among it."""
         found = self.moved(thoroughly)
-        new = [name for name in found if name not in self._named]
-        self._named.update(found)
+        extra = _extra_states(self._model)
+        moved = found + [name for name in extra if extra[name] != self._extra.get(name)]
+        new = [name for name in moved if name not in self._named]
+        self._named.update(moved)
         if new:
             rank_zero_warn(
                 f"The frozen base has changed since training started, and no checkpoint holds the change, so they give "
                 f"another model on the base than this one: {listed(list(map(repr, new)))}. If a training step changes "
                 "them in place, as running statistics, codebooks and momentum teachers are, name them or their modules "
                 "in LoRA(modules_to_save=[...]), or adapt a part alone with LoRA(module=...). If pretrained weights "
-                "were loaded late, load them before fit or in configure_model."
+                "were loaded late, or buffers registered or filled, do so before fit or in configure_model."
             )
         return found
 
@@ -146,6 +155,33 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     tensors = {name: local_tensor(module, inner) for name, module, inner in named_tensors(model)}
     saved = set(saved_names(model, tensors))
     yield from ((name, t) for name, t in tensors.items() if name not in saved and has_values(t) and t.numel())
+
+
+def _filled(model: nn.Module) -> set[str]:
+    """The names of all tensors of a model that are not empty, at least as far as they are here."""
+    every = ((name, local_tensor(module, inner)) for name, module, inner in named_tensors(model))
+    return {name for name, tensor in every if tensor.numel()}
+
+
+def _extra_states(model: nn.Module) -> dict[str, Any]:
+    """What modules store beside tensors of which no checkpoint holds anything, as what is equal if it is the same."""
+    modules = ((name, m) for name, m in base_modules(model) if type(m).get_extra_state is not nn.Module.get_extra_state)
+    states = {clean_fqn(f"{name}._extra_state".lstrip(".")): module for name, module in modules}
+    saved = set(saved_names(model, states)) if states else set()
+    return {name: _comparable(module.get_extra_state()) for name, module in states.items() if name not in saved}
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return str(value.dtype), value.shape, checksum(value)
+    if isinstance(value, Mapping):
+        return dict, [(key, _comparable(inner)) for key, inner in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_comparable(inner) for inner in value]
+    try:
+        return pickle.dumps(value)
+    except Exception:  # of whatever kind an object raises that cannot be stored
+        return type(value)
 
 
 def _written(tensor: Tensor) -> tuple[int, int]:

@@ -1,5 +1,6 @@
-"""Optimizer state of parameters that processes share: full in files, as of one process, and sharded in memory."""
+"""Optimizer state: by names, and of parameters that processes share full in files, and sharded in memory."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,9 +8,41 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_lora.fqn import clean_fqn
 from lightning_lora.sharding import full_shape, full_tensor, named_tensors, shard_of
 
 _LIKE_PARAMETER = "like the parameter"
+_LISTS = ("params", "param_names")  # what a group has one of for each parameter
+
+
+def optimized_names(model: nn.Module, optimizers: Iterable[Any]) -> list[list[list[str]]]:
+    """For each group of each optimizer, the names of its parameters, in the order by which torch knows them."""
+    names = {id(parameter): clean_fqn(name) for name, parameter in model.named_parameters()}
+    groups = [getattr(each, "param_groups", []) for each in optimizers]
+    return [[[names.get(id(p), "") for p in group["params"]] for group in found] for found in groups]
+
+
+def reordered(state_dict: dict[str, Any], saved: list[list[str]], here: list[list[str]]) -> dict[str, Any]:
+    """What ``optimizer.state_dict()`` would have been if the parameters had been in another order.
+
+    Parameters are in another order where callbacks stand in another, or modules are made in another.
+
+    Args:
+        state_dict: As it was saved.
+        saved: The names of its parameters by group.
+        here: Those that the optimizer has. If they are others, what was saved is given back as it is.
+    """
+    if (
+        saved == here
+        or any(len(set(names)) != len(names) for names in saved)
+        or list(map(set, saved)) != list(map(set, here))
+    ):
+        return state_dict
+    groups = [
+        group | {key: [dict(zip(old, group[key]))[name] for name in new] for key in _LISTS if key in group}
+        for group, old, new in zip(state_dict["param_groups"], saved, here)
+    ]
+    return {**state_dict, "param_groups": groups}
 
 
 def gathered_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

@@ -70,6 +70,8 @@ def run_rng_state(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> dict[st
         "stopped_in_epoch": not trainer.is_last_batch and (out_of_steps or trainer.should_stop),
         "batches": trainer.num_training_batches,
         "metrics": {} if trainer.interrupted else _metrics(trainer),
+        # Their gradients have part of another batch's in them by now, so they are computed anew.
+        "again": _accumulated(trainer) if _in_backward(trainer) else 0,
     }
 
 
@@ -98,12 +100,26 @@ def _state_of_rank(trainer: pl.Trainer) -> dict[str, Any]:
 
 def _accumulated_gradients(trainer: pl.Trainer) -> dict[str, torch.Tensor]:
     module = trainer.lightning_module
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    done = progress.current.processed
-    stepped = done % trainer.accumulate_grad_batches == 0 or (progress.is_last_batch and done == progress.current.ready)
-    if stepped or trainer.strategy.handles_gradient_accumulation or is_sharded(module):
+    if not _accumulated(trainer) or _in_backward(trainer) or is_sharded(module):
         return {}
     return {name: p.grad.cpu() for name, p in module.named_parameters() if p.grad is not None and p.requires_grad}
+
+
+def _accumulated(trainer: pl.Trainer) -> int:
+    """How many batches are done of those whose gradients the next step takes."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    done: int = progress.current.processed
+    stepped = progress.is_last_batch and done == progress.current.ready
+    if stepped or trainer.strategy.handles_gradient_accumulation:
+        return 0
+    return done % trainer.accumulate_grad_batches
+
+
+def _in_backward(trainer: pl.Trainer) -> bool:
+    """Whether gradients have part of a batch's in them that is not done."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    batch: Any = loop.batch_progress.current
+    return getattr(loop, "backward_began", False) and batch.ready > batch.processed
 
 
 def _random_state(trainer: pl.Trainer) -> dict[str, Any]:
@@ -230,12 +246,13 @@ def settle(checkpoint: dict[str, Any], rank: int = 0, world_size: int = 1) -> Mo
         metrics=saved.get("metrics"),
         state=state,
     )
+    again = saved.get("again", 0)
     if begun and now["ready"] > now["processed"]:
         for loader_state in loops.get("combined_loader", []):
-            _put_back(loader_state)
+            _put_back(loader_state, 1 + again)
     for counts in ("total", "current"):
         _round(epoch[counts], epoch[counts]["processed"] - stopped, moment.in_epoch)
-        _round(batch[counts], batch[counts]["processed"])
+        _round(batch[counts], batch[counts]["processed"] - again)
         _round(validation[counts], validation[counts]["processed"])
     return moment
 
@@ -244,10 +261,10 @@ def _round(counts: dict[str, int], done: int, begun: bool = False) -> None:
     counts.update(ready=done + begun, started=done + begun, processed=done, completed=done)
 
 
-def _put_back(loader_state: Any) -> None:
-    """A batch that had only been fetched is fetched again; our own loaders know how."""
-    if isinstance(loader_state, dict) and "lightning_lora" in loader_state and loader_state["taken"] > 0:
-        loader_state["taken"] -= 1
+def _put_back(loader_state: Any, batches: int) -> None:
+    """Batches that had only been fetched are fetched again; our own loaders know how."""
+    if isinstance(loader_state, dict) and "lightning_lora" in loader_state:
+        loader_state["taken"] = max(0, loader_state["taken"] - batches)
 
 
 class ResumingFitLoop:
@@ -299,6 +316,7 @@ class ResumingEpochLoop:
     """Lightning's loop over batches, going on from any moment in it."""
 
     before_validation: dict[str, Any] | None = None
+    backward_began = False  # of the latest batch
     trainer: pl.Trainer
 
     @property
@@ -308,6 +326,7 @@ class ResumingEpochLoop:
     def advance(self: Any, data_fetcher: Any) -> None:
         fit_loop: Any = self.trainer.fit_loop
         moment, fit_loop.moment = fit_loop.moment, None
+        self.backward_began = False
         if moment is not None:
             if moment.stateful and moment.epoch_ends and moment.follows:
                 _leave(data_fetcher)
@@ -328,6 +347,11 @@ class ResumingEpochLoop:
             super().on_advance_end(data_fetcher)  # type: ignore[misc]
         finally:
             self.before_validation = None
+
+
+def backward_begins(trainer: pl.Trainer) -> None:
+    """From now on, gradients may have part of this batch's in them."""
+    trainer.fit_loop.epoch_loop.backward_began = True
 
 
 def validation_ended(trainer: pl.Trainer) -> None:

@@ -23,9 +23,11 @@ from lightning_lora.model.removed import is_finished, restored
 from lightning_lora.model.state_dict import adapter_only, adapter_tensors, adapter_whole, load_saved, trained_only
 from lightning_lora.trainer import atomic_save
 from lightning_lora.trainer.instance_mixin import mix_into
+from lightning_lora.trainer.optimizer_state import optimized_names, reordered
 from lightning_lora.trainer.resume import RNG_KEY, run_rng_state
 
 _OWN_FILES, _TRUSTS, _READ = "_lora_own_files", "_lora_trusts", "_lora_read"
+_OPTIMIZED = "optimized"
 _WAY_OUT = "weights_only=False to this run of the Trainer"
 _SEAM = ("lightning_module_state_dict", "save_checkpoint", "load_checkpoint", "load_model_state_dict")
 
@@ -55,6 +57,7 @@ class AdapterCheckpoints(ABC):
     """What a strategy does differently once its Trainer has a ``LoRA`` callback."""
 
     lightning_module: Any
+    optimizers: list[Any]
     keeps_finite: bool
 
     @classmethod
@@ -116,6 +119,7 @@ class AdapterCheckpoints(ABC):
             checkpoint[KEY] = metadata(self.lightning_module)
         if "optimizer_states" in checkpoint:
             checkpoint[KEY][RNG_KEY] = run_rng_state(self.lightning_module.trainer, checkpoint)
+            checkpoint[KEY][_OPTIMIZED] = optimized_names(self.lightning_module, self.optimizers)
         if atomic_save.writes_directories(self) and "optimizer_states" in checkpoint:
             split = [split_optimizer(state_dict) for state_dict in checkpoint["optimizer_states"]]
             checkpoint["optimizer_states"] = [tensors for tensors, _ in split]
@@ -142,6 +146,13 @@ class AdapterCheckpoints(ABC):
             kept = adapter_only(self.lightning_module, full)
             holder[key] = {**{name: value for name, value in full.items() if name not in kept}, **holder[key]}
         return checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        saved = checkpoint[KEY].get(_OPTIMIZED, [])
+        here = optimized_names(self.lightning_module, self.optimizers)
+        states = list(checkpoint["optimizer_states"])
+        states[: len(saved)] = [reordered(*found) for found in zip(states, saved, here)]
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": states})  # type: ignore[misc]
 
     def read_again(self, path: str | Path) -> dict[str, Any]:
         """Read a checkpoint that this run has kept, or one before it that it goes on from.

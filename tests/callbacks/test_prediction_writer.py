@@ -7,13 +7,14 @@ import lightning as L
 import pytest
 import torch
 from helpers import toys
+from helpers.failing_disk import FailingDisk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_lora.callbacks import PredictionWriter
-from lightning_lora.callbacks.prediction_writer import resumable_from
+from lightning_lora.callbacks.prediction_writer import finished_rows, resumable_from
 
 
 class Answers(L.LightningModule):
@@ -89,3 +90,29 @@ def test_whatever_was_written_is_gone_on_with(texts: list[str], batch_size: int,
         assert path.read_bytes() == expected and partial.read_bytes() == written[: written.rindex(b"\n") + 1]
     else:
         assert answer(path, others, batch_size, resume=True) == len(texts)
+
+
+@given(texts=st.lists(st.text(max_size=6), min_size=2, max_size=6), batch_size=st.integers(1, 3), cut=st.floats(0, 1))
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_failing_disk_takes_nothing_that_was_written(
+    texts: list[str], batch_size: int, cut: float, tmp_path: Path
+) -> None:
+    path, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
+    answer(path, texts, batch_size)
+    expected = path.read_bytes()
+    written = expected[: int(cut * len(expected))]
+    fails_at, failed = 0, True
+    while failed:
+        path.unlink(missing_ok=True)
+        partial.write_bytes(written)
+        before = finished_rows(partial)
+        with pytest.MonkeyPatch.context() as patch:
+            disk = FailingDisk(tmp_path, patch, fails_at)
+            try:
+                answer(path, texts, batch_size, resume=True)
+            except OSError:
+                assert path.exists() or finished_rows(partial)[: len(before)] == before
+            else:
+                assert path.read_bytes() == expected
+        fails_at, failed = fails_at + 1, disk.failed
+    assert fails_at > 3

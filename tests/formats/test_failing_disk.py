@@ -1,54 +1,18 @@
 """Each call that writes to the disk fails once, wherever it is made: the old is there, or the new, whole."""
 
-import builtins
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import toys
+from helpers.failing_disk import FailingDisk
 from helpers.models import tiny_llama
 from helpers.saving import fit
 from torch import Tensor
 
 from lightning_lora import LoraConfig, adapter_state_dict, inject, load_adapter, save_adapter
-
-
-class FailingDisk:
-    """Counts what writes, syncs and renames below a folder, and lets the call of one number fail."""
-
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, fails_at: int = -1, code: int = errno.ENOSPC) -> None:
-        self.folder, self.fails_at, self.code, self.calls = str(folder), fails_at, code, 0
-        self.failed = False
-        for owner, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "link"), (os, "mkdir")):
-            patch.setattr(owner, name, self._counted(getattr(owner, name)))
-        opened = builtins.open
-        patch.setattr(builtins, "open", self._writing(opened))
-        patch.setattr("io.open", self._writing(opened))
-
-    def _count(self) -> None:
-        self.calls += 1
-        if self.calls - 1 == self.fails_at:
-            self.failed = True
-            raise OSError(self.code, os.strerror(self.code))
-
-    def _counted(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(path: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(path, int) or str(path).startswith(self.folder):
-                self._count()
-            return real(path, *args, **kwargs)
-
-        return call
-
-    def _writing(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            if set(mode) & set("wax+") and str(file).startswith(self.folder):
-                self._count()
-            return real(file, mode, *args, **kwargs)
-
-        return call
 
 
 def model_of(seed: float) -> Any:

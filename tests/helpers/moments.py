@@ -98,6 +98,14 @@ class SaveAt(Callback):
         self.save(trainer, "epoch_end")
 
 
+class Draws(Callback):
+    """Draws a random number in one of its hooks."""
+
+    def __init__(self, hook: str | None) -> None:
+        if hook is not None:
+            setattr(self, hook, lambda *_: torch.rand(()))
+
+
 @dataclass
 class Setup:
     """A run's settings; the same for the whole run and for the one that goes on."""
@@ -107,6 +115,7 @@ class Setup:
     augmented: bool = False
     dropout: float = 0.2
     validation_draws: bool = True
+    draws_in: str | None = None  # a hook
     scheduler: str = "step"
     trainer: dict[str, Any] = field(default_factory=dict)
 
@@ -125,11 +134,11 @@ class Setup:
         """The model, its Trainer, what was logged, and what was saved."""
         for seed in (torch.manual_seed, random.seed, np.random.seed):
             seed(7 if ckpt_path is None else 999)
-        model = Noisy(self.scheduler, self.validation_draws)
+        model = kw.pop("model", None) or Noisy(self.scheduler, self.validation_draws)
         lora = LoRA(r=2, lora_dropout=self.dropout, summary=False, merge=None)
         save, record = SaveAt(folder, kinds), Record()
         settings = {"max_epochs": 3, "logger": record, "log_every_n_steps": 1, "enable_checkpointing": False}
-        callbacks = [lora, save, *kw.pop("callbacks", [])]
+        callbacks = [lora, Draws(self.draws_in), save, *kw.pop("callbacks", [])]
         trainer = toys.trainer(folder, callbacks, **(settings | self.trainer | kw))
         shuffled = DataLoader(dataset(), batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(2))
         trainer.fit(model, self.loader(), shuffled, ckpt_path=ckpt_path)

@@ -1,5 +1,6 @@
 """What would train the frozen base is refused, and what moves it is found and named."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Mode
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_lora import LoRA, LoraConfig, inject, load_adapter
+from lightning_lora import LoRA, LoraConfig, inject, load_adapter, load_from_checkpoint
 from lightning_lora.trainer.base_changes import BaseWatch
 
 
@@ -101,6 +102,23 @@ class RunningNorm(nn.Module):
         return x / self.running.sqrt()
 
 
+class Counter(nn.Module):
+    """What it stores is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Any = {"calls": [0, 0.5], "codes": (torch.ones(2), "text", {1})}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def get_extra_state(self) -> Any:
+        return copy.deepcopy(self.count)
+
+    def set_extra_state(self, state: Any) -> None:
+        self.count = state
+
+
 class Moves(Toy):
     """A part of it moves in one of the ways in which such parts do."""
 
@@ -110,6 +128,8 @@ class Moves(Toy):
         self.part: nn.Module = nn.Linear(8, 8).requires_grad_(False)
         if way == "norm":
             self.part = RunningNorm()
+        elif way == "grows":
+            self.part.register_buffer("bank", torch.empty(0, 8))
         elif way == "spectral":
             self.part = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
 
@@ -119,6 +139,12 @@ class Moves(Toy):
             self.part.weight.data = 0.9 * self.part.weight.data + 0.1
         elif self.way == "teacher in place":
             self.part.weight.data.mul_(0.9).add_(0.1)
+        elif self.way == "registered late":
+            self.part.register_buffer("seen", batch[0].mean(0))
+        elif self.way == "grows":
+            self.part.bank = torch.cat([self.part.bank, batch[0]])
+        elif self.way == "given up":
+            self.part.bias = None
         elif self.way == "one code":
             with torch.no_grad():
                 self.part.weight[3, 3] += 1
@@ -137,7 +163,11 @@ WAYS = {
     "teacher in place": "'part.weight'",
     "one code": "'part.weight'",
     "late": "'part.weight'",
+    "registered late": "'part.seen'",
+    "grows": "'part.bank'",
+    "given up": "'part.bias'",
 }
+OF_ANOTHER_SHAPE = {"late", "registered late", "grows", "given up"}
 
 
 def moved_warnings(run: Callable[[], Any]) -> list[str]:
@@ -157,7 +187,7 @@ def test_what_moves_is_named_once_and_not_exported(tmp_path: Path, way: str) -> 
     assert (tmp_path / "out" / "merged").exists()
 
 
-@pytest.mark.parametrize("way", sorted(set(WAYS) - {"late"}))
+@pytest.mark.parametrize("way", sorted(set(WAYS) - OF_ANOTHER_SHAPE))
 def test_it_may_move_where_it_is_saved(tmp_path: Path, way: str) -> None:
     saved = {"modules_to_save": ["part"], "target_modules": TARGETS}
     if way != "spectral":  # its parameters are not those of a layer
@@ -241,6 +271,71 @@ def test_it_names_exactly_what_has_other_values(tensor: Tensor, writes: list[tup
         expected = [] if torch.equal(module.tensor, before) else ["part.tensor"]
         assert watch.moved() == expected
         assert watch.moved(thoroughly=True) == expected
+
+
+@given(before=st.none() | tensors(), after=st.none() | tensors())
+def test_it_names_what_comes_grows_and_goes(before: Tensor | None, after: Tensor | None) -> None:
+    module = nn.Module()
+    module.register_buffer("tensor", before)
+    model = inject(nn.ModuleDict({"net": nn.Linear(2, 2), "part": module}), LoraConfig(r=1, target_modules=["net"]))
+    watch = BaseWatch(model, [])
+    module.tensor = after
+    one, two = (None if tensor is None or not tensor.numel() else tensor for tensor in (before, after))
+    same = one is two or (one is not None and two is not None and one.dtype == two.dtype and torch.equal(one, two))
+    for thoroughly in (True, False):
+        assert watch.moved(thoroughly) == ([] if same else ["part.tensor"])
+
+
+STATES = st.recursive(
+    st.none() | st.booleans() | st.integers(0, 2) | st.text(max_size=2) | st.integers(0, 2).map(torch.tensor),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+def equal(one: Any, two: Any) -> bool:
+    if type(one) is not type(two):
+        return False
+    if isinstance(one, dict):
+        return list(one) == list(two) and all(equal(one[key], two[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(two) and all(map(equal, one, two))
+    return bool(one == two)
+
+
+@given(before=STATES, after=STATES)
+def test_what_is_stored_beside_tensors_is_named(before: Any, after: Any) -> None:
+    part = Counter()
+    part.count = before
+    model = inject(nn.ModuleDict({"net": nn.Linear(2, 2), "part": part}), LoraConfig(r=1, target_modules=["net"]))
+    watch = BaseWatch(model, [])
+    assert not moved_warnings(watch.warn_of_moved)
+    part.count = after
+    said = moved_warnings(watch.warn_of_moved)
+    assert ["'part._extra_state'" in each for each in said] == ([] if equal(before, after) else [True])
+    assert not moved_warnings(watch.warn_of_moved)
+
+
+def test_what_is_stored_beside_tensors_is_saved_with_modules_to_save(tmp_path: Path) -> None:
+    class Counts(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Counter()
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.part.count["calls"][0] += 1
+            return super().training_step(batch, batch_idx)
+
+    (said,) = moved_warnings(lambda: fit(tmp_path, Counts(), export_dir=tmp_path / "out", target_modules=TARGETS))
+    assert "'part._extra_state'" in said and (tmp_path / "out" / "adapter").exists()
+    model = Counts()
+    settings = {"modules_to_save": ["net.1", "part"], "target_modules": TARGETS, "merge": None}
+    assert not moved_warnings(lambda: fit(tmp_path / "saved", model, **settings))
+    assert (
+        load_from_checkpoint(Counts, tmp_path / "saved" / "last.ckpt").part.count["calls"][0]
+        == model.part.count["calls"][0]
+        > 0
+    )
 
 
 @given(st.integers(0, 64 * 64 - 1))

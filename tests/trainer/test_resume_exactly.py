@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.moments import SaveAt, Setup, difference, kind_of
-from hypothesis import HealthCheck, given, settings
+from helpers.moments import Noisy, SaveAt, Setup, difference, kind_of
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -48,6 +48,7 @@ KINDS_OF_RUN = {
     "a generator of the loader's own": Setup(data="generator", trainer={"val_check_interval": 4, "max_epochs": 2}),
     "rows augmented in this process": Setup(data="epochs", augmented=True, trainer={"max_epochs": 2}),
     "part of the batches": Setup(data="epochs", trainer={"limit_train_batches": 5, "max_epochs": 2}),
+    "a callback draws as the epoch starts": Setup(draws_in="on_train_epoch_start", trainer={"max_epochs": 2}),
     "no sanity check": Setup(trainer={"num_sanity_val_steps": 0, "max_epochs": 2}),
 }
 
@@ -176,6 +177,7 @@ RUNS = st.builds(
     augmented=st.booleans(),
     dropout=st.sampled_from([0.0, 0.2]),
     validation_draws=st.booleans(),
+    draws_in=st.sampled_from([None, "on_train_epoch_start", "on_train_start", "on_fit_start"]),
     scheduler=st.sampled_from(["step", "val", "train"]),
     trainer=st.fixed_dictionaries(
         {
@@ -196,6 +198,8 @@ VALIDATIONS = st.one_of(
 
 
 def check(setup: Setup, validation: dict[str, Any], kind: str, which: float) -> None:
+    # What has been drawn for the rows of a batch that is not done is drawn again.
+    setup.augmented = setup.augmented and kind != "batch_start"
     setup.trainer.update(validation)
     with tempfile.TemporaryDirectory() as folder:
         whole = setup.run(Path(folder), kinds=(kind,))
@@ -209,7 +213,7 @@ def check(setup: Setup, validation: dict[str, Any], kind: str, which: float) -> 
 DRAWS = {
     "setup": RUNS,
     "validation": VALIDATIONS,
-    "kind": st.sampled_from(SaveAt.KINDS),
+    "kind": st.sampled_from(("batch_start", *SaveAt.KINDS)),
     "which": st.floats(0, 1, exclude_max=True),
 }
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
@@ -227,3 +231,44 @@ def test_any_run_from_any_moment(**drawn: Any) -> None:
 @given(**DRAWS)
 def test_many_runs_from_any_moment(**drawn: Any) -> None:
     check(**drawn)
+
+
+class SaveOnce(Callback):
+    """Saves in one of its hooks, when that is called for the nth time."""
+
+    def __init__(self, hook: str, path: Path, nth: int) -> None:
+        self.path, self.left = path, nth
+        setattr(self, hook, self.save)
+
+    def save(self, trainer: Any, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            trainer.save_checkpoint(self.path)
+
+
+def undrawn() -> Noisy:
+    """In the middle of a step, numbers have been drawn that are drawn again."""
+    model = Noisy()
+    model.net[3].p = 0.0
+    return model
+
+
+@settings(max_examples=15, derandomize=True, **QUIET)  # type: ignore[arg-type]
+@given(
+    hook=st.sampled_from(["before_backward", "after_backward", "before_zero_grad", "before_optimizer_step"]),
+    data=st.sampled_from(["shuffle", "generator", "epochs"]),
+    accumulate=st.integers(1, 4),
+    nth=st.integers(1, 9),
+)
+@example(hook="after_backward", data="epochs", accumulate=3, nth=2)
+@example(hook="before_optimizer_step", data="generator", accumulate=4, nth=2)
+def test_in_the_middle_of_a_step(hook: str, data: str, accumulate: int, nth: int) -> None:
+    """What had been accumulated is so once, also where the batch's own gradient was in it when the run was saved."""
+    setup = Setup(data, dropout=0.0, trainer={"accumulate_grad_batches": accumulate, "max_epochs": 2})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "in_step.ckpt"
+        whole = setup.run(Path(folder), model=undrawn(), callbacks=[SaveOnce(f"on_{hook}", path, nth)])
+        if path.exists():
+            resumed = setup.run(Path(folder) / "resumed", path, model=undrawn())
+            logged = resumed[2][-3:], whole[2][-3:]
+            assert logged[0] == logged[1] and difference(resumed, (*whole[:2], resumed[2], {}), 0) is None
