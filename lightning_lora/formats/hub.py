@@ -136,7 +136,7 @@ def _incomplete(directory: Path) -> str | None:
     for path in directory.glob("*.safetensors.index.json"):
         try:
             named = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return f"{path} is damaged ({error!r})"
         missing = sorted(name for name in named if not (directory / name).is_file())
         if missing:

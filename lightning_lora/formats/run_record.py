@@ -97,7 +97,7 @@ def read_record(run_dir: Path) -> RunRecord | None:
         return None
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     require_type(found, RunRecord, str(path))
     record: RunRecord = found
