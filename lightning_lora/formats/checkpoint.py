@@ -205,11 +205,8 @@ def _state_dict_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]
     require_type(checkpoint.get("state_dict"), dict[str, Any], source, "state_dict")
     state_dict: dict[str, Any] = checkpoint["state_dict"]
     require_names(state_dict, source)
-    made_up = [
-        name
-        for name, value in state_dict.items()
-        if (".lora." in f".{name}" or "lora_" in name) and not has_own_values(value)
-    ]
+    ours = {name: value for name, value in state_dict.items() if ".lora." in f".{name}" or "lora_" in name}
+    made_up = [name for name, value in ours.items() if not has_own_values(value)]
     if made_up:
         raise CheckpointError(
             f"{source} is damaged or was made up: {made_up[0]!r} has fewer values in the file than its shape "

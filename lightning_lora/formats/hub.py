@@ -115,10 +115,22 @@ def _files(directory: Path) -> dict[str, Path]:
     problem = _incomplete(directory)
     if problem is not None:
         raise CheckpointError(f"{problem}. Nothing was uploaded.")
+    outside = [path for path in directory.rglob("*") if path.is_symlink() and _is_elsewhere(path, directory)]
+    if outside:
+        raise CheckpointError(
+            f"{outside[0]} is a link to {outside[0].resolve()}, which is elsewhere: put the file itself there, "
+            "or remove the link. Nothing was uploaded."
+        )
     paths = {path.relative_to(directory): path for path in sorted(directory.rglob("*")) if path.is_file()}
     return {
         name.as_posix(): path for name, path in paths.items() if not any(part.startswith(".") for part in name.parts)
     }
+
+
+def _is_elsewhere(link: Path, directory: Path) -> bool:
+    """Whether a link leads out of a directory, or to what is hidden in it."""
+    target, root = link.resolve(), directory.resolve()
+    return not target.is_relative_to(root) or any(part.startswith(".") for part in target.relative_to(root).parts)
 
 
 def _incomplete(directory: Path) -> str | None:
