@@ -236,6 +236,10 @@ def test_what_a_file_says_is_printed_as_it_is(tmp_path: Path, capsys: pytest.Cap
         assert call("inspect", str(directory)) == 0
         out = capsys.readouterr().out
         assert f"base model: {shown}" in out and "[a-z]_proj" in out and "\x1b" not in out
+    path.write_text(json.dumps({**saved, "base_model_name_or_path": "a\n  base fingerprint: made up"}))
+    assert call("inspect", str(directory)) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("  base fingerprint:") for line in said) == 1
     path.write_text(json.dumps({**saved, "peft_type": "\x1b[2J"}))
     assert call("export", str(directory), str(tmp_path / "out"), "--base", "x\x1b") == 1
     assert "\x1b" not in capsys.readouterr().err
