@@ -52,3 +52,28 @@ def test_what_is_no_expression_is_refused_early(pattern: str) -> None:
     ):
         with pytest.raises(ValueError, match=rf"{setting} has .* not a valid one"):
             LoraConfig(**{setting: value})
+
+
+@given(
+    number=st.integers(1000, 10**12),
+    times=st.integers(2, 5),
+    inner=PIECES,
+    blank=st.sampled_from(["", " "]),
+)
+def test_what_is_repeated_takes_no_memory(number: int, times: int, inner: str, blank: str) -> None:
+    pattern = "(?x)" + "(?:" * times + f"a{inner}" + f"){{{blank.join(str(number))}}}" * times
+    with pytest.raises(ValueError, match="longer than 100,000 characters"):
+        require_expression(pattern, "setting")
+
+
+@given(number=st.integers(0, 50), more=st.integers(0, 10**6))
+def test_what_is_repeated_less_is_matched(number: int, more: int) -> None:
+    for pattern in (f"(?:ab){{{number}}}", f"(?:ab){{{number},{number + more}}}"):
+        require_expression(pattern, "setting")
+        assert fullmatch(pattern, "ab" * number, "setting")
+
+
+@pytest.mark.parametrize("pattern", ["(?R)|(?R)(?R)", "(?:(?R)a|(?R)b)"])
+def test_what_means_itself_is_an_error_at_most(pattern: str) -> None:
+    with pytest.raises(ValueError, match="takes more than"):
+        fullmatch(pattern, "model.layers.0", "setting")

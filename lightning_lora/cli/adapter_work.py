@@ -10,7 +10,7 @@ from lightning_lora.cli.compare import amplification, draw, similarities
 from lightning_lora.cli.diff import by_common_names, diff
 from lightning_lora.cli.load_base import gguf_tokenizer_of, local_base, open_on_base, tokenizer_of
 from lightning_lora.cli.new_adapters import extract, resize
-from lightning_lora.cli.terminal import console, printable, steps
+from lightning_lora.cli.terminal import console, on_one_line, printable, steps
 from lightning_lora.formats.diffusers_adapter import save_diffusers_adapter, save_kohya_adapter
 from lightning_lora.formats.gguf_adapter import save_gguf_adapter
 from lightning_lora.formats.gguf_model import save_gguf
@@ -60,9 +60,9 @@ def run(given: argparse.Namespace) -> int:
 def _inspect(given: argparse.Namespace) -> int:
     saved = read(given.adapter)
     out = console()
-    out.print(printable(f"{saved.path}: {saved.kind}"), soft_wrap=True)
+    out.print(on_one_line(f"{saved.path}: {saved.kind}"), soft_wrap=True)
     for name, value in saved.facts.items():
-        out.print(f"  {name}: {printable(value)}", soft_wrap=True)
+        out.print(f"  {name}: {on_one_line(value)}", soft_wrap=True)
     settings = {name: value for name, value in sorted(saved.settings.items()) if value not in (None, {}, [], False)}
     out.print(
         "  settings: " + printable(", ".join(f"{name}={value!r}" for name, value in settings.items())),
@@ -74,7 +74,7 @@ def _inspect(given: argparse.Namespace) -> int:
         group = (".".join("*" if part.isdigit() else part for part in layer.split(".")), len(lora_A))
         groups.setdefault(group, []).append(lora_A.numel() + lora_B.numel())
     for (pattern, r), sizes in groups.items():
-        table.add_row(printable(f"{pattern} ({len(sizes)})"), str(r), f"{sum(sizes):,}")
+        table.add_row(on_one_line(f"{pattern} ({len(sizes)})"), str(r), f"{sum(sizes):,}")
     out.print(table)
     return 0
 
@@ -133,7 +133,7 @@ def _compare(given: argparse.Namespace) -> int:
         last = min(phi.shape)
         row = [f"{phi[i - 1, i - 1]:.2f}" for i in (1, last)]
         ends = [value for name, value in amplified.items() if name == layer or name.endswith(f".{layer}")]
-        table.add_row(printable(layer), *row, *([f"{ends[0]:.1f}" if ends else ""] if amplified else []))
+        table.add_row(on_one_line(layer), *row, *([f"{ends[0]:.1f}" if ends else ""] if amplified else []))
     console().print(table)
     return 0
 

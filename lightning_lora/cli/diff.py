@@ -39,7 +39,7 @@ def diff(given: argparse.Namespace) -> int:
             out.print(printable(text), soft_wrap=True)
     table = Table("layers and tensors that differ", "relative distance")
     for name in sorted(updates.keys() & others.keys()):
-        distance = _distance(_update(*updates[name]), _update(*others[name]))
+        distance = _distance(updates[name], others[name])
         if not distance <= _ROUNDING:
             different = True
             table.add_row(printable(name), f"{distance:.2e}")
@@ -53,9 +53,9 @@ def by_common_names(one: dict[str, T], other: dict[str, T]) -> tuple[dict[str, T
     """Both, by names without what those of the one have in front, as a LightningModule puts there."""
     for longer, shorter in ((one, other), (other, one)):
         for name in longer:
-            found = [name[: -len(short)] for short in shorter if name.endswith(f".{short}")]
-            if found:
-                front = min(found, key=len)
+            dots = (place for place, character in enumerate(name) if character == ".")
+            front = next((name[: dot + 1] for dot in dots if name[dot + 1 :] in shorter), None)
+            if front is not None:
                 cut = {each.removeprefix(front): value for each, value in longer.items()}
                 return (cut, shorter) if longer is one else (shorter, cut)
     return one, other
@@ -70,21 +70,37 @@ def _updates(saved: SavedAdapter) -> dict[str, tuple[Tensor, ...]]:
     return rest | {layer: (lora_A, config.scaling(layer) * lora_B) for layer, (lora_A, lora_B) in factors.items()}
 
 
-def _update(lora_A: Tensor, lora_B: Tensor | None = None) -> Tensor:
-    """The update; of stacked experts, and of what is no pair, both factors; a tensor alone as it is."""
+def _update(lora_A: Tensor, lora_B: Tensor | None = None) -> tuple[Tensor, Tensor] | Tensor:
+    """A and B as matrices, or stacks of them, whose product is the update; what is no such pair, as one tensor."""
     lora_A = lora_A.double()
     if lora_B is None:
         return lora_A
     lora_B = lora_B.double()
     if lora_A.dim() == lora_B.dim() == 3 and lora_B.shape[::2] == lora_A.shape[:2]:
-        return lora_B @ lora_A
+        return lora_A, lora_B
     if lora_B.flatten(1).shape[1] == len(lora_A):
-        return lora_B.flatten(1) @ lora_A.flatten(1)
+        return lora_A.flatten(1), lora_B.flatten(1)
     return torch.cat([lora_A.flatten(), lora_B.flatten()])
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    if one.shape != other.shape:
-        return float("inf")
-    size = max(float(torch.linalg.vector_norm(each)) for each in (one, other))
-    return float(torch.linalg.vector_norm(one - other)) / size if size else 0.0
+def _distance(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:
+    """How far two updates are apart, relative to the larger one; nothing of an update's size is made."""
+    first, second = _update(*one), _update(*other)
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        if not isinstance(first, Tensor) or not isinstance(second, Tensor) or first.shape != second.shape:
+            return float("inf")
+        sizes = [float(torch.linalg.vector_norm(each)) for each in (first, second, first - second)]
+    else:
+        (A1, B1), (A2, B2) = first, second
+        if (A1.shape[:-2], A1.shape[-1], B1.shape[-2]) != (A2.shape[:-2], A2.shape[-1], B2.shape[-2]):
+            return float("inf")
+        both = torch.cat([A1, A2], -2), torch.cat([B1, -B2], -1)
+        sizes = [_norm(*pair) for pair in (first, second, both)]
+    size = max(sizes[:2])
+    return sizes[2] / size if size else 0.0
+
+
+def _norm(lora_A: Tensor, lora_B: Tensor) -> float:
+    """The norm of ``B A``, by triangles of the rank's size, which lose no digits where two updates are near."""
+    triangles = [torch.linalg.qr(each, mode="r").R for each in (lora_B, lora_A.mT)]
+    return float(torch.linalg.vector_norm(triangles[0] @ triangles[1].mT))

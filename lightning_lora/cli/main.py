@@ -27,12 +27,15 @@ def main(args: "ArgsType" = None) -> None:
     try:
         _answer(None)
     except Exception as error:
+        from lightning_lora.cli.terminal import printable
+
         if debug:
             raise
         kind = (
             "" if isinstance(error, (ValueError, OSError, ImportError, ArgumentError)) else f"{type(error).__name__}: "
         )
-        print(f"{' '.join(['lightning-lora', *command])}: {kind}{error} (--debug shows where)", file=sys.stderr)
+        text = printable(f"{' '.join(['lightning-lora', *command])}: {kind}{error} (--debug shows where)")
+        print(text, file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ArgumentError) else 1) from None
 
 

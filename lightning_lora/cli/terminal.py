@@ -19,6 +19,11 @@ def printable(text: str) -> str:
     )
 
 
+def on_one_line(text: str) -> str:
+    """The same of what is to be on one line, so that a name cannot look like more than one."""
+    return printable(text).replace("\n", "\\n")
+
+
 @contextmanager
 def steps(count: int) -> Iterator[Callable[[str], None]]:
     """A progress bar on a terminal; what is given is called with what comes next."""

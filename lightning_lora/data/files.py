@@ -138,7 +138,7 @@ def _jsonl(file: Path, bad: BadRows) -> Iterator[Record]:
                 continue
             where = f"{file}, line {number}"
             try:
-                yield _record(where, json.loads(line, object_pairs_hook=_once))
+                yield _record(where, _parsed(line))
             except json.JSONDecodeError as error:
                 bad.add(
                     ValueError(
@@ -156,7 +156,7 @@ def _json(file: Path, bad: BadRows) -> Iterator[Record]:
     if not text.lstrip().startswith("["):
         # Many data sets have JSON Lines under this name; one object alone may go over several lines.
         try:
-            yield _record(f"{file}, line 1", json.loads(text, object_pairs_hook=_once))
+            yield _record(f"{file}, line 1", _parsed(text))
         except json.JSONDecodeError:
             yield from _jsonl(file, bad)
         return
@@ -178,7 +178,7 @@ def _json(file: Path, bad: BadRows) -> Iterator[Record]:
             position = _after_blanks(text, position)
             if text[position : position + 1] not in (",", "]"):
                 raise json.JSONDecodeError("expected ',' or ']'", text, position)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             # Where the next row begins cannot be told any more.
             raise ValueError(
                 f"{where}: found no valid JSON in the row that begins here ({error}), expected an array of objects. "
@@ -195,6 +195,13 @@ def _after_blanks(text: str, position: int) -> int:
     while text[position : position + 1].isspace():
         position += 1
     return position
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise json.JSONDecodeError("too deep", text[:1], 0) from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -150,5 +150,5 @@ def _index(value: Any, labels: list[str]) -> int | None:
 def _number(value: Any) -> float | None:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):  # of a whole number that no float holds, too
         return None

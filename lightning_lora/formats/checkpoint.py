@@ -14,7 +14,7 @@ from lightning_lora.config import LoraConfig
 from lightning_lora.formats.dcp import is_directory, read_directory
 from lightning_lora.formats.metadata import check_metadata, config_of, require_known_format
 from lightning_lora.formats.open_file import Objects, is_skipped, open_file, readable
-from lightning_lora.formats.schema import require_type
+from lightning_lora.formats.schema import require_names, require_type
 from lightning_lora.formats.sizes import has_own_values, require_finite, require_sizes, rows_in_checkpoint
 from lightning_lora.fqn import clean_fqn
 from lightning_lora.model.inject import inject
@@ -204,7 +204,9 @@ def _metadata_of(checkpoint: Mapping[str, Any], source: str) -> Mapping[str, Any
 def _state_dict_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]:
     require_type(checkpoint.get("state_dict"), dict[str, Any], source, "state_dict")
     state_dict: dict[str, Any] = checkpoint["state_dict"]
-    made_up = [name for name, value in state_dict.items() if ".lora." in f".{name}" and not has_own_values(value)]
+    require_names(state_dict, source)
+    ours = {name: value for name, value in state_dict.items() if ".lora." in f".{name}" or "lora_" in name}
+    made_up = [name for name, value in ours.items() if not has_own_values(value)]
     if made_up:
         raise CheckpointError(
             f"{source} is damaged or was made up: {made_up[0]!r} has fewer values in the file than its shape "

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_lora.formats.dcp_index import Chunk, read_index
 from lightning_lora.formats.open_file import Objects, open_file, open_part
 from lightning_lora.formats.schema import require_type
+from lightning_lora.formats.sizes import has_own_values
 
 CHECKSUMS_FILE = "checksums.json"  # each file's size and CRC-32; also the mark of a directory that is complete
 META_FILE = "meta.pt"  # as Lightning 2.6 names it
@@ -54,13 +55,31 @@ def write_checksums(directory: Path) -> None:
     (directory / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
 
 
+def _require_files(directory: Path) -> None:
+    """Require that all in a directory is a file or another directory: what else has a name may never come to an end."""
+    for path in directory.iterdir():
+        if not (path.is_file() or path.is_dir()):
+            raise RuntimeError(f"{path.name!r} in it is no file.")
+
+
+def _require_own_bytes(directory: Path, chunks: list[Chunk]) -> None:
+    """Require that no parts of tensors share their bytes, by which a small file would stand for many tensors."""
+    lengths = {chunk.file: 0 for chunk in chunks}
+    for chunk in chunks:
+        lengths[chunk.file] += chunk.length
+    for name, length in lengths.items():
+        path = directory / _plain(name)
+        if path.exists() and length > path.stat().st_size:
+            raise RuntimeError(f"its index names more parts in {name!r} than that file has bytes.")
+
+
 def _require_intact(directory: Path) -> None:
     path = directory / CHECKSUMS_FILE
     if not path.exists():  # written without this package, or by an earlier version
         return
     try:
         sums = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RuntimeError(f"{CHECKSUMS_FILE} in it is damaged ({error}).") from error
     require_type(sums, dict[str, list[int]], str(path))
     for name, expected in sums.items():
@@ -101,10 +120,13 @@ def read_directory(path: str | Path, objects: Objects = "refuse") -> dict[str, A
         RuntimeError: If files of it are damaged or missing.
     """
     path = Path(path)
+    _require_files(path)
     _require_intact(path)
     checkpoint: dict[str, Any] = open_file(path / META_FILE, objects)
     require_type(checkpoint, dict[str, Any], str(path / META_FILE))
-    tensors = {name: _read_tensor(path, name, chunks) for name, chunks in read_index(path / INDEX_FILE).items()}
+    index = read_index(path / INDEX_FILE)
+    _require_own_bytes(path, [chunk for chunks in index.values() for chunk in chunks])
+    tensors = {name: _read_tensor(path, name, chunks) for name, chunks in index.items()}
     checkpoint["state_dict"] = {
         name.removeprefix(prefix): tensor
         for prefix in _MODEL
@@ -137,7 +159,7 @@ def _read_chunk(directory: Path, name: str, chunk: Chunk) -> Tensor:
         part: Any = open_part(directory / _plain(chunk.file), chunk.offset, chunk.length)
     except OSError as error:
         raise RuntimeError(f"its tensors are incomplete ({error!r}).") from error
-    fits = isinstance(part, Tensor) and part.layout is torch.strided and not part.is_meta
+    fits = isinstance(part, Tensor) and part.layout is torch.strided and not part.is_meta and has_own_values(part)
     if not fits or tuple(part.shape) != chunk.size or part.dtype != chunk.dtype:
         raise RuntimeError(f"{chunk.file!r} in it does not hold {name!r} as its index says.")
     found: Tensor = part

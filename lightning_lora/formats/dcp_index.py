@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lightning_lora.formats.pickled import Unpickler, require_modest
+
 # The classes whose objects torch pickles into it. Their values are read, and they themselves are not.
 _TORCH = "torch.distributed.checkpoint"
 _METADATA = (
@@ -65,7 +67,7 @@ class _Record:
         return self.state[name]
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = getattr(torch, name, None) if module == "torch" else None
         if isinstance(found, torch.dtype):
@@ -84,7 +86,9 @@ def read_index(path: Path) -> dict[str, list[Chunk]]:
         RuntimeError: If it is damaged, missing or holds what no index of torch does.
     """
     try:
-        index = _Reader(io.BytesIO(path.read_bytes())).load()
+        content = path.read_bytes()
+        require_modest(content)
+        index = _Reader(io.BytesIO(content)).load()
         places = {(key["fqn"], _at(key["offset"])): place for key, place in index["storage_data"].items()}
         found = {
             name: [

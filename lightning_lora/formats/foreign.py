@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.formats.open_file import open_file, readable
 from lightning_lora.formats.peft import load_tensors
+from lightning_lora.formats.schema import require_names, require_type
+from lightning_lora.formats.sizes import has_own_values
 from lightning_lora.layers.fused_qkv import in_blocks, qkv_rows
+from lightning_lora.model.finite import DTYPES
 from lightning_lora.model.state_dict import CheckpointError
 from lightning_lora.model.targets import modules_by_name, pretrained_models
 
@@ -102,11 +105,11 @@ def load_foreign_adapter(
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
     with readable(path):
-        content: Any = open_file(path, "refuse")
+        content: Any = load_file(path) if path.suffix == ".safetensors" else open_file(path, "refuse")
     content = content.get("model", content) if isinstance(content, dict) else {}
+    require_type(content, dict[str, Any], str(path))
+    require_names(content, str(path))
     found = {name: tensor for name, tensor in content.items() if "lora_" in name.lower()}
     rest = sorted(content.keys() - found.keys())
     if not found or rest:
@@ -115,7 +118,30 @@ def _read(path: Path) -> dict[str, Tensor]:
             + (f", among them {rest[0]!r}" if rest else "")
             + ": expected the adapter alone, as lora_state_dict(model), litgpt or torchtune write it."
         )
+    odd = [name for name, tensor in found.items() if not (_is_matrix(tensor) and has_own_values(tensor))]
+    if odd:
+        raise CheckpointError(
+            f"{path} is damaged or was made up: {odd[0]!r} is no matrix of numbers. Nothing was loaded."
+        )
     return found
+
+
+def _is_matrix(tensor: Any) -> bool:
+    is_plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
+    return is_plain and tensor.dim() == 2 and tensor.dtype in DTYPES
+
+
+def _settings_beside(path: Path) -> dict[str, Any]:
+    """What a file of settings says, nothing if it is not there."""
+    if not path.is_file():
+        return {}
+    with readable(path):
+        text = path.read_text(encoding="utf-8")
+        found: Any = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    require_type(found, dict[str, Any], str(path))
+    require_type(found.get("lora_alpha"), float | None, str(path), "lora_alpha")
+    settings: dict[str, Any] = found
+    return settings
 
 
 def _pairs(tensors: dict[str, Tensor], endings: tuple[str, str], path: Path) -> Factors:
@@ -151,7 +177,7 @@ def _from_loralib(tensors: dict[str, Tensor], root: nn.Module, path: Path) -> Fa
 
 def _from_litgpt(tensors: dict[str, Tensor], root: nn.Module, path: Path) -> tuple[Factors, float | None]:
     settings_file = path.parent / "hyperparameters.yaml"
-    settings = yaml.safe_load(settings_file.read_text()) if settings_file.is_file() else {}
+    settings = _settings_beside(settings_file)
     config: Any = root.config
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -179,8 +205,7 @@ def _from_litgpt(tensors: dict[str, Tensor], root: nn.Module, path: Path) -> tup
 
 
 def _from_torchtune(tensors: dict[str, Tensor], root: nn.Module, path: Path) -> tuple[Factors, float | None]:
-    settings_file = path.parent / "adapter_config.json"
-    settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
+    settings = _settings_beside(path.parent / "adapter_config.json")
     config: Any = root.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     factors: Factors = {}

@@ -115,10 +115,22 @@ def _files(directory: Path) -> dict[str, Path]:
     problem = _incomplete(directory)
     if problem is not None:
         raise CheckpointError(f"{problem}. Nothing was uploaded.")
+    outside = [path for path in directory.rglob("*") if path.is_symlink() and _is_elsewhere(path, directory)]
+    if outside:
+        raise CheckpointError(
+            f"{outside[0]} is a link to {outside[0].resolve()}, which is elsewhere: put the file itself there, "
+            "or remove the link. Nothing was uploaded."
+        )
     paths = {path.relative_to(directory): path for path in sorted(directory.rglob("*")) if path.is_file()}
     return {
         name.as_posix(): path for name, path in paths.items() if not any(part.startswith(".") for part in name.parts)
     }
+
+
+def _is_elsewhere(link: Path, directory: Path) -> bool:
+    """Whether a link leads out of a directory, or to what is hidden in it."""
+    target, root = link.resolve(), directory.resolve()
+    return not target.is_relative_to(root) or any(part.startswith(".") for part in target.relative_to(root).parts)
 
 
 def _incomplete(directory: Path) -> str | None:
@@ -136,7 +148,7 @@ def _incomplete(directory: Path) -> str | None:
     for path in directory.glob("*.safetensors.index.json"):
         try:
             named = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return f"{path} is damaged ({error!r})"
         missing = sorted(name for name in named if not (directory / name).is_file())
         if missing:

@@ -1,5 +1,6 @@
 """The model card beside an exported adapter or merged model, as model hubs expect it."""
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -39,7 +40,8 @@ def write_card(directory: Path, settings: Mapping[str, Any], run: Run | None = N
     """
     base = settings.get("base_model_name_or_path")
     shown = {name: value for name, value in sorted(settings.items()) if value not in (None, {}, [], False)}
-    loading = f'AutoModelForCausalLM.from_pretrained("{base}")' if base else "..."
+    # A name may come from somebody else's file, and this is code that people run.
+    loading = f"AutoModelForCausalLM.from_pretrained({json.dumps(str(base))})" if base else "..."
     sections = [
         f"# LoRA adapter{f' for {base}' if base else ''}",
         "```python\nfrom peft import PeftModel\n\n"

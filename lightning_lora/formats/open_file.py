@@ -15,9 +15,12 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from lightning_lora.formats.pickled import require_modest
 from lightning_lora.model.state_dict import CheckpointError
 
 Objects = Literal["refuse", "skip", "open"]
+_ZIP = b"PK\x03\x04"
+_PICKLES_OF_OLD = 5  # that files of before PyTorch 1.6 begin with: who wrote it, what it holds, and what follows
 
 
 class _Skipped:
@@ -74,12 +77,22 @@ def open_file(path: str | Path, objects: Objects) -> Any:
 
 
 def _without_objects(file: IO[bytes]) -> Any:
+    _require_modest(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if names := _names_in(file):
             raise _HoldsObjects(", ".join(names)) from error
         raise
+
+
+def _require_modest(file: IO[bytes]) -> None:
+    """Require that what is about to be made takes no more memory and time than the file has bytes for."""
+    if _is_zip(file):
+        require_modest(torch._C.PyTorchFileReader(file).get_record("data.pkl"))
+    else:
+        require_modest(file.read(), pickles=_PICKLES_OF_OLD)
+    file.seek(0)
 
 
 @contextmanager
@@ -103,17 +116,35 @@ def open_part(path: str | Path, offset: int, length: int) -> Any:
 
 
 def _require_intact(file: IO[bytes]) -> None:
-    # Files of before PyTorch 1.6 have no checksums, and those written without them have false ones.
-    if zipfile.is_zipfile(file) and torch.serialization.get_crc32_options():
+    if _is_zip(file):
         try:
             with zipfile.ZipFile(file) as archive:
-                packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
-                changed = packed[0] if packed else archive.testzip()
+                _require_own_bytes(archive, file.seek(0, io.SEEK_END))
+                # Files that are written without checksums have false ones.
+                changed = archive.testzip() if torch.serialization.get_crc32_options() else None
         except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, struct.error) as error:
             raise RuntimeError(f"its table of contents is damaged ({error}).") from error
         if changed is not None:
             raise RuntimeError(f"{changed!r} in it is not what was written: its checksum is another one.")
     file.seek(0)
+
+
+def _is_zip(file: IO[bytes]) -> bool:
+    """Whether torch takes a file for one of PyTorch 1.6 or later, without which it has no table of contents."""
+    file.seek(0)
+    start = file.read(len(_ZIP))
+    file.seek(0)
+    return start == _ZIP
+
+
+def _require_own_bytes(archive: zipfile.ZipFile, size: int) -> None:
+    """Require that no part of a file is packed, or shares its bytes with others."""
+    parts = archive.infolist()
+    for part in parts:
+        if part.compress_type != zipfile.ZIP_STORED:
+            raise RuntimeError(f"{part.filename!r} in it is not what was written: it is packed.")
+    if sum(part.file_size for part in parts) > size:
+        raise RuntimeError("its parts are more than it has bytes.")
 
 
 def is_skipped(value: Any) -> bool:
@@ -133,9 +164,9 @@ def readable(path: str | Path, way_out: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, PermissionError, CheckpointError):
         raise
-    except (EOFError, OSError, pickle.UnpicklingError, RuntimeError) as error:
+    except Exception as error:  # of whatever kind a reader raises of what somebody else has written
         if objects := _objects_of(error, path):
             raise CheckpointError(
                 f"{path} cannot be read as a checkpoint: it holds more than tensors and plain types, namely {objects}, "

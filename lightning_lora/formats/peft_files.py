@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_lora.config import quantization
 from lightning_lora.formats.peft_keys import LOFTQ_ITERATIONS
-from lightning_lora.formats.schema import require_type
+from lightning_lora.formats.schema import require_names, require_type
 from lightning_lora.model.fingerprint import Fingerprint
 from lightning_lora.model.finite import DTYPES
 from lightning_lora.model.state_dict import CheckpointError
@@ -97,6 +97,7 @@ def read_files(directory: Path) -> PeftFiles:
     path = directory / WEIGHTS_FILE
     with _opened(path) as file:
         # With bias="all", PEFT writes the biases of modules_to_save twice more, under names of its own wrapper.
+        require_names(file.keys(), str(path))
         names = [name for name in file.keys() if not _WRAPPED.search(name)]  # noqa: SIM118
         tensors = {name: file.get_tensor(name) for name in names}
         meta = dict(file.metadata() or {})
@@ -202,7 +203,7 @@ def _require_undamaged(tensors: Mapping[str, Tensor], meta: Mapping[str, str], p
         return
     try:
         checksums: Any = json.loads(meta[_CHECKSUMS])
-    except ValueError:
+    except (ValueError, RecursionError):
         checksums = None
     require_type(checksums, dict[str, int], str(path), _CHECKSUMS)
     changed = [name for name, value in checksums.items() if name in tensors and _checksum(tensors[name]) != value]

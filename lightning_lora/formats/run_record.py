@@ -9,8 +9,10 @@ from typing_extensions import TypedDict
 from lightning_lora.formats.publish import write_text
 from lightning_lora.formats.schema import require_type
 from lightning_lora.model.learned import Update
+from lightning_lora.model.state_dict import CheckpointError
 
 RECORD_FILE = "run.json"
+_LONGEST = 1e10  # seconds of a run
 
 
 class Histogram(TypedDict):
@@ -93,17 +95,28 @@ def read_record(run_dir: Path) -> RunRecord | None:
         CheckpointError: If it is damaged.
     """
     path = run_dir / RECORD_FILE
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     require_type(found, RunRecord, str(path))
     record: RunRecord = found
+    _require_countable(record, str(path))
     return record
+
+
+def _require_countable(record: RunRecord, source: str) -> None:
+    histograms = [rows["lengths"] for rows in record["data"] if rows["lengths"] is not None]
+    countable = 0 <= record["seconds"] < _LONGEST and all(each["texts"] > 0 for each in histograms)
+    if not countable or not all(update["values"] for update in record["updates"]):
+        raise CheckpointError(
+            f"{source} is damaged or was made up: its seconds, its numbers of texts or its singular values are none. "
+            "Take another copy of it."
+        )
 
 
 def updates_in(record: RunRecord) -> list[Update]:
     """What the adapters had learned."""
-    return [Update(**update) for update in record["updates"]]
+    return [Update(*map(update.__getitem__, Update._fields)) for update in record["updates"]]  # type: ignore[arg-type]

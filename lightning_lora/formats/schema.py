@@ -1,5 +1,6 @@
 """Whether values that were read from a file are of the types that they must be of."""
 
+from collections.abc import Iterable
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -7,7 +8,26 @@ from typing_extensions import get_type_hints, is_typeddict
 
 from lightning_lora.model.state_dict import CheckpointError
 
+_LONGEST = 1000  # characters
 _LARGEST = 2**63  # what tensors can count with
+
+
+def require_names(names: Iterable[str], source: str) -> None:
+    """Require names of tensors that are no longer than those of modules, for it takes the square of that to read one.
+
+    Args:
+        names: The names.
+        source: The file, for errors.
+
+    Raises:
+        CheckpointError: If one is longer.
+    """
+    longest = max(names, key=len, default="")
+    if len(longest) > _LONGEST:
+        raise CheckpointError(
+            f"{source} is damaged or was made up: it has a tensor whose name has {len(longest):,} characters, "
+            f"{longest[:80]!r}... Take another copy of it. Nothing was loaded."
+        )
 
 
 def require_type(value: Any, hint: Any, source: str, field: str = "") -> None:

@@ -129,7 +129,7 @@ def _figure(traces: list[dict[str, Any]], layout: dict[str, Any]) -> Figure:
 def _place(layer: str) -> tuple[tuple[int, ...], str]:
     """The numbers in a layer's name, and the name without them."""
     parts = layer.split(".")
-    numbers = tuple(int(part) for part in parts if part.isdecimal())
+    numbers = tuple(int(part[:9]) for part in parts if part.isdecimal())
     return numbers, ".".join("*" if part.isdecimal() else part for part in parts)
 
 

@@ -41,7 +41,8 @@ def write_report(run_dir: str | Path) -> Path:
             f"A report needs plotly, which is not installed: pip install plotly, then lightning-lora report {run_dir}"
         ) from None
     target = run.run_dir / REPORT_FILE
-    write_text(_render(run, get_plotlyjs()), target)
+    page = _render(run, get_plotlyjs())
+    write_text(page.encode(errors="replace").decode(), target)  # half characters, as JSON can hold
     return target
 
 

@@ -53,13 +53,16 @@ def read_run(run_dir: Path) -> RunFiles:
         run_dir,
         record,
         logged,
-        (settings, settings.read_text(encoding="utf-8")) if settings else None,
+        (settings, settings.read_text(encoding="utf-8", errors="replace")) if settings else None,
         updates_in(record) if record is not None else _exported(adapter.parent) if adapter else [],
     )
 
 
 def _newest(run_dir: Path, name: str) -> Path | None:
-    return max(run_dir.rglob(name), key=lambda path: path.stat().st_mtime, default=None)
+    """The newest file of a name, but for links to what is elsewhere, which a page would show to whoever gets it."""
+    root = run_dir.resolve()
+    found = [path for path in run_dir.rglob(name) if path.is_file() and path.resolve().is_relative_to(root)]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _exported(adapter: Path) -> list[Update]:

@@ -1,6 +1,7 @@
 """The commands that work on files, as a user runs them."""
 
 import json
+import resource
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import pytest
 import torch
 from helpers import toys
 from helpers.models import EXPERTS, IDS, mixtral, tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lightning_lora import LoRA, LoraConfig, eject, inject, load_adapter, save_adapter
+from lightning_lora.cli.diff import _distance, by_common_names
 from lightning_lora.cli.load_base import load_base
 from lightning_lora.cli.main import main
 from lightning_lora.pretrained import quantization_config
@@ -145,6 +149,50 @@ def test_a_checkpoint_and_its_export_are_the_same(
         assert "e-0" in capsys.readouterr().out
 
 
+@given(
+    shape=st.tuples(*[st.integers(1, 6)] * 3),
+    ranks=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stacked=st.booleans(),
+    near=st.sampled_from([0.0, 1e-9, 1e-5, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_updates_are_compared_by_their_factors(
+    shape: tuple[int, int, int], ranks: tuple[int, int], stacked: bool, near: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    front, (out, inner) = shape[: int(stacked)], shape[1:]
+    pairs = [(torch.randn(*front, r, inner), torch.randn(*front, out, r)) for r in ranks]
+    (A, B), rest = pairs[0], pairs[1]
+    # The same update at a larger rank, and a part of another one.
+    pairs[1] = torch.cat([A, rest[0]], -2), torch.cat([B, near * rest[1]], -1)
+    first, second = ((b.double() @ a.double()) for a, b in pairs)
+    expected = float((first - second).norm() / max(first.norm(), second.norm()))
+    assert _distance(*pairs) == pytest.approx(expected, rel=1e-4, abs=1e-12)
+
+
+def test_a_diff_takes_no_more_memory_than_its_files(tmp_path: Path) -> None:
+    save_adapter(inject(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path / "one")
+    tensors = {
+        "base_model.model.a.lora_A.weight": torch.ones(1, 40_000),
+        "base_model.model.a.lora_B.weight": torch.ones(40_000, 1),
+    }
+    save_file(tensors, tmp_path / "one" / "adapter_model.safetensors")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert call("diff", str(tmp_path / "one"), str(tmp_path / "one")) == 0  # 12.8 GB if it were multiplied out
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # kilobytes
+
+
+@given(
+    front=st.text("ab.", max_size=4), names=st.lists(st.text("abc.", min_size=1, max_size=6), unique=True, max_size=6)
+)
+def test_names_in_common(front: str, names: list[str]) -> None:
+    short = {name: 1 for name in names if not name.startswith(".") and not name.endswith(".")}
+    long = {f"x{front}.{name}": 1 for name in short}
+    cut, same = by_common_names(long, short)
+    assert same is short and len(cut) == len(long)
+    assert not long or cut.keys() & short.keys()
+
+
 @pytest.mark.parametrize("command", ["inspect", "export", "merge", "diff"])
 def test_help_and_wrong_calls(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(command, "--help") == 0
@@ -188,6 +236,10 @@ def test_what_a_file_says_is_printed_as_it_is(tmp_path: Path, capsys: pytest.Cap
         assert call("inspect", str(directory)) == 0
         out = capsys.readouterr().out
         assert f"base model: {shown}" in out and "[a-z]_proj" in out and "\x1b" not in out
+    path.write_text(json.dumps({**saved, "base_model_name_or_path": "a\n  base fingerprint: made up"}))
+    assert call("inspect", str(directory)) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("  base fingerprint:") for line in said) == 1
     path.write_text(json.dumps({**saved, "peft_type": "\x1b[2J"}))
     assert call("export", str(directory), str(tmp_path / "out"), "--base", "x\x1b") == 1
     assert "\x1b" not in capsys.readouterr().err

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lightning_lora.data.files import read_records
+from lightning_lora.data.labels import _number
 from lightning_lora.data.record import BadRows, Record
 
 
@@ -202,3 +205,19 @@ def test_missing_files(path: str) -> None:
 def test_shipped_files_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert len(read("shipped:devils_dictionary.jsonl")) == 554
+
+
+@given(
+    depth=st.integers(2000, 50_000), opened=st.sampled_from(["[", '{"a":']), name=st.sampled_from(["a.jsonl", "a.json"])
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+def test_rows_of_any_depth_are_named(tmp_path: Path, depth: int, opened: str, name: str) -> None:
+    for start in ("", "[") if name == "a.json" else ("",):
+        (tmp_path / name).write_text(start + '{"a": ' + opened * depth)
+        with pytest.raises(ValueError, match=rf"{name}, line 1: .*no valid JSON"):
+            list(read_records(str(tmp_path / name)))
+
+
+@given(digits=st.integers(310, 4000))
+def test_a_number_that_no_float_holds_is_no_number(digits: int) -> None:
+    assert _number(int("9" * digits)) is None

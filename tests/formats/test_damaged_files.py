@@ -311,3 +311,33 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, content: bytes) -> None
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"rows\.jsonl cannot be read as a checkpoint: torch\.save did not write"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("piece", [".base_layer", "lora_", ".lora.default", "x"])
+@given(length=st.integers(1001, 200_000))
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_long_names_take_no_time(directory: Path, checkpoint: Path, tmp_path: Path, piece: str, length: int) -> None:
+    name = "base_model.model." + (piece * length)[:length] + "!"
+    path = Path(shutil.copytree(directory, tmp_path / "long", dirs_exist_ok=True))
+    save_file({**load_file(directory / WEIGHTS), name: torch.ones(2, 2)}, path / WEIGHTS)
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"][name] = torch.ones(2, 2)
+    torch.save(content, tmp_path / "long.ckpt")
+    for each, model in ((path, tiny_llama()), (tmp_path / "long.ckpt", Wrapped())):
+        assert_refused_whole(model, each, "characters")
+        with pytest.raises(CheckpointError, match="characters"):
+            read(each)
+
+
+@pytest.mark.parametrize("key", ["lightning_lora_checksums", "lightning_lora_base_config", CONFIG])
+@given(depth=st.integers(5_000, 200_000), opened=st.sampled_from(["[", '{"a":']))
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_json_of_any_depth(directory: Path, tmp_path: Path, key: str, depth: int, opened: str) -> None:
+    path = Path(shutil.copytree(directory, tmp_path / "deep", dirs_exist_ok=True))
+    meta = {"format": "pt"}
+    if key == CONFIG:
+        (path / CONFIG).write_text(opened * depth)
+    else:
+        meta[key] = opened * depth
+    save_file(load_file(directory / WEIGHTS), path / WEIGHTS, meta)
+    assert_refused_whole(tiny_llama(), path)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import tempfile
 import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
@@ -204,6 +205,69 @@ def test_a_shape_that_lies_takes_no_memory(copied: Path) -> None:
     refused(copied, "do not make up")
     assert tracemalloc.get_traced_memory()[1] < 1e8
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", [INDEX_FILE, CHECKSUMS_FILE, "part", "beside"])
+@pytest.mark.parametrize("endless", ["queue", "zeros"])
+def test_what_never_ends_is_not_read(name: str, endless: str, copied: Path) -> None:
+    path = next(copied.glob("*.distcp")) if name == "part" else copied / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path) if endless == "queue" else path.symlink_to("/dev/zero")
+    refused(copied, "is no file")
+
+
+@given(times=st.integers(2, 500))
+@settings(max_examples=10)
+def test_parts_that_share_their_bytes(saved: tuple[Path, dict[str, Tensor]], times: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(shutil.copytree(saved[0], Path(folder) / "copy.ckpt"))
+        (directory / CHECKSUMS_FILE).unlink()
+
+        def change(index: Any) -> None:
+            for entry in index.state_dict_metadata.values():
+                (chunk,) = entry.chunks
+                rows = chunk.sizes[0]
+                entry.size = torch.Size([rows * times, *entry.size[1:]])
+                entry.chunks = [
+                    metadata.ChunkStorageMetadata(torch.Size([rows * i, *chunk.offsets[1:]]), chunk.sizes)
+                    for i in range(times)
+                ]
+            index.storage_data = {
+                metadata.MetadataIndex(key.fqn, chunk.offsets): place
+                for key, place in index.storage_data.items()
+                for chunk in index.state_dict_metadata[key.fqn].chunks
+            }
+
+        change_index(directory, change)
+        with pytest.raises(RuntimeError, match="than that file has bytes"):
+            read_directory(directory)
+
+
+def test_a_part_of_a_single_value(tmp_path: Path) -> None:
+    directory = write(tmp_path / "one.ckpt", {"a": torch.zeros(2, 2)}, {})
+    part = next(directory.glob("*.distcp"))
+    torch.save(torch.zeros(1).expand(1 << 16, 1 << 16), part)  # 16 GB in a few bytes
+
+    def change(index: Any) -> None:
+        (entry,), (place,) = index.state_dict_metadata.values(), index.storage_data.values()
+        entry.size = entry.chunks[0].sizes = torch.Size([1 << 16, 1 << 16])
+        place.offset, place.length = 0, part.stat().st_size
+
+    change_index(directory, change)
+    with pytest.raises(RuntimeError, match="does not hold"):
+        read_directory(directory)
+
+
+@given(rest=st.one_of(st.none(), st.integers(), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2)))
+@settings(max_examples=20)
+def test_what_is_said_of_optimizers(saved: tuple[Path, dict[str, Tensor]], rest: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(shutil.copytree(saved[0], Path(folder) / "copy.ckpt"))
+        (directory / CHECKSUMS_FILE).unlink()
+        content = torch.load(directory / META_FILE, weights_only=True)
+        content["lightning_lora"]["optimizers"] = [rest, {"state": {0: rest}}]
+        torch.save(content, directory / META_FILE)
+        refused(directory, "cannot be read")
 
 
 def set_in_each(values: str, name: str, value: Any) -> Callable[[Any], None]:

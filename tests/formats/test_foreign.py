@@ -9,6 +9,8 @@ import pytest
 import torch
 import yaml
 from helpers.models import tiny_llama
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_lora import CheckpointError, eject
@@ -151,3 +153,40 @@ def test_what_does_not_fit(content: Any, alpha: Any, match: str, tmp_path: Path,
         load_foreign_adapter(model, tmp_path / "lora.pt", lora_alpha=alpha)
     assert "executed" not in capsys.readouterr().out
     assert type(model.out) is nn.Linear and all(parameter.requires_grad for parameter in model.parameters())
+
+
+ODD = [
+    torch.zeros(1).expand(1 << 20, 8),  # 33 MB in four bytes, and as much again by its rank
+    torch.eye(4).to_sparse(), torch.empty(4, 8, device="meta"), torch.zeros(4), torch.zeros(4, 8, dtype=torch.int64),
+    3, "x", None, [torch.zeros(4, 8)], {"a": 1},
+]  # fmt: skip
+
+
+@given(
+    odd=st.sampled_from(ODD),
+    key=st.sampled_from(["out.lora_A", "out.lora_B", 3, "out." + "lora_" * 1000]),
+    inside=st.booleans(),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_no_matrix_is_refused(odd: Any, key: Any, inside: bool, tmp_path: Path) -> None:
+    content = {"out.lora_A": torch.zeros(4, 8), "out.lora_B": torch.zeros(3, 4), key: odd}
+    torch.save({"model": content} if inside else content, tmp_path / "lora.pt")
+    model = Plain()
+    with pytest.raises(CheckpointError, match=r"lora\.pt"):
+        load_foreign_adapter(model, tmp_path / "lora.pt", lora_alpha=ALPHA)
+    assert not any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["litgpt", "torchtune"])
+@given(text=st.one_of(st.text(max_size=10), st.sampled_from(["[", "[" * 5000, "[1]", '{"lora_alpha": "x"}', "a: *b"])))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_settings_beside_a_file(kind: str, text: str, tmp_path: Path) -> None:
+    names = {
+        "litgpt": ("hyperparameters.yaml", "transformer.h.0.mlp.proj", "lora_A", "lora_B"),
+        "torchtune": ("adapter_config.json", "layers.0.mlp.w2", "lora_a.weight", "lora_b.weight"),
+    }
+    beside, layer, first, second = names[kind]
+    (tmp_path / beside).write_text(text, encoding="utf-8")
+    torch.save({f"{layer}.{first}": torch.zeros(2, 64), f"{layer}.{second}": torch.zeros(32, 2)}, tmp_path / "lora.pt")
+    with pytest.raises(CheckpointError):
+        load_foreign_adapter(tiny_llama(), tmp_path / "lora.pt")

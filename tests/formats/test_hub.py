@@ -58,6 +58,24 @@ def test_all_files_are_there_in_one_commit(name: str, export: Path, hub: stand_i
     assert repository.files == wanted
 
 
+@pytest.mark.parametrize("target", ["../secret", "../secrets", ".hidden/secret", "/proc/self/environ"])
+@pytest.mark.parametrize("place", ["notes.txt", "more/notes.txt"])
+def test_no_link_takes_what_is_elsewhere_along(target: str, place: str, export: Path, hub: stand_in.Hub) -> None:
+    directory = export / "adapter"
+    for name in ("../secret", "../secrets/key", ".hidden/secret"):
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text("secret")
+    (directory / place).parent.mkdir(exist_ok=True)
+    (directory / place).symlink_to((directory / target).absolute())
+    with pytest.raises(CheckpointError, match=r"notes\.txt is a link to .*Nothing was uploaded"):
+        push_to_hub(directory, "me/tuned")
+    assert not hub.repositories
+    (directory / place).unlink()
+    (directory / place).symlink_to(directory / "adapter_config.json")  # which is uploaded anyhow
+    push_to_hub(directory, "me/tuned")
+    assert hub.repositories["me/tuned"].files[place] == (directory / "adapter_config.json").read_bytes()
+
+
 def test_what_was_uploaded_is_the_model(export: Path, hub: stand_in.Hub, tmp_path: Path) -> None:
     push_to_hub(export / "merged", "tuned")  # whose owner is the token's
     for name, found in hub.repositories["me/tuned"].files.items():

@@ -1,5 +1,6 @@
 """The model cards of exported adapters and merged models."""
 
+import ast
 from pathlib import Path
 
 import lightning as L
@@ -7,11 +8,14 @@ import pytest
 import yaml
 from helpers import toys
 from helpers.models import tiny_llama
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lora import LoRA, LoraConfig, eject, inject, save_adapter, save_merged
 from lightning_lora.callbacks import LearningCurve
+from lightning_lora.formats.model_card import write_card
 
 
 def test_a_run_says_what_it_was(tmp_path: Path) -> None:
@@ -60,3 +64,17 @@ def test_somebody_s_own_card_stays(tmp_path: Path) -> None:
     save_adapter(inject(tiny_llama(), LoraConfig(r=2)), tmp_path)
     save_merged(tiny_llama(), tmp_path)
     assert (tmp_path / "README.md").read_text() == "my words"
+
+
+@given(
+    name=st.lists(st.sampled_from(['"', ")", "\n", "```", "\\", "import os", "x", "#"]), min_size=1, max_size=8).map(
+        "".join
+    )
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_name_is_no_code(name: str, tmp_path: Path) -> None:
+    write_card(tmp_path, {"base_model_name_or_path": name})
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    line = next(line for line in card.splitlines() if line.startswith("base = "))
+    call = ast.parse(line).body[0].value  # type: ignore[attr-defined]
+    assert [argument.value for argument in call.args] == [name]

@@ -1,13 +1,17 @@
 """The page on a run: what is in it, what is not taken for markup, and that a browser draws it."""
 
 import json
+import os
 import shutil
 import sys
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lightning_lora.cli.main import main
 from lightning_lora.formats.run_record import RunRecord, write_record
@@ -211,3 +215,41 @@ def test_in_a_browser(tmp_path: Path) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert said == []
         browser.close()
+
+
+NUMBERS = st.one_of(st.floats(), st.integers(-(2**62), 2**62))
+TEXTS = st.text(st.characters(exclude_categories=()), max_size=8)
+
+
+@given(
+    seconds=NUMBERS, counts=st.lists(st.integers(-3, 3), max_size=3), texts=st.integers(-1, 2), step=st.integers(-1, 2),
+    values=st.lists(st.floats(), max_size=3), r=st.integers(-1, 3), weight_norm=st.none() | st.floats(), layer=TEXTS,
+    rows=st.lists(st.lists(st.one_of(NUMBERS.map(str), TEXTS), max_size=4), max_size=3), deep=st.booleans(),
+)  # fmt: skip
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+def test_any_run_is_shown_or_refused(
+    tmp_path: Path, seconds: float, counts: list[int], texts: int, step: int, values: list[float], r: int,
+    weight_norm: float | None, layer: str, rows: list[list[str]], deep: bool,
+) -> None:  # fmt: skip
+    lengths = {"texts": texts, "tokens": 1, "learned": 1, "first": 0, "step": step, "counts": counts}
+    update = {"layer": layer, "r": r, "weight_norm": weight_norm, "values": values, "more": 1}
+    made = record(seconds=seconds, data=[{"purpose": "training", "rows": 1, "lengths": lengths}], updates=[update])
+    (tmp_path / "run.json").write_text("[" * 100_000 if deep else json.dumps(made))
+    table = "\n".join(["metric,step,value", *(",".join(row) for row in rows)])
+    (tmp_path / "learning_curve.csv").write_text(table, encoding="utf-8", errors="replace")
+    with suppress(CheckpointError):  # and nothing else
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "learning_curve.csv", "metrics.csv"])
+def test_only_what_lies_in_the_run_is_shown(name: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    write(run_dir)
+    (tmp_path / "secret").write_text("metric,step,value\nval_mine,1,2\nhidden: 3\n")
+    (run_dir / name).unlink(missing_ok=True)
+    (run_dir / name).symlink_to(tmp_path / "secret")
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    assert "val_mine" not in page and "hidden: 3" not in page
+    (run_dir / name).unlink()
+    os.mkfifo(run_dir / name)  # which never comes to an end
+    write_report(run_dir)
