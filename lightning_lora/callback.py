@@ -36,10 +36,11 @@ from lightning_lora.trainer import (
     quantized_base,
     requeue,
     resume,
+    run_names,
     step_reads,
     weight_averaging,
 )
-from lightning_lora.trainer.best_checkpoint import load_best, require_best
+from lightning_lora.trainer.best_checkpoint import load_best, require_best, require_own_best
 from lightning_lora.trainer.end_of_fit import export_merged, merge_in_memory
 from lightning_lora.trainer.eva_calibration import calibrate_eva
 from lightning_lora.trainer.finite_steps import ON_NAN, FiniteSteps
@@ -239,12 +240,15 @@ class LoRA(Callback):
         """Go on at the moment at which the checkpoint was written."""
         if trainer.state.fn == "fit" and self is _lora_callbacks(trainer)[0]:
             resume.go_on_from(checkpoint, trainer)
+            run_names.go_on_from(checkpoint, pl_module)
             if self._running:  # strategies that shard the model restore it after this start
                 resume.rebuild_dataloader(trainer)
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Drop frozen parameters from the optimizers, let gradients and averages pass rightly, say what is trained."""
+        if self.merge == "best":
+            require_own_best(trainer, pl_module)
         base_changes.require_frozen(trainer.optimizers, pl_module)
         drop_frozen(trainer.optimizers, pl_module)
         if (injection := self._injection(self._root(pl_module))).peft is None:
@@ -254,6 +258,8 @@ class LoRA(Callback):
         self._running = True
         if trainer.ckpt_path is not None:
             resume.rebuild_dataloader(trainer)
+        if self is _lora_callbacks(trainer)[0]:
+            run_names.begin(trainer, pl_module)
         gradient_checks.enable_through_checkpointing(pl_module)
         weight_averaging.keep_base_exact(trainer, pl_module)
         if self is _lora_callbacks(trainer)[0]:

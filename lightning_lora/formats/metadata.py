@@ -30,6 +30,7 @@ class Entry(TypedDict):
     base_sketches: NotRequired[str | None]
     base_config: NotRequired[dict[str, Any] | None]
     beneath: NotRequired[list[dict[str, Any]]]
+    runs: NotRequired[list[str]]
     peft: NotRequired[dict[str, dict[str, Any]]]
 
 
@@ -69,6 +70,7 @@ def _entry(name: str, injection: Injection) -> dict[str, Any]:
         **({"base_config": base.config} if base.config else {}),
         **({"quantization": injection.quantization} if injection.quantization else {}),
         **({"beneath": injection.beneath} if injection.beneath else {}),
+        **({"runs": injection.runs} if injection.runs else {}),
         **({"peft": injection.peft} if injection.peft is not None else {}),
     }
 
@@ -123,6 +125,11 @@ def check_metadata(model: nn.Module, meta: Mapping[str, Any], source: str, other
             f"Into that base, the adapter {beneath} had been merged for good. " if beneath else "",
             other_format,
         )
+
+
+def runs_in(meta: Mapping[str, Any]) -> list[str]:
+    """Names of the runs that have trained what a checkpoint holds, the one that has written it last."""
+    return list(dict.fromkeys(run for entry in meta["adapters"] for run in entry.get("runs", [])))
 
 
 def _fingerprint_in(entry: Mapping[str, Any]) -> Fingerprint:

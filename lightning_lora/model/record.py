@@ -43,6 +43,7 @@ class Injection:
         quantization: How the base's weights are quantized: each format in plain types, with the number of its layers.
         from_data: Whether the adapter's initialization was computed from data.
         beneath: Name and settings of the adapters that were merged into this one's base before, in plain types.
+        runs: Names of the runs that have trained it, the latest last, by which a checkpoint tells whose it is.
         is_found: Whether the root is only where the layers were found, after the one that it was made on was gone.
         is_part: Whether some of what it trained in full was left behind, when its layers went to another root.
     """
@@ -61,6 +62,7 @@ class Injection:
         self.quantization: list[dict[str, Any]] = []
         self.from_data = False
         self.beneath: list[dict[str, Any]] = []
+        self.runs: list[str] = []
         self.is_found = False
         self.is_part = False
         self._root: weakref.ref[nn.Module] | None = weakref.ref(root)

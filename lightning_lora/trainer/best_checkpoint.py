@@ -5,7 +5,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_lora.formats.checkpoint import check_checkpoint
+from lightning_lora.formats.checkpoint import KEY, check_checkpoint
+from lightning_lora.formats.metadata import runs_in
+from lightning_lora.model.record import injections
 from lightning_lora.model.state_dict import CheckpointError
 
 _ADD = 'add ModelCheckpoint(monitor="val_loss") to its callbacks, or use merge="last"'
@@ -35,11 +37,25 @@ def require_best(trainer: pl.Trainer) -> None:
         )
 
 
+def require_own_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Require, before the first step, that no ModelCheckpoint has the best of a run of another adapter.
+
+    Raises:
+        ValueError: If one has: it was in another Trainer before.
+    """
+    earlier = next((keeper.best_model_path for keeper in _keepers(trainer) if keeper.best_model_path), None)
+    if earlier and trainer.ckpt_path is None and not any(injection.runs for injection in injections(module)):
+        raise ValueError(
+            f'LoRA(merge="best") would merge {earlier}, which a ModelCheckpoint of this Trainer has kept in a run of '
+            "another adapter: give each run a ModelCheckpoint of its own."
+        )
+
+
 def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Load the best checkpoint of the run that just ended: adapters, and what is trained outside of them.
 
     Raises:
-        CheckpointError: If the run kept none, as its monitored value was never there.
+        CheckpointError: If the run kept none, as its monitored value was never there, or another run's is there now.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         rank_zero_info('fast_dev_run keeps no checkpoints, so merge="best" merges the adapter of the last step.')
@@ -53,6 +69,12 @@ def load_best(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     path = min(keepers, key=_rank).best_model_path
     strategy: Any = trainer.strategy
     checkpoint = strategy.read_again(path)
+    runs = runs_in(checkpoint[KEY])
+    if runs and not any(runs[-1] in injection.runs for injection in injections(module)):
+        raise CheckpointError(
+            f'merge="best" finds in {path} the checkpoint of another run, which has written to the same place: give '
+            "each run a directory of its own. The adapter of the last step is still in the model, unmerged."
+        )
     checkpoint["state_dict"] = check_checkpoint(module, checkpoint, path)
     module.on_load_checkpoint(checkpoint)  # as Lightning does before it loads
     strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)

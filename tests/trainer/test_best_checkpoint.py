@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_lora import LoRA, adapter_state_dict, unmerge
+from lightning_lora import CheckpointError, LoRA, active_adapters, adapter_state_dict, unmerge
 
 
 class Scored(Toy):
@@ -110,3 +110,56 @@ def test_the_hook_of_loading_is_called_as_by_lightning(tmp_path: Path) -> None:
     lora = LoRA(r=2, merge="best", module="net", summary=False)
     toys.trainer(tmp_path, [lora, record, keep], num_sanity_val_steps=0).fit(model, loader(), loader())
     assert torch.equal(model.scale, record.kept[0]["scale"])
+
+
+@settings(max_examples=8)
+@given(
+    same_model=st.booleans(),
+    resumes=st.booleans(),
+    scores=st.permutations([1.0, 2.0, 3.0, 4.0]),
+)
+def test_a_model_checkpoint_of_an_earlier_run(
+    tmp_path_factory: pytest.TempPathFactory, same_model: bool, resumes: bool, scores: list[float]
+) -> None:
+    """Its best is merged where it is of this adapter, and refused before the first step where it is of another."""
+    path = tmp_path_factory.mktemp("runs")
+    keeper, record = ModelCheckpoint(path, monitor="score", every_n_epochs=1, save_top_k=-1, save_last=True), Record()
+
+    def fit(model: Scored, epochs: int, ckpt_path: Any = None) -> Any:
+        lora = LoRA(r=2, merge="best", module="net", summary=False)
+        kw: dict[str, Any] = {"max_epochs": epochs, "num_sanity_val_steps": 0}
+        toys.trainer(path, [lora, record, keeper], **kw).fit(model, loader(), loader(), ckpt_path=ckpt_path)
+        return unmerge(model)
+
+    first = Scored(scores)
+    fit(first, 2)
+    second = first if same_model else Scored(scores)
+    if not same_model and not resumes:
+        before = toys.snapshot(second)
+        with pytest.raises(ValueError, match="of another adapter: give each run a ModelCheckpoint of its own"):
+            fit(second, 4)
+        assert_same_tensors(toys.snapshot(second), before)
+        return
+    fit(second, 4, "last" if resumes else None)
+    ran = scores if resumes else [*scores[:2], *scores]
+    best = record.kept[ran.index(min(ran))]
+    found = {**adapter_state_dict(second), "scale": second.scale}
+    assert_same_tensors({name: found[name].detach() for name in best}, best)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_file_that_another_run_has_put_there_is_not_merged(tmp_path: Path, resumed: bool) -> None:
+    class Meanwhile(toys.L.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            run(tmp_path / "other", [1.0], {"monitor": "score"})
+            (path,) = (tmp_path / "other").rglob("*.ckpt")
+            path.replace(trainer.checkpoint_callback.best_model_path)
+
+    model, keeper = Scored([2.0, 1.0]), ModelCheckpoint(tmp_path, "best", monitor="score", save_last=True)
+    settings: dict[str, Any] = {"r": 2, "module": "net", "summary": False}
+    if resumed:
+        toys.trainer(tmp_path, [LoRA(**settings, merge=None), keeper], max_epochs=1).fit(model, loader(), loader())
+    trainer = toys.trainer(tmp_path, [LoRA(**settings, merge="best"), keeper, Meanwhile()], max_epochs=2)
+    with pytest.raises(CheckpointError, match="the checkpoint of another run"):
+        trainer.fit(model, loader(), loader(), ckpt_path=tmp_path / "last.ckpt" if resumed else None)
+    assert active_adapters(model) == ["default"]
