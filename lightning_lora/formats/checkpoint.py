@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.formats.dcp import is_directory, read_directory
-from lightning_lora.formats.metadata import check_metadata, config_of, require_known_format
+from lightning_lora.formats.metadata import activate_as_saved, check_metadata, config_of, require_known_format
 from lightning_lora.formats.open_file import Objects, is_skipped, open_file, readable
 from lightning_lora.formats.schema import require_names, require_type
 from lightning_lora.formats.sizes import has_own_values, require_finite, require_sizes, rows_in_checkpoint
@@ -107,6 +107,7 @@ def inject_from_checkpoint(model: nn.Module, checkpoint: Mapping[str, Any], sour
             before = injections(root)
             inject(root, config, name)
             done += [injection for injection in injections(root) if injection not in before]
+        activate_as_saved(model, checkpoint[KEY])
     except BaseException as error:
         for injection in reversed(done):
             remove_adapter(injection)

@@ -11,6 +11,7 @@ from lightning_lora.config import CHOOSING, LoraConfig
 from lightning_lora.formats.schema import require_type
 from lightning_lora.fqn import listed
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint
+from lightning_lora.model.multi_adapter import active_adapters, set_adapter
 from lightning_lora.model.quantization import described
 from lightning_lora.model.record import Injection, named_injections
 from lightning_lora.model.state_dict import CheckpointError
@@ -31,6 +32,7 @@ class Entry(TypedDict):
     base_config: NotRequired[dict[str, Any] | None]
     beneath: NotRequired[list[dict[str, Any]]]
     runs: NotRequired[list[str]]
+    active: NotRequired[bool]  # if it was not
     peft: NotRequired[dict[str, dict[str, Any]]]
 
 
@@ -56,10 +58,12 @@ _FREE_IN_PEFT = {
 
 def metadata(model: nn.Module) -> dict[str, Any]:
     """What adapters a model has and on which base, in plain types."""
-    return {"format_version": FORMAT_VERSION, "adapters": [_entry(*found) for found in named_injections(model)]}
+    active = active_adapters(model)
+    entries = [_entry(name, found, found.adapter_name in active) for name, found in named_injections(model)]
+    return {"format_version": FORMAT_VERSION, "adapters": entries}
 
 
-def _entry(name: str, injection: Injection) -> dict[str, Any]:
+def _entry(name: str, injection: Injection, is_active: bool) -> dict[str, Any]:
     base = fingerprint(injection)
     return {
         "module": name,
@@ -71,8 +75,15 @@ def _entry(name: str, injection: Injection) -> dict[str, Any]:
         **({"quantization": injection.quantization} if injection.quantization else {}),
         **({"beneath": injection.beneath} if injection.beneath else {}),
         **({"runs": injection.runs} if injection.runs else {}),
-        **({"peft": injection.peft} if injection.peft is not None else {}),
+        **({"peft": injection.peft} if injection.peft is not None else {} if is_active else {"active": False}),
     }
+
+
+def activate_as_saved(model: nn.Module, meta: Mapping[str, Any]) -> None:
+    """Choose the adapters that were active when a checkpoint was saved."""
+    saved = [entry["adapter_name"] for entry in meta["adapters"] if entry.get("active", True)]
+    if not any("peft" in entry for entry in meta["adapters"]) and {*saved} != {*active_adapters(model)}:
+        set_adapter(model, list(dict.fromkeys(saved)) or None)
 
 
 def check_metadata(model: nn.Module, meta: Mapping[str, Any], source: str, other_format: bool = False) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_lora.formats.checkpoint import KEY
-from lightning_lora.formats.metadata import runs_in
+from lightning_lora.formats.metadata import activate_as_saved, runs_in
 from lightning_lora.model.record import injections
 
 
@@ -19,7 +19,10 @@ def begin(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 def go_on_from(checkpoint: Mapping[str, Any], module: pl.LightningModule) -> None:
-    """Take over the names of the runs that led to a checkpoint."""
-    runs = runs_in(checkpoint[KEY]) if KEY in checkpoint else []
+    """Take over the names of the runs that led to a checkpoint, and which adapters were active."""
+    if KEY not in checkpoint:
+        return
+    activate_as_saved(module, checkpoint[KEY])
+    runs = runs_in(checkpoint[KEY])
     for injection in injections(module):
         injection.runs = [*runs, *(run for run in injection.runs if run not in runs)]

@@ -5,16 +5,20 @@ import pytest
 import torch
 from helpers import toys
 from helpers.toys import Toy, assert_same_tensors, inputs, loader, snapshot
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import (
     CheckpointError,
     LoRA,
     LoraConfig,
+    active_adapters,
     adapter_state_dict,
     inject,
     load_adapter,
     load_from_checkpoint,
+    set_adapter,
     unmerge,
 )
 from lightning_lora.formats.metadata import metadata
@@ -144,3 +148,41 @@ def test_an_adapter_on_merged_weights_says_what_they_hold(tmp_path: Path) -> Non
     torch.save({"lightning_lora": metadata(model), "state_dict": adapter_state_dict(model)}, tmp_path / "x.ckpt")
     with pytest.raises(CheckpointError, match="Into that base, the adapter 'first' had been merged for good"):
         load_adapter(Toy(), tmp_path / "x.ckpt")
+
+
+class Choose(toys.L.Callback):
+    """Chooses adapters in the middle of a run."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 2:
+            set_adapter(pl_module, self.names)
+
+
+@settings(max_examples=6)
+@given(
+    chosen=st.sets(st.sampled_from(["one", "two", "three"]), min_size=1),
+    reads=st.sampled_from(["module", "adapter", "resume"]),
+)
+def test_a_checkpoint_tells_which_adapters_were_active(
+    tmp_path_factory: pytest.TempPathFactory, chosen: set[str], reads: str
+) -> None:
+    path, names = tmp_path_factory.mktemp("run"), ["one", "two", "three"]
+
+    def fit(model: Toy, steps: int, *more: Any, ckpt_path: Any = None) -> Toy:
+        loras = [LoRA(r=2, adapter_name=name, merge=None, summary=False) for name in names]
+        keep = ModelCheckpoint(path, save_last=True, every_n_train_steps=1)
+        toys.trainer(path, [*loras, *more, keep], max_steps=steps).fit(model, loader(), ckpt_path=ckpt_path)
+        return model
+
+    trained = fit(Toy(dropout=0.0), 3, Choose(sorted(chosen)))
+    if reads == "module":
+        found = load_from_checkpoint(Toy, path / "last.ckpt", dropout=0.0)
+    elif reads == "adapter":
+        found = load_adapter(Toy(dropout=0.0), path / "last.ckpt")
+    else:
+        found = fit(Toy(dropout=0.0), 3, ckpt_path=path / "last.ckpt")
+    assert sorted(active_adapters(found)) == sorted(chosen)
+    torch.testing.assert_close(toys.outputs(found), toys.outputs(trained), rtol=1e-5, atol=1e-6)
