@@ -103,8 +103,8 @@ def load_base(name: str, gguf_file: str | None, dtype: str | torch.dtype, quanti
     if gguf_file is not None:
         return load_causal_lm(name, gguf_file, torch.float32 if isinstance(dtype, str) else dtype, quantize)
     config = transformers.AutoConfig.from_pretrained(resolve(name))
-    architectures = [cls for cls in (config.architectures or []) if hasattr(transformers, cls)]
-    kind = getattr(transformers, architectures[0]) if architectures else transformers.AutoModel
+    known = [each for each in config.architectures or [] if hasattr(transformers, each)]
+    kind: Any = _model_class(transformers, known[0], transformers.PreTrainedModel) if known else transformers.AutoModel
     options = {}
     if quantize is not None and getattr(config, "quantization_config", None) is None:
         its_own = config.dtype or torch.float32 if isinstance(dtype, str) else dtype
@@ -121,7 +121,18 @@ def _diffusion_class(name: str) -> Any | None:
         return None
     import diffusers
 
-    return getattr(diffusers, settings["_class_name"])
+    return _model_class(diffusers, settings.get("_class_name"), diffusers.ModelMixin)
+
+
+def _model_class(library: Any, name: Any, kind: type) -> Any:
+    """The class that a file names, which is to be a model's and nothing else that a library has."""
+    found = getattr(library, str(name), None)
+    if not isinstance(found, type) or not issubclass(found, kind):
+        raise CheckpointError(
+            f"The base's config.json names {str(name)[:80]!r} as its class, which is no model of {library.__name__}: "
+            "take another copy of it, or update the library. Nothing was loaded."
+        )
+    return found
 
 
 def _prefix(saved: SavedAdapter, model: nn.Module) -> str:

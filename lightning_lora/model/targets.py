@@ -407,7 +407,8 @@ def _nothing_matched(names: dict[str, nn.Module], config: LoraConfig) -> str:
         groups[suffix] = groups.get(suffix, 0) + 1
     listing = ", ".join(f"{suffix} ({count})" for suffix, count in groups.items()) or "none"
     patterns = config.target_modules if isinstance(config.target_modules, list) else [config.target_modules]
-    near = sorted({match for p in patterns for match in difflib.get_close_matches(p, _suffixes(linear), n=3)})
+    # Of a few: a file may name any number, and each takes milliseconds.
+    near = sorted({match for p in patterns[:10] for match in difflib.get_close_matches(p, _suffixes(linear), n=3)})
     chosen = (
         f" within layers_to_transform={config.layers_to_transform}" if config.layers_to_transform is not None else ""
     )
