@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file, save_model
+from safetensors.torch import save, save_file, save_model
 from torch import Tensor, nn
 
 from lightning_lora.formats.model_card import Run, has_own_card, write_merged_card
@@ -62,8 +62,8 @@ def save_merged(
     memory, and so are quantized weights made ordinary ones: what is written is a model that nothing quantizes when it
     is opened. The model itself stays as it is, so that this may be done in the middle of a run.
 
-    That format has no sparse, quantized or nested tensors, and nothing else that a state dict may hold. With such, the
-    file is ``model.pt``, which ``torch.load`` opens.
+    That format has no sparse, quantized, nested, expanded or complex128 tensors, and nothing else that a state dict may
+    hold. With such, the file is ``model.pt``, which ``torch.load`` opens.
 
     Where processes share the parameters, all must call this together; tensors are gathered one by one, and the first
     process writes each file as soon as it has it.
@@ -137,8 +137,13 @@ def _write(
 
 
 def _is_storable(value: Any) -> bool:
-    dense = isinstance(value, Tensor) and value.layout is torch.strided
-    return dense and not (value.is_quantized or value.is_nested)
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_quantized or value.is_nested:
+        return False
+    try:
+        save({"": value.new_empty(0)})
+    except (KeyError, ValueError):  # a type that safetensors has no name for
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()  # else it is expanded
 
 
 def _save_one_by_one(model: nn.Module, directory: Path, max_shard_size: str, dtype: torch.dtype | None) -> None:

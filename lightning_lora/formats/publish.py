@@ -1,6 +1,7 @@
 """Files that are there in full or not at all: written under another name beside their own, and then renamed."""
 
 import ctypes
+import hashlib
 import os
 import shutil
 import socket
@@ -21,12 +22,17 @@ def partial_path(target: Path) -> Path:
 
     It is no other process's, so that two runs may write to one place, and one that Lightning takes for no checkpoint.
     """
-    host = socket.gethostname()
-    for path in target.parent.glob(f".{escape(target.name)}.*.partial"):
+    host, name = socket.gethostname(), _short(target.name)
+    for path in target.parent.glob(f".{escape(name)}.*.partial"):
         with suppress(OSError):  # another process may remove it meanwhile
             if _is_left_behind(path, host):
                 remove(path)
-    return target.with_name(f".{target.name}.{host}-{os.getpid()}.partial")
+    return target.with_name(f".{name}.{host}-{os.getpid()}.partial")
+
+
+def _short(name: str) -> str:
+    """A name with room for what is added to it: file systems have 255 bytes."""
+    return name if len(os.fsencode(name)) <= 150 else hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
 def _is_left_behind(path: Path, host: str) -> bool:
@@ -139,7 +145,7 @@ def publish(partial: Path, target: Path) -> None:
         os.replace(partial, target)
     elif not _rename_to_free(partial, target):
         if not _exchange(partial, target):
-            previous = target.with_name(f".{target.name}.previous")
+            previous = target.with_name(f".{_short(target.name)}.previous")
             remove(previous)
             os.replace(target, previous)
             os.replace(partial, target)

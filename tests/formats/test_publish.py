@@ -14,6 +14,8 @@ import pytest
 import torch
 from helpers import toys
 from helpers.models import IDS, tiny_llama
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_lora import LoraConfig, eject, inject, load_adapter, save_adapter
@@ -47,6 +49,29 @@ def test_all_or_nothing(tmp_path: Path) -> None:
         fails()
     assert contents(target) == {"one": "old", "two": "old"}
     assert os.listdir(tmp_path / "a") == ["b"]
+
+
+@given(st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=255))
+def test_any_name_that_the_file_system_takes(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    folder = tmp_path_factory.mktemp("names")
+    while len(os.fsencode(name)) > 255:
+        name = name[:-1]
+    assume(name not in (".", ".."))
+    for text in ("one", "two"):
+        write_text(text, folder / name)
+        assert (folder / name).read_text() == text
+    (folder / name).unlink()
+    for text in ("one", "two"):
+        write(folder / name, "inner", text=text)
+        assert contents(folder / name) == {"inner": text}
+    assert os.listdir(folder) == [name]
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "語"])
+def test_names_of_the_greatest_length(tmp_path: Path, letter: str) -> None:
+    name = letter * (255 // len(letter.encode()))
+    write_text("whole", tmp_path / name)
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_files_of_others_stay_and_those_of_an_earlier_write_go(tmp_path: Path) -> None:
