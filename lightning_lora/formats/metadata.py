@@ -11,7 +11,7 @@ from lightning_lora.config import CHOOSING, LoraConfig
 from lightning_lora.formats.schema import require_type
 from lightning_lora.fqn import listed
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint
-from lightning_lora.model.multi_adapter import active_adapters, set_adapter
+from lightning_lora.model.multi_adapter import active_adapters, adapters, set_adapter
 from lightning_lora.model.quantization import described
 from lightning_lora.model.record import Injection, named_injections
 from lightning_lora.model.state_dict import CheckpointError
@@ -58,8 +58,10 @@ _FREE_IN_PEFT = {
 
 def metadata(model: nn.Module) -> dict[str, Any]:
     """What adapters a model has and on which base, in plain types."""
-    active = active_adapters(model)
-    entries = [_entry(name, found, found.adapter_name in active) for name, found in named_injections(model)]
+    found = list(named_injections(model))
+    # PEFT chooses among its own by itself.
+    active = active_adapters(model) if all(each.peft is None for _, each in found) else adapters(model)
+    entries = [_entry(name, each, each.adapter_name in active) for name, each in found]
     return {"format_version": FORMAT_VERSION, "adapters": entries}
 
 
@@ -75,7 +77,8 @@ def _entry(name: str, injection: Injection, is_active: bool) -> dict[str, Any]:
         **({"quantization": injection.quantization} if injection.quantization else {}),
         **({"beneath": injection.beneath} if injection.beneath else {}),
         **({"runs": injection.runs} if injection.runs else {}),
-        **({"peft": injection.peft} if injection.peft is not None else {} if is_active else {"active": False}),
+        **({} if is_active else {"active": False}),
+        **({"peft": injection.peft} if injection.peft is not None else {}),
     }
 
 
