@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 _LARGE = 2**22  # elements; tensors of floating-point numbers up to here have values where no parameter is in them
 _aten = torch.ops.aten
@@ -144,9 +144,10 @@ class FakeTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # (torch
 
     def _on_values(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator on tensors with values, unless what it makes is too large for some."""
+        plain_args, plain_kwargs = tree_map(_plain, (args, kwargs))
         try:
             with self._fake:
-                out = func(*args, **kwargs)
+                out = func(*plain_args, **plain_kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return func(*args, **kwargs)
         made = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
@@ -212,3 +213,11 @@ def _indices(given: Any) -> list[Tensor | None]:
 
 def _put(one: Tensor, other: Tensor) -> None:
     one.data = other.data
+
+
+def _plain(value: Any) -> Any:
+    """Without a class of a library's, which fake tensors do not take before torch 2.12."""
+    if not isinstance(value, nn.Parameter) or type(value) is nn.Parameter:
+        return value
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.as_subclass(Tensor)

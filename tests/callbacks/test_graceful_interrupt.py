@@ -38,7 +38,8 @@ class PressedInValidation(L.Callback):
 @pytest.fixture(autouse=True)
 def handler() -> Iterator[Any]:
     before = signal.getsignal(signal.SIGINT)
-    yield before
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
+    yield signal.default_int_handler
     signal.signal(signal.SIGINT, before)  # Lightning ignores the signal while it shuts down, and leaves it so
 
 

@@ -47,7 +47,7 @@ class Toy(L.LightningModule):
 
     def _loss(self, batch: list[Tensor], name: str) -> Tensor:
         x, y = batch
-        loss = nn.functional.mse_loss(self(x.to(self.dtype)).float(), y)
+        loss = nn.functional.mse_loss(self(x.to(self.dtype)).float(), y.float())
         self.log(name, loss)
         return loss
 
