@@ -25,8 +25,8 @@ from lightning_lora.layers.linear import LoraConv1D, LoraLinear
 from lightning_lora.layers.offloading import offloading_hook, onloaded
 from lightning_lora.layers.own_linear import LoraOwnLinear
 from lightning_lora.layers.parameters import LoraParameters
-from lightning_lora.layers.quantized import QuantizedStorage, register_quantized_storage, storage_of
-from lightning_lora.layers.quantized_linear import LoraQuantizedLinear, dequantized
+from lightning_lora.layers.quantized import Packed, QuantizedStorage, register_quantized_storage, storage_of
+from lightning_lora.layers.quantized_linear import LoraQuantizedLinear, dequantized, stored
 from lightning_lora.layers.recurrent import LoraRecurrent
 from lightning_lora.layers.rows import rows_of
 from lightning_lora.layers.tokens import LoraTokens
@@ -40,6 +40,7 @@ __all__ = [
     "LoraQuantizedLinear",
     "LoraTokens",
     "MergedForm",
+    "Packed",
     "QuantizedStorage",
     "Target",
     "adapted_class",
@@ -55,6 +56,7 @@ __all__ = [
     "register_quantized_storage",
     "rows_of",
     "storage_of",
+    "stored",
     "supported_modules",
     "unsupported_reason",
     "weightless_reason",
