@@ -30,6 +30,7 @@ from lightning_lora.layers.quantized_linear import LoraQuantizedLinear, dequanti
 from lightning_lora.layers.recurrent import LoraRecurrent
 from lightning_lora.layers.rows import rows_of
 from lightning_lora.layers.tokens import LoraTokens
+from lightning_lora.layers.unread_linear import LoraUnreadLinear
 from lightning_lora.layers.vera import VERA
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
 
 _layer_kinds: list[type[LoraLayer]] = [
     LoraQuantizedLinear,
+    LoraUnreadLinear,
     LoraLinear,
     LoraOwnLinear,
     LoraEmbedding,
@@ -109,7 +111,7 @@ def layer_class_for(module: nn.Module) -> type[LoraLayer] | None:
 
 def supported_modules() -> str:
     """The modules that can be adapted, in words."""
-    return ", ".join(layer_class.supported for layer_class in _layer_kinds)
+    return ", ".join(layer_class.supported for layer_class in _layer_kinds if layer_class.supported)
 
 
 def adapter_class_for(layer_class: type[LoraLayer], config: LoraConfig) -> type[Adapter] | None:
