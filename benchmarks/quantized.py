@@ -26,7 +26,10 @@ from lightning_lora.pretrained import QUANTIZE, quantization_config
 
 def resting_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
     """The bytes of weights, buffers and moments between steps."""
-    packed = {id(found): storage.size(module, found) for _, module, storage, found in quantized_layers(model)}
+    packed: dict[int, int] = {}
+    for _, module, storage, found in quantized_layers(model):
+        first, *others = storage.tensors(found)
+        packed |= {id(first): storage.size(module, found), **{id(other): 0 for other in others}}
     moments = [value for state in (optimizer.state.values() if optimizer else ()) for value in state.values()]
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *moments)}
     return sum(packed.get(key, tensor.numel() * tensor.element_size()) for key, tensor in tensors.items())

@@ -17,11 +17,12 @@ from lightning_lora.formats.model_card import Run, has_own_card, write_merged_ca
 from lightning_lora.formats.publish import whole_directory
 from lightning_lora.formats.verified import verify_merged
 from lightning_lora.layers import LoraLayer, MergedForm, dequantized
+from lightning_lora.layers.quantized.storage import PLAIN
 from lightning_lora.model.merge import surrounding_dtype
-from lightning_lora.model.quantization import is_quantized, quantized_layers
+from lightning_lora.model.quantization import is_quantized, plain_tensors, quantized_layers, stands_for_packed
 from lightning_lora.model.record import adapted_layers
 from lightning_lora.model.targets import is_of_diffusers, models_with_files
-from lightning_lora.sharding import full_shape, full_tensor, is_sharded, is_writer, named_tensors
+from lightning_lora.sharding import full_shape, full_tensor, is_sharded, is_writer
 
 ADAPTER_DIR = "adapter"
 MERGED_DIR = "merged"
@@ -173,12 +174,12 @@ def parts_of(model: nn.Module, dtype: torch.dtype | None) -> list[Part]:
     quantized = {id(module): (storage, packed) for _, module, storage, packed in quantized_layers(model)}
     adapters = {id(inner) for m in model.modules() if isinstance(m, LoraLayer) for inner in m.lora.modules()}
     parts: dict[tuple[int, int], Part] = {}
-    for name, module, inner in named_tensors(model):
+    for name, module, inner in plain_tensors(model):
         tensor, shape = getattr(module, inner), full_shape(module, inner)
         key = _identity(module, tensor)
         if id(module) in adapters or key in parts:
             continue
-        if inner == "weight" and id(module) in quantized:
+        if id(module) in quantized and stands_for_packed(module, inner):
             storage, packed = quantized[id(module)]
             plain = dtype or storage.dtype(module, packed) or form.otherwise
             parts[key] = Part(name, storage.shape(module, packed), plain, partial(_plain, module, form, plain))
@@ -192,7 +193,8 @@ def parts_of(model: nn.Module, dtype: torch.dtype | None) -> list[Part]:
 def _plain(module: nn.Module, form: MergedForm, dtype: torch.dtype) -> Tensor:
     """A quantized layer's weight as an ordinary one, with the adapters that are at work merged in."""
     if isinstance(module, LoraLayer):
-        return module.merged_as(form)["weight"]
+        merged: Tensor = module.merged_as(form)[PLAIN]
+        return merged
     return dequantized(module).to(dtype)
 
 

@@ -25,11 +25,12 @@ from lightning_lora.layers.linear import LoraConv1D, LoraLinear
 from lightning_lora.layers.offloading import offloading_hook, onloaded
 from lightning_lora.layers.own_linear import LoraOwnLinear
 from lightning_lora.layers.parameters import LoraParameters
-from lightning_lora.layers.quantized import QuantizedStorage, register_quantized_storage, storage_of
-from lightning_lora.layers.quantized_linear import LoraQuantizedLinear, dequantized
+from lightning_lora.layers.quantized import Packed, QuantizedStorage, register_quantized_storage, storage_of
+from lightning_lora.layers.quantized_linear import LoraQuantizedLinear, dequantized, stored
 from lightning_lora.layers.recurrent import LoraRecurrent
 from lightning_lora.layers.rows import rows_of
 from lightning_lora.layers.tokens import LoraTokens
+from lightning_lora.layers.unread_linear import LoraUnreadLinear
 from lightning_lora.layers.vera import VERA
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "LoraQuantizedLinear",
     "LoraTokens",
     "MergedForm",
+    "Packed",
     "QuantizedStorage",
     "Target",
     "adapted_class",
@@ -55,6 +57,7 @@ __all__ = [
     "register_quantized_storage",
     "rows_of",
     "storage_of",
+    "stored",
     "supported_modules",
     "unsupported_reason",
     "weightless_reason",
@@ -62,6 +65,7 @@ __all__ = [
 
 _layer_kinds: list[type[LoraLayer]] = [
     LoraQuantizedLinear,
+    LoraUnreadLinear,
     LoraLinear,
     LoraOwnLinear,
     LoraEmbedding,
@@ -107,7 +111,7 @@ def layer_class_for(module: nn.Module) -> type[LoraLayer] | None:
 
 def supported_modules() -> str:
     """The modules that can be adapted, in words."""
-    return ", ".join(layer_class.supported for layer_class in _layer_kinds)
+    return ", ".join(layer_class.supported for layer_class in _layer_kinds if layer_class.supported)
 
 
 def adapter_class_for(layer_class: type[LoraLayer], config: LoraConfig) -> type[Adapter] | None:

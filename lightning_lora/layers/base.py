@@ -16,7 +16,7 @@ from lightning_lora.fqn import base_modules
 from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.functional import add_low_rank_by_sample
 from lightning_lora.layers.offloading import Shown, onloaded, swap_offloaded
-from lightning_lora.layers.quantized import storage_of
+from lightning_lora.layers.quantized import WAY_ON, storage_of
 from lightning_lora.layers.rows import Rows, input_rows
 from lightning_lora.layers.seal import Seal, wraps_tensors
 from lightning_lora.sharding import local_tensor, shard_of, swap_parameters, unsharded, unwrap_fsdp
@@ -92,7 +92,7 @@ class LoraLayer(nn.Module):
     # What forward looks at is replaced and never changed in place, so that compiled code has guards on it.
     _active: tuple[str, ...]  # names of the active adapters
     _merged: bool  # whether they are merged into the weights
-    _aside: dict[str, Tensor]  # meanwhile, by name, the base's own parameters or their values
+    _aside: dict[str, Any]  # meanwhile, by name, the base's own parameters or their values, or parts of packed ones
     _seals: dict[str, Seal]  # by the same names, seals on the merged ones
     _own_forward: Any = None  # what was called in the place of the class's forward, if something was
     _rows: Rows | None  # for a batch of several adapters' samples
@@ -140,7 +140,7 @@ class LoraLayer(nn.Module):
     @classmethod
     def unsupported_reason(cls, target: Target, config: LoraConfig) -> str | None:
         """Why this very module cannot be adapted as the config asks, ``None`` if it can."""
-        if (reason := weightless_reason(target.module)) is not None:
+        if (reason := weightless_reason(target.module, target.parameters)) is not None:
             return reason
         if config.needs_matrix and not getattr(cls.adapter_class, "is_matrix", False):
             return f"init_lora_weights={config.init_lora_weights!r} is not for this kind of layer"
@@ -308,8 +308,8 @@ class LoraLayer(nn.Module):
                     merged[name] = parameter.detach().clone()
         return {name: shard_of(self, name, tensor) for name, tensor in merged.items()}
 
-    def merged_as(self, form: MergedForm) -> dict[str, Tensor]:
-        """The same, where quantized ones take on a form."""
+    def merged_as(self, form: MergedForm) -> dict[str, Any]:
+        """The same, where quantized ones take on a form: quantized again, they may have parts that are no tensors."""
         return self.merged_weights()
 
     def folded(self, name: str, weight: Tensor) -> Tensor:
@@ -333,11 +333,12 @@ class LoraLayer(nn.Module):
             )
         return weight
 
-    def merge(self, merged_weights: Mapping[str, Tensor]) -> None:
+    def merge(self, merged_weights: Mapping[str, Any]) -> None:
         """Put merged parameters, or values of them, in the place of the base's, which :meth:`unmerge` puts back."""
-        for name, merged in merged_weights.items():
-            self._aside[name] = self._swap(name, merged)
-            self._seals[name] = Seal(local_tensor(self, name))
+        self._aside.update(self._exchange(merged_weights))
+        self._seals.update(
+            (name, Seal(local_tensor(self, name))) for name, each in merged_weights.items() if isinstance(each, Tensor)
+        )
         self.__dict__["_merged"] = True
 
     def merge_like(self, other: "LoraLayer") -> None:
@@ -346,9 +347,12 @@ class LoraLayer(nn.Module):
 
     def unmerge(self) -> None:
         """Put the base's parameters back, bit for bit."""
-        for name, base_weight in self._aside.items():
-            self._swap(name, base_weight)
+        self._exchange(self._aside)
         self.forget_base()
+
+    def _exchange(self, others: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Put other parameters, or values of them, in the place of what is there, and return that."""
+        return {name: self._swap(name, other) for name, other in others.items()}
 
     def _swap(self, name: str, other: Tensor) -> Tensor:
         """Put a parameter, or values of one, in the place of what is there, and return that."""
@@ -390,9 +394,9 @@ def weightless_reason(module: nn.Module, parameters: Iterable[str] = ("weight",)
 
 def unreadable_reason(target: Target) -> str | None:
     """Why the values of the parameters to adapt cannot be read, ``None`` if they can."""
-    if storage_of(target.module) is not None:
+    if (storage := storage_of(target.module)) is not None:
         return (
-            f"its weight is quantized ({type(target.module.weight).__name__}), and of a quantized layer only the whole "
+            f"its weight is quantized ({storage.supported}), and of a quantized layer only the whole "
             "can be adapted, with target_modules and without fused_qkv"
         )
     for name in target.parameters:
@@ -401,7 +405,7 @@ def unreadable_reason(target: Target) -> str | None:
         if parameter is not None and not _is_readable(parameter):
             return (
                 f"its {name} holds {parameter.dtype} in a {type(parameter).__module__}.{type(parameter).__name__}, a "
-                "quantized format of which the values cannot be read here; register_quantized_storage adds one"
+                f"quantized format of which the values cannot be read here: {WAY_ON}"
             )
     return None
 

@@ -135,9 +135,11 @@ class LoraLinear(LoraLayer):
 
     def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         out: Tensor = super().base_forward(x, *args, **kwargs)
-        if type(self.weight) not in _PLAIN and x.requires_grad and torch.is_grad_enabled() and not out.requires_grad:
+        weight = self._parameters.get("weight")  # under another name, it was proven to let gradients through
+        kind = nn.Parameter if weight is None else type(weight)
+        if kind not in _PLAIN and x.requires_grad and torch.is_grad_enabled() and not out.requires_grad:
             raise RuntimeError(
-                f"A backward pass ends in a weight of type {type(self.weight).__name__}, as such of torchao do that "
+                f"A backward pass ends in a weight of type {kind.__name__}, as such of torchao do that "
                 "quantize activations too, so layers before it would get wrong gradients. Quantize the weights only "
                 "(Int8WeightOnlyConfig and the like)."
             )

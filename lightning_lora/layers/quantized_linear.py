@@ -1,5 +1,6 @@
 """LoRA on linear layers whose weight is quantized (QLoRA; Dettmers et al., arXiv 2305.14314)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ from torch.nn import functional as F
 from lightning_lora.config import LoraConfig
 from lightning_lora.fake_tensors import has_values
 from lightning_lora.layers.adapter import Adapter
-from lightning_lora.layers.base import MergedForm, Target
+from lightning_lora.layers.base import MergedForm, Target, base_class
 from lightning_lora.layers.functional import add_low_rank
 from lightning_lora.layers.linear import LinearAdapter, LoraLinear
 from lightning_lora.layers.offloading import onloaded
-from lightning_lora.layers.quantized import QuantizedStorage, storage_of, supported_storages
+from lightning_lora.layers.quantized import Packed, QuantizedStorage, storage_of, supported_storages
+from lightning_lora.layers.quantized.storage import PLAIN
 from lightning_lora.sharding import BEFORE_SHARDING, full_tensor, is_shard, unsharded
 
 _ALIKE = 0.1  # relative; half precision and rounded activations stay within
@@ -78,11 +80,17 @@ class LoraQuantizedLinear(LoraLinear):
         return storage_of(module) is not None
 
     @classmethod
+    def parameters_of(cls, module: nn.Module) -> tuple[str, ...]:
+        storage = storage_of(module)
+        names = super().parameters_of(module) if storage is None else storage.parts[:1]
+        return tuple(name for name in names if name not in {**module._buffers, **vars(module)})
+
+    @classmethod
     def unsupported_reason(cls, target: Target, config: LoraConfig) -> str | None:
         module = target.module
-        if is_shard(module, "weight"):
-            return f"its weight is quantized and processes share it already: {BEFORE_SHARDING}"
         storage, packed = _stored(module)
+        if is_shard(module, storage.parts[0]):
+            return f"its weight is quantized and processes share it already: {BEFORE_SHARDING}"
         if not storage.is_ready(module, packed):
             return (
                 "its weight is not quantized yet, which is done when it is moved: move the model to the device that it "
@@ -96,6 +104,8 @@ class LoraQuantizedLinear(LoraLinear):
                 f"init_lora_weights={config.init_lora_weights!r} quantizes the base itself, and this one is quantized "
                 f"already ({storage.record(module, packed)}): load the base in full precision, or use another start"
             )
+        if config.bias != "none" and storage.beside(packed):
+            return f"its bias is no parameter, so that bias={config.bias!r} cannot train it"
         return super().unsupported_reason(target, config) or _gradient_problem(module, storage, packed)
 
     @classmethod
@@ -105,7 +115,7 @@ class LoraQuantizedLinear(LoraLinear):
             return storage.dequantized(module, packed)
         # All that others look at, and no memory.
         dtype = storage.dtype(module, packed) or torch.float32
-        return torch.zeros((), dtype=dtype, device=packed.device).expand(storage.shape(module, packed))
+        return torch.zeros((), dtype=dtype, device=storage.codes(packed).device).expand(storage.shape(module, packed))
 
     @classmethod
     def start_at_weight(cls, module: nn.Module, adapter: Any) -> dict[str, Tensor]:
@@ -129,9 +139,13 @@ class LoraQuantizedLinear(LoraLinear):
         return own_class, {**taken, "_storage": storage}
 
     @property
-    def packed(self) -> Tensor:
+    def packed(self) -> Packed:
         """The base's packed weight, also while adapters are merged."""
-        return self._aside.get("weight", self.weight)
+        return self._aside or self._storage.packed(self)
+
+    def adapted_parameters(self) -> dict[str, nn.Parameter]:
+        name = PLAIN if self._is_merged_plain() else self._storage.parts[0]
+        return {name: getattr(self, name)}
 
     def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self._is_merged_plain():
@@ -148,25 +162,48 @@ class LoraQuantizedLinear(LoraLinear):
         return False
 
     def _is_merged_plain(self) -> bool:
-        return self._merged and type(self.weight) is nn.Parameter
+        return self._merged and type(self._parameters.get(PLAIN)) is nn.Parameter
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any layer, also if the base's class has one of its own, which knows of its packed weight alone."""
+        if self._is_merged_plain() or base_class(self).state_dict is nn.Module.state_dict:
+            return nn.Module.state_dict(self, *args, **kwargs)
+        state = super().state_dict(*args, **kwargs)
+        destination, prefix = kwargs.get("destination"), kwargs.get("prefix", "")
+        inside = self.lora.state_dict(prefix=f"{prefix}lora.", keep_vars=kwargs.get("keep_vars", False))
+        (state if destination is None else destination).update(inside)
+        return state
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        if self._is_merged_plain():
+            nn.Module._save_to_state_dict(self, *args)
+        else:
+            super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self._is_merged_plain():
+            nn.Module._load_from_state_dict(self, *args)
+        else:
+            super()._load_from_state_dict(*args)
 
     def merged_weights(self) -> dict[str, Tensor]:
         return self.merged_as(MergedForm())
 
     @torch.no_grad()
-    def merged_as(self, form: MergedForm) -> dict[str, Tensor]:
+    def merged_as(self, form: MergedForm) -> dict[str, Any]:
         """As of any layer, but whole where processes share the packed weight."""
         modules = self.modules_at_work()
         with unsharded(modules), onloaded(modules):
-            dtype = form.dtype or self._storage.dtype(self, self.packed) or form.otherwise
-            total = self.folded("weight", self.base_weight())
+            packed = self.packed
+            dtype = form.dtype or self._storage.dtype(self, packed) or form.otherwise
+            total = self.folded(PLAIN, self.base_weight())
             rounded = self.rounded(total, dtype)
             if form.requantize:
-                return {"weight": self._storage.requantized(self, self.packed, total)}
-        return {"weight": nn.Parameter(rounded, requires_grad=False)}
+                return dict(self._storage.requantized(self, packed, total))
+            return {PLAIN: nn.Parameter(rounded, requires_grad=False), **self._storage.beside(packed)}
 
     @torch.no_grad()
-    def kept(self, packed: Tensor) -> float:
+    def kept(self, packed: Packed) -> float:
         """How much of the active adapters' update another packed weight has, ``<W' - W, U> / |U|^2``.
 
         Args:
@@ -176,47 +213,56 @@ class LoraQuantizedLinear(LoraLinear):
             1 if it has all of it, as it has of none at all; 0 if it is lost.
         """
         before = self.base_weight()
-        update = self.folded("weight", before) - before
+        update = self.folded(PLAIN, before) - before
         size = update.square().sum()
         change = self._storage.dequantized(self, packed) - before
         return float((change * update).sum() / size) if size else 1.0
 
-    def _swap(self, name: str, other: Tensor) -> Tensor:
-        return self._storage.swap(self, other)  # type: ignore[arg-type]
+    def _exchange(self, others: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self._storage.swap(self, others) if others else {}
 
 
-def dequantized(module: nn.Module, packed: Tensor | None = None) -> Tensor:
+def stored(module: nn.Module) -> tuple[QuantizedStorage, Packed] | None:
+    """What reads a layer's packed weight and that, before adapters were merged; ``None`` if it is not quantized."""
+    if isinstance(module, LoraQuantizedLinear):
+        return module._storage, module.packed
+    storage = storage_of(module)
+    return None if storage is None else (storage, storage.packed(module))
+
+
+def dequantized(module: nn.Module) -> Tensor:
     """The values of a quantized weight, in float32 and in full, also where processes share it.
+
+    They are the base's, also while adapters are merged.
 
     Args:
         module: A quantized layer, adapted or not.
-        packed: What it had before adapters were merged into it. By default, its own.
     """
-    storage = module._storage if isinstance(module, LoraQuantizedLinear) else storage_of(module)
-    assert storage is not None
-    if packed is None or is_shard(module, "weight"):
-        packed = full_tensor(module, "weight", packed) if is_shard(module, "weight") else module._parameters["weight"]
-    assert packed is not None
+    storage, packed = _stored(module)
+    codes = storage.parts[0]
+    if hasattr(module, codes) and is_shard(module, codes):
+        packed = {**packed, codes: full_tensor(module, codes)}
     return storage.dequantized(module, packed)
 
 
-def _stored(module: nn.Module) -> tuple[QuantizedStorage, Tensor]:
-    storage, packed = storage_of(module), module._parameters["weight"]
-    assert storage is not None and packed is not None
-    return storage, packed
+def _stored(module: nn.Module) -> tuple[QuantizedStorage, Packed]:
+    found = stored(module)
+    assert found is not None
+    return found
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _gradient_problem(module: nn.Module, storage: QuantizedStorage, packed: Tensor) -> str | None:
+def _gradient_problem(module: nn.Module, storage: QuantizedStorage, packed: Packed) -> str | None:
     """Why no adapter before this layer could learn, ``None`` if gradients pass as through the dequantized weight.
 
     Formats that quantize activations too have no backward pass, and some give none without a word. One layer of each
     format is tried, with its class's forward, so that hooks see nothing of it.
     """
     record = storage.record(module, packed)
-    key = f"{record} {type(module)} {packed.device.type}"
-    if packed.is_meta or key in _proven:
+    codes = storage.codes(packed)
+    key = f"{record} {type(module)} {codes.device.type}"
+    if codes.is_meta or key in _proven:
         return None
     weight = storage.dequantized(module, packed)
     if not has_values(weight):

@@ -38,7 +38,7 @@ def cast_base(root: nn.Module, dtype: torch.dtype, is_mixed: bool) -> None:
             f"base_dtype={str(dtype).removeprefix('torch.')!r} comes too late for a model that is sharded already: "
             f"{BEFORE_SHARDING}. Nothing was changed."
         )
-    kept = {id(packed) for _, _, _, packed in quantized_layers(root)}
+    kept = {id(tensor) for *_, storage, packed in quantized_layers(root) for tensor in storage.tensors(packed)}
     for module in root.modules():
         if any(buffer.is_floating_point() for buffer in module.buffers(recurse=False)):
             kept.update(map(id, module.parameters(recurse=False)))

@@ -127,8 +127,9 @@ def require_clear_freeze(model: nn.Module, config: LoraConfig) -> None:
     frozen_here = {id(p) for each in known for p in _parameters_of(each.root, each.frozen)}
     trains = {clean_fqn(name): p.requires_grad or id(p) in frozen_here for name, p in base_parameters(model)}
     # Quantized weights never require gradients, which so says nothing of them.
-    packed = {name for name, *_ in quantized_layers(model)}
-    trains = {name: train for name, train in trains.items() if name.removesuffix(".weight") not in packed}
+    packed = {name: storage.parts for name, _, storage, _ in quantized_layers(model)}
+    parts = {f"{name}.{part}".lstrip(".") for name, inside in packed.items() for part in inside}
+    trains = {name: train for name, train in trains.items() if name not in parts}
     if len(set(trains.values())) < 2:
         return  # nothing was frozen, or all of it
     targets, saved = find_targets(model, config), find_modules_to_save(model, config)

@@ -24,7 +24,7 @@ def start_copies_alike(targets: Mapping[str, Target], adapters: Mapping[str, nn.
         weights = _weights_of(target)
         samples = [tuple(spread(weight).tolist()) for weight in weights if _has_values(weight)]
         # Those that are the same everywhere, as zeros are, say nothing.
-        if name not in adapters or len(samples) < len(weights) or any(len(set(sample)) < 2 for sample in samples):
+        if name not in adapters or not samples or len(samples) < len(weights) or any(len(set(s)) < 2 for s in samples):
             continue
         shapes = [*weights, *adapters[name].state_dict().values()]
         # By these keys few weights are left to be compared as a whole.

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.fake_tensors import has_values
-from lightning_lora.layers import LoraQuantizedLinear, dequantized, storage_of
+from lightning_lora.layers import dequantized
 from lightning_lora.layers.offloading import offloaded
 from lightning_lora.model.base_config import changed_settings, configs_of
+from lightning_lora.model.quantization import plain_tensors, stands_for_packed
 from lightning_lora.model.record import Injection, adapted_layers, injections_of, parameters_by_name
 from lightning_lora.model.sketch import Sketch, sketch
-from lightning_lora.sharding import full_tensor, named_tensors
+from lightning_lora.sharding import full_tensor
 
 _SAMPLES, _FEWEST, _ALL = 16, 4, 4096  # of a tensor, of one among very many, of all together
 _UNKNOWN = "unknown until the model is materialized"
@@ -320,10 +321,11 @@ def base_tensors(injection: Injection) -> Iterator[BaseTensor]:
     Where processes share them, each is made full as it comes.
     """
     root = injection.root
-    tensors = list(named_tensors(root, of_base=True))  # which reshards, so that the objects below are those named here
+    tensors = list(plain_tensors(root, of_base=True))  # which reshards, so that the objects below are those named here
     layers = adapted_layers(root)
     # By what is there, for a module may have several names.
-    of_base = {id(layer.adapted_parameters()[inner]): base for layer in layers for inner, base in layer._aside.items()}
+    own = [(layer, layer.adapted_parameters()) for layer in layers]
+    of_base = {id(here[name]): base for layer, here in own for name, base in layer._aside.items() if name in here}
     beside = injections_of(root)
     for each in beside if injection in beside else (*beside, injection):
         if each.in_place:
@@ -346,6 +348,6 @@ def base_tensors(injection: Injection) -> Iterator[BaseTensor]:
 
 def base_values(module: nn.Module, name: str, tensor: Tensor | None) -> Tensor:
     """The whole of what a module computes with, of a tensor that it has, or of another one in its place."""
-    if name == "weight" and (isinstance(module, LoraQuantizedLinear) or storage_of(module) is not None):
-        return dequantized(module, tensor)
+    if stands_for_packed(module, name):
+        return dequantized(module)
     return full_tensor(module, name, tensor)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from lightning_lora.fqn import clean_fqn, is_submodule
+from lightning_lora.model.quantization import quantized_layers
 from lightning_lora.model.record import Injection, base_parameters, parameters_by_name
 from lightning_lora.model.targets import modules_by_name
 
@@ -72,8 +73,17 @@ def freeze(injection: Injection) -> None:
     injection.frozen += [name for name, _ in trainable]
     for _, parameter in trainable:
         parameter.requires_grad_(False)
+    _freeze_parts(injection.root)
     freeze_norms(injection)
     _leave_fused_path(injection)
+
+
+def _freeze_parts(root: nn.Module) -> None:
+    """Cut off what quantized layers hold in no parameter from what it was computed of when they were made."""
+    for _, _, storage, packed in quantized_layers(root):
+        for tensor in storage.tensors(packed):
+            if not isinstance(tensor, nn.Parameter):
+                tensor.detach_()
 
 
 def freeze_norms(injection: Injection) -> None:

@@ -3,16 +3,17 @@
 import dataclasses
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 
 from lightning_lora.fqn import base_modules, clean_fqn
-from lightning_lora.layers import LoraLayer, LoraQuantizedLinear, MergedForm, storage_of
+from lightning_lora.layers import LoraLayer, LoraQuantizedLinear, MergedForm, Packed, storage_of
+from lightning_lora.layers.quantized.storage import PLAIN
 from lightning_lora.model.multi_adapter import set_adapter
 from lightning_lora.model.record import adapted_layers, injections, roots_of
 from lightning_lora.model.removed import is_removed, let_go_if_changed, require_adapters, require_whole, restore
@@ -94,7 +95,7 @@ def merge_layers(model: nn.Module, layers: list[LoraLayer], form: MergedForm) ->
             "writes them layer by layer, or merge the adapter on one device. Nothing was changed."
         )
     form = dataclasses.replace(form, otherwise=surrounding_dtype(model))
-    _require_own_weights(model, layers)
+    _require_own_weights(model, [layer for layer in layers if layer not in quantized])
     leaders = {id(layer.lora): layer for layer in reversed(layers)}  # layers that share adapters share their weights
     elsewhere = _tied_elsewhere(model, layers)
     if is_sharded(model) and elsewhere:
@@ -105,11 +106,11 @@ def merge_layers(model: nn.Module, layers: list[LoraLayer], form: MergedForm) ->
         )
     merged = {key: layer.merged_as(form) for key, layer in leaders.items()}
     if quantized and form.requantize:
-        _tell_what_is_kept(model, {id(layer): merged[id(layer.lora)]["weight"] for layer in quantized})
+        _tell_what_is_kept(model, {id(layer): merged[id(layer.lora)] for layer in quantized})
     for key, layer in leaders.items():
         own = layer.adapted_parameters()
         # What is tied to a layer without this adapter gets a parameter of its own, for that layer stays as it is.
-        layer.merge({name: _for(own[name], values, elsewhere) for name, values in merged[key].items()})
+        layer.merge({name: _for(own.get(name), values, elsewhere) for name, values in merged[key].items()})
     for layer in layers:
         if layer is not leaders[id(layer.lora)]:
             layer.merge_like(leaders[id(layer.lora)])
@@ -119,14 +120,15 @@ def surrounding_dtype(model: nn.Module) -> torch.dtype:
     """The type of most of a model's numbers outside of quantized weights and adapters."""
     counts: Counter[torch.dtype] = Counter({torch.float32: 0})
     for _, module in base_modules(model):
-        packed = "weight" if storage_of(module) is not None else None
+        storage = storage_of(module)
+        packed = () if storage is None else (*storage.parts, PLAIN)
         for name, parameter in module._parameters.items():
-            if parameter is not None and name != packed and parameter.is_floating_point():
+            if parameter is not None and name not in packed and parameter.is_floating_point():
                 counts[parameter.dtype] += parameter.numel()
     return counts.most_common(1)[0][0]
 
 
-def _tell_what_is_kept(model: nn.Module, packed: dict[int, Tensor]) -> None:
+def _tell_what_is_kept(model: nn.Module, packed: Mapping[int, Packed]) -> None:
     """Say how much of the update is left in weights that were quantized again, given by the identity of layers."""
     layers = ((name, layer) for name, layer in base_modules(model) if isinstance(layer, LoraQuantizedLinear))
     kept = {clean_fqn(name): layer.kept(packed[id(layer)]) for name, layer in layers if id(layer) in packed}
@@ -188,7 +190,7 @@ def _take_off(owner: nn.Module, attribute: str) -> None:
         weight.requires_grad_(False)
 
 
-def _for(parameter: nn.Parameter, values: Tensor, elsewhere: dict[int, str]) -> Tensor:
+def _for(parameter: nn.Parameter | None, values: Any, elsewhere: dict[int, str]) -> Any:
     return nn.Parameter(values, requires_grad=False) if id(parameter) in elsewhere else values
 
 

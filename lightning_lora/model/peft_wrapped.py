@@ -19,7 +19,7 @@ from lightning_lora.fqn import clean_fqn, is_submodule, outermost
 from lightning_lora.model.base_config import configs_of
 from lightning_lora.model.fingerprint import BaseTensor, Fingerprint, base_values, fingerprint_of
 from lightning_lora.model.freeze import tracks_statistics
-from lightning_lora.model.quantization import is_quantized, quantization
+from lightning_lora.model.quantization import is_quantized, plain_names, quantization
 from lightning_lora.model.record import Injection, drop_record, injections_of, keep_record
 from lightning_lora.model.targets import TargetError
 from lightning_lora.sharding import named_tensors
@@ -162,8 +162,10 @@ def base_fingerprint(root: nn.Module, adapter: str | None = None) -> Fingerprint
                     continue
                 if adapter is None and inner in module._buffers and tracks_statistics(module):
                     continue
-                full_name = clean_fqn(f"{name}.{inner}".lstrip("."))
-                yield BaseTensor(full_name, base_values(module, inner, tensor), replaced.get(id(tensor), ()))
+                for plain, own in plain_names(module, inner):
+                    values = base_values(module, own, tensor if own == inner else None)
+                    full_name = clean_fqn(f"{name}.{plain}".lstrip("."))
+                    yield BaseTensor(full_name, values, replaced.get(id(tensor), ()))
 
     return fingerprint_of(tensors(), configs_of(base_model(root)))
 

@@ -6,17 +6,45 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.fqn import base_modules, clean_fqn
-from lightning_lora.layers import LoraQuantizedLinear, QuantizedStorage, storage_of
+from lightning_lora.layers import Packed, QuantizedStorage, stored
+from lightning_lora.layers.quantized.storage import PLAIN
 from lightning_lora.model.targets import TargetError
+from lightning_lora.sharding import named_tensors
 
 
-def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, QuantizedStorage, Tensor]]:
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, QuantizedStorage, Packed]]:
     """The quantized layers of a model, also of merged ones: name, module, what reads it, and the packed weight."""
     for name, module in base_modules(model):
-        storage = module._storage if isinstance(module, LoraQuantizedLinear) else storage_of(module)
-        if storage is not None:
-            packed = module.packed if isinstance(module, LoraQuantizedLinear) else module._parameters["weight"]
-            yield clean_fqn(name), module, storage, packed  # type: ignore[misc]
+        found = stored(module)
+        if found is not None:
+            yield clean_fqn(name), module, *found
+
+
+def plain_tensors(model: nn.Module, of_base: bool = False) -> Iterator[tuple[str, nn.Module, str]]:
+    """As :func:`~lightning_lora.sharding.named_tensors`, by the names that they have where nothing is quantized."""
+    for name, module, inner in named_tensors(model, of_base):
+        stem = name.removesuffix(inner)
+        yield from ((f"{stem}{plain}", module, own) for plain, own in plain_names(module, inner))
+
+
+def plain_names(module: nn.Module, inner: str) -> Iterator[tuple[str, str]]:
+    """What a tensor of a module stands for, by its name in an ordinary module and here.
+
+    Of a packed weight, it is the codes that stand for all of it, and for what an ordinary layer has beside it.
+    """
+    found = stored(module)
+    beside = () if found is None else found[0].beside(found[1])
+    if found is None or inner not in found[0].parts or inner in beside:
+        yield inner, inner
+    elif inner == found[0].parts[0]:
+        yield PLAIN, inner
+        yield from ((other, other) for other in beside if other not in module._parameters)
+
+
+def stands_for_packed(module: nn.Module, name: str) -> bool:
+    """Whether a tensor of a module is the weight of a quantized layer: the codes, or what an adapter is merged into."""
+    found = stored(module)
+    return found is not None and name in (found[0].parts[0], PLAIN)
 
 
 def is_quantized(model: nn.Module) -> bool:

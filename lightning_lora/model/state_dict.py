@@ -204,13 +204,13 @@ def _owners(model: nn.Module) -> _Owners:
         for module in saved.modules()
     }
     # What is tied to the base stays the base's, also where a merge has put another in its place.
-    holders: list[Mapping[str, Tensor | None]] = [
+    holders: list[Mapping[str, Any]] = [
         *(layer._aside for layer in layers),
         *(injection.aside for injection in found),
         *(module._parameters for root in roots for module in root.modules()),
         *(module._buffers for root in roots for module in root.modules()),
     ]
-    base = [tensor for holder in holders for tensor in holder.values() if tensor is not None]
+    base = [tensor for holder in holders for tensor in holder.values() if isinstance(tensor, Tensor)]
     adapter_ids, base_ids = set(map(id, adapter)), set(map(id, base))
     places = set() if is_sharded(model) else {place for each in (*adapter, *base) if (place := place_of(each))}
     owners = _Owners({}, set(), set(), set(), places)

@@ -59,7 +59,10 @@ def _sizes(model: nn.Module) -> dict[int, int]:
     """How many numbers each parameter and buffer has, also where this process holds a part; by identity, so once."""
     sizes = {id(getattr(module, name)): full_shape(module, name).numel() for _, module, name in named_tensors(model)}
     for _, module, storage, packed in quantized_layers(model):
-        sizes[id(module.weight)] = storage.shape(module, packed).numel()
+        here = storage.packed(module)  # which may be another one than the base's
+        if storage.parts[0] in here:
+            sizes.update((id(tensor), 0) for tensor in storage.tensors(here))
+            sizes[id(storage.codes(here))] = storage.shape(module, packed).numel()
     return sizes
 
 

@@ -134,7 +134,10 @@ class _SecondStep(Callback):
         self._fakes.on_peak = on_peak
         names = set(map(clean_fqn, adapter_tensors(module)))
         adapters = _size(p for name, p in module.named_parameters() if p.requires_grad and clean_fqn(name) in names)
-        packed = {id(weight): storage.size(layer, weight) for _, layer, storage, weight in quantized_layers(module)}
+        packed: dict[int, int] = {}
+        for _, layer, storage, weight in quantized_layers(module):
+            packed.update((id(tensor), 0) for tensor in storage.tensors(weight))
+            packed[id(storage.codes(weight))] = storage.size(layer, weight)
         frozen = [p for p in (*parameters, *module.buffers()) if not p.requires_grad and id(p) not in packed]
         states = [each for optimizer in trainer.optimizers for each in _tensors(list(optimizer.state.values()))]
         sizes = {
@@ -146,7 +149,9 @@ class _SecondStep(Callback):
         }
         # Of packed weights without values, one number is there.
         self._unseen = sum(
-            weight.numel() * weight.element_size() - _size([weight]) for *_, weight in quantized_layers(module)
+            tensor.numel() * tensor.element_size() - _size([tensor])
+            for *_, storage, weight in quantized_layers(module)
+            for tensor in storage.tensors(weight)
         )
         kept = self._fakes.live + self._unseen - sum(sizes.values()) - _size(_tensors(batch))
         self.found = {**sizes, "kept": max(0, kept)}

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.class_names import is_a
 from lightning_lora.model.quantization import quantized_layers
@@ -14,6 +14,7 @@ from lightning_lora.trainer.sharded_strategy import keeps_whole_model
 
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 _TRUE = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+_MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
 class _Ignored(list[str]):
@@ -78,13 +79,14 @@ def quantize_now(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None
 
 
 def require_compatible(trainer: "pl.Trainer", root: nn.Module) -> None:
-    """Require that the strategy can share packed weights, if it does, and that the precision plugin casts none.
+    """Require that the strategy can share packed weights, if it does, and that the precision plugin suits them.
 
     Raises:
-        ValueError: If one would destroy them.
+        ValueError: If one would destroy them, or they could not be computed with.
     """
     shards = not keeps_whole_model(trainer.strategy)
-    dtype = _cast_to(trainer.precision_plugin)
+    dtype, precision = _cast_to(trainer.precision_plugin), str(trainer.precision_plugin.precision)
+    inputs = dtype or _MIXED.get(precision)
     for name, module, storage, packed in quantized_layers(root):
         reason = storage.unshardable_reason(packed, is_a(trainer.strategy, "FSDPStrategy")) if shards else None
         if reason is not None:
@@ -96,8 +98,15 @@ def require_compatible(trainer: "pl.Trainer", root: nn.Module) -> None:
         if dtype is not None and kept not in (None, dtype):
             raise ValueError(
                 f"The bits of the quantized {name!r} are kept in {kept}, and precision="
-                f"{str(trainer.precision_plugin.precision)!r} would cast them to {dtype}, which destroys them: use "
+                f"{precision!r} would cast them to {dtype}, which destroys them: use "
                 f"bnb_4bit_quant_storage={dtype}, torch.uint8 without FSDP, or a mixed precision. Nothing was changed."
+            )
+        only = storage.only_dtype(module, packed)
+        if inputs is not None and only not in (None, inputs):
+            raise ValueError(
+                f"The quantized {name!r} computes in {only} alone, and precision={precision!r} has it get {inputs}, of "
+                f"which it has no backward pass: quantize it for {inputs} (compute_dtype), or use the precision that "
+                "it was made for. Nothing was changed."
             )
 
 
@@ -106,7 +115,8 @@ def leave_out_of_ddp(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> 
 
     Every process has read the same ones.
     """
-    names = [f"{name}.weight" for name, _, storage, _ in quantized_layers(pl_module) if not storage.broadcasts]
+    kept = ((name, packed) for name, _, storage, packed in quantized_layers(pl_module) if not storage.broadcasts)
+    names = [f"{name}.{part}" for name, packed in kept for part, value in packed.items() if isinstance(value, Tensor)]
     if names and is_a(trainer.strategy, "DDPStrategy"):
         # The only way to say so, also to torch's own _set_params_and_buffers_to_ignore_for_model.
         vars(pl_module)[_IGNORED] = _Ignored(vars(pl_module).get(_IGNORED), names)

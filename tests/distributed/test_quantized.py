@@ -37,7 +37,7 @@ def test_the_same_training_under_every_strategy(kind: str, tmp_path: Path) -> No
             torch.testing.assert_close(tensor, merged[name], rtol=0, atol=1e-6)
 
 
-@kinds("int8", "torchao int8", "torchao nf4")
+@kinds("int8", "torchao int8", "torchao nf4", "hqq 4")
 def test_what_cannot_be_cut_up_trains_under_ddp_and_is_refused_by_fsdp(kind: str, tmp_path: Path) -> None:
     one = run(tmp_path, "one", kind)
     assert run(tmp_path, "ddp", kind)["losses"] == pytest.approx(one["losses"], abs=2e-6)

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lightning_lora.layers import Packed, QuantizedStorage, register_quantized_storage
 
 
 def bitsandbytes_4bit(layer: nn.Linear, **settings: Any) -> nn.Module:
@@ -48,6 +50,76 @@ def torchao_nf4(layer: nn.Linear) -> nn.Module:
     return layer
 
 
+def hqq(layer: nn.Linear, **settings: Any) -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    dtype = layer.weight.dtype
+    return HQQLinear(layer, BaseQuantizeConfig(**settings), compute_dtype=dtype, device="cpu")
+
+
+class RowLinear(nn.Module):
+    """A layer of no library, with codes, zeros and scales in buffers, one of them in no state dict."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_parameter("bias", layer.bias)
+        codes, zeros, scales = self.quantized(layer.weight.detach())
+        self.register_buffer("qweight", codes)
+        self.register_buffer("qzeros", zeros)
+        self.register_buffer("scales", scales, persistent=False)
+
+    @staticmethod
+    def quantized(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scales = weight.abs().amax(1, keepdim=True).clamp_min(1e-6) / 7
+        return (weight / scales).round().to(torch.int32) + 8, torch.full_like(scales, 8, dtype=torch.int32), scales
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}rows"] = torch.tensor(len(self.qweight))  # type: ignore[arg-type]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        assert len(self.qweight) == state_dict.pop(f"{prefix}rows")  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Any = (self.qweight - self.qzeros) * self.scales
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class Rows(QuantizedStorage):
+    """What reads it."""
+
+    supported = "RowLinear"
+    parts = ("qweight", "qzeros", "scales")
+
+    def holds(self, module: nn.Module) -> bool:
+        return isinstance(module, RowLinear)
+
+    def shape(self, module: nn.Module, packed: Packed) -> torch.Size:
+        return packed["qweight"].shape  # type: ignore[no-any-return]
+
+    def dtype(self, module: nn.Module, packed: Packed) -> torch.dtype | None:
+        return packed["scales"].dtype  # type: ignore[no-any-return]
+
+    def dequantized(self, module: nn.Module, packed: Packed) -> Tensor:
+        return ((packed["qweight"] - packed["qzeros"]) * packed["scales"]).float()  # type: ignore[no-any-return]
+
+    def requantized(self, module: nn.Module, packed: Packed, weight: Tensor) -> Packed:
+        values = RowLinear.quantized(weight)
+        return {name: nn.Buffer(value, persistent=name != "scales") for name, value in zip(self.parts, values)}
+
+    def record(self, module: nn.Module, packed: Packed) -> dict[str, Any]:
+        return {"library": "none", "bits": 4}
+
+    def size(self, module: nn.Module, packed: Packed) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors(packed))
+
+    def plain_class(self, cls: type[nn.Module]) -> type[nn.Module]:
+        return nn.Linear
+
+
+register_quantized_storage(Rows())
 QUANTIZERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "nf4": partial(bitsandbytes_4bit, quant_type="nf4", compress_statistics=False),
     "nf4-dq": partial(bitsandbytes_4bit, quant_type="nf4", compress_statistics=True),
@@ -63,8 +135,13 @@ QUANTIZERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "torchao int4": lambda layer: torchao(layer, "IntxWeightOnlyConfig", torch.int4),
     "torchao float8": partial(torchao, config="Float8WeightOnlyConfig"),
     "torchao nf4": torchao_nf4,
+    "hqq 4": partial(hqq, nbits=4, group_size=16),
+    "hqq 3": partial(hqq, nbits=3, group_size=16, axis=0),
+    "hqq 8 in float": partial(hqq, nbits=8, group_size=None, view_as_float=True),
+    "buffers": RowLinear,
 }
-NEEDS = {name: "torchao" if name.startswith("torchao") else "bitsandbytes" for name in QUANTIZERS}
+_PACKAGES = {"torchao": "torchao", "hqq": "hqq", "buffers": "torch"}
+NEEDS = {name: _PACKAGES.get(name.split()[0], "bitsandbytes") for name in QUANTIZERS}
 
 
 def kinds(*names: str) -> Any:
@@ -106,7 +183,7 @@ def dequantize(model: nn.Module) -> nn.Module:
                 weight = dequantized(layer)
                 plain = nn.Linear(*weight.shape[::-1], bias=layer.bias is not None)
                 plain.weight = nn.Parameter(weight)
-                plain.bias = layer.bias
+                plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
                 setattr(parent, name, plain)
     return model
 

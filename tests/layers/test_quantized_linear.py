@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_lora import LoraConfig, TargetError, eject, inject, merge, unmerge
+from lightning_lora.formats.merged import parts_of
 from lightning_lora.layers import QuantizedStorage, dequantized, register_quantized_storage, storage_of
 from lightning_lora.layers import quantized as registry
+from lightning_lora.layers.quantized.storage import tensors_in
+from lightning_lora.model.fingerprint import fingerprint_in
+from lightning_lora.model.record import injections_of
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -73,7 +77,29 @@ def test_gradients_are_those_on_the_dequantized_weights(kind: str, variant: dict
     assert max(far(found[name], expected[name]) for name in found) < limit
 
 
-@kinds("nf4", "int8", "torchao int8")
+@kinds()
+@settings(max_examples=6)
+@given(data=st.data())
+def test_gradients_are_those_of_the_dequantized_values_in_double_precision(kind: str, data: st.DataObject) -> None:
+    sizes = [128 * data.draw(st.integers(1, 2)) for _ in range(3)]
+    biases = data.draw(st.tuples(st.booleans(), st.booleans()))
+    first, second = (nn.Linear(*sizes[i : i + 2], bias=bias) for i, bias in enumerate(biases))
+    layers = nn.Sequential(first, nn.SiLU(), second)
+    exact, model = dequantize(quantize(copy.deepcopy(layers), kind)).double(), quantize(layers, kind)
+    targets = data.draw(st.lists(st.sampled_from(["0", "2"]), min_size=1, unique=True))
+    x = torch.randn(*data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)), sizes[0])
+    found = []
+    for each in (model, exact):
+        inject(each, LoraConfig(r=2, target_modules=targets))
+        train(each)
+        own = x.detach().clone().to(torch.float64 if each is exact else torch.float32).requires_grad_()
+        each(own).square().sum().backward()
+        found.append({"x": own.grad, **{name: p.grad for name, p in each.named_parameters() if p.requires_grad}})
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 1 + 2 * len(targets)
+    assert max(far(found[0][name].double(), found[1][name]) for name in found[0]) < 1e-5
+
+
+@kinds("nf4", "int8", "torchao int8", "hqq 4")
 @pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4"])
 def test_starts_at_the_weight_leave_the_function(kind: str, start: str) -> None:
     model = llama(kind).eval()
@@ -95,12 +121,16 @@ def test_merge_folds_into_the_dequantized_weight_and_unmerge_restores_every_bit(
     inject(model, LoraConfig(r=4))
     train(model)
     adapted = logits(model)
-    packed = model.model.layers[0].mlp.up_proj.weight
+    layer = model.model.layers[0].mlp.up_proj
+    packed, names = layer.packed, list(layer.state_dict())
     merge(model)
+    assert list(layer.state_dict()) == ["weight", "lora.default.lora_A", "lora.default.lora_B"]
     torch.testing.assert_close(logits(model), adapted, rtol=0, atol=1e-6)
     assert logits(model).equal(logits(merge(model)))
     unmerge(model)
-    assert model.model.layers[0].mlp.up_proj.weight is packed
+    assert layer.packed.keys() == packed.keys() and list(layer.state_dict()) == names
+    for name, value in layer.packed.items():
+        assert value is packed[name] or value.data_ptr() == packed[name].data_ptr()
     assert torch.equal(logits(model), adapted)
 
 
@@ -124,9 +154,9 @@ def test_eject_with_merge_leaves_plain_linear_layers(kind: str) -> None:
     assert torch.equal(logits(model), before)
 
 
-@kinds("nf4", "int8", "torchao int8")
+@kinds("nf4", "int8", "torchao int8", "hqq 4")
 def test_the_type_of_merged_weights(kind: str) -> None:
-    model = llama(kind).bfloat16() if kind != "torchao int8" else quantize(tiny_llama().bfloat16(), kind)
+    model = llama(kind).bfloat16() if NEEDS[kind] == "bitsandbytes" else quantize(tiny_llama().bfloat16(), kind)
     inject(model, LoraConfig(r=4))
     eject(model, merge=True)
     expected = torch.float32 if kind == "nf4" else torch.bfloat16  # bitsandbytes notes what it quantized
@@ -145,12 +175,14 @@ def test_a_merge_that_quantizes_again(kind: str, recwarn: pytest.WarningsRecorde
     layer = model.model.layers[0].mlp.up_proj
     base, update = dequantized(layer), layer.lora["default"].delta_weight()
     merge(model, requantize=True)
-    again = dequantized(layer, layer.weight)
-    assert type(layer.weight) is type(layer.packed)
+    here = storage_of(layer).packed(layer)
+    again = storage_of(layer).dequantized(layer, here)
+    assert {name: type(value) for name, value in here.items()} == {n: type(v) for n, v in layer.packed.items()}
     measured = float(((again - base) * update).sum() / update.square().sum())
-    assert layer.kept(layer.weight) == pytest.approx(measured, rel=1e-4)
+    assert layer.kept(here) == pytest.approx(measured, rel=1e-4)
     said = [str(warning.message) for warning in recwarn if "Quantized again" in str(warning.message)]
-    kept = {name: each.kept(each.weight) for name, each in model.named_modules() if hasattr(each, "kept")}
+    layers = {name: each for name, each in model.named_modules() if hasattr(each, "kept")}
+    kept = {name: each.kept(storage_of(each).packed(each)) for name, each in layers.items()}
     name = min(kept, key=lambda name: kept[name])
     assert len(said) == (kept[name] < 0.9) and (not said or f"{kept[name]:.2f} at least, in {name!r}" in said[0])
     again_merged = logits(model)
@@ -216,6 +248,37 @@ def test_a_layer_that_is_not_quantized_yet_is_refused(name: str) -> None:
     inject(model.to("cpu"), LoraConfig(r=2))
 
 
+@needs("hqq")
+@pytest.mark.parametrize(
+    ("made", "config", "said"),
+    [
+        ({"initialize": False}, {}, "not initialized yet"),
+        ({"del_orig": False}, {}, "make it with del_orig=True"),
+        ({}, {"bias": "all"}, "its bias is no parameter, so that bias='all' cannot train it"),
+        ({}, {"bias": "lora_only"}, "its bias is no parameter"),
+    ],
+    ids=str,
+)
+def test_what_hqq_cannot_have_is_refused_by_name(made: dict[str, Any], config: dict[str, Any], said: str) -> None:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    layer = HQQLinear(nn.Linear(64, 64), BaseQuantizeConfig(), compute_dtype=torch.float32, device="cpu", **made)
+    with pytest.raises(TargetError, match=said):
+        inject(nn.Sequential(layer), LoraConfig(r=2, **config))
+    assert type(layer) is HQQLinear
+
+
+@needs("hqq")
+def test_hqq_that_does_not_know_how_it_was_quantized_is_merged_but_not_quantized_again() -> None:
+    model = nn.Sequential(QUANTIZERS["hqq 4"](nn.Linear(64, 64)))
+    model[0].quant_config = None
+    inject(model, LoraConfig(r=2))
+    before = model(torch.ones(2, 64))
+    with pytest.raises(ValueError, match="does not know how it was quantized"):
+        merge(model, requantize=True)
+    torch.testing.assert_close(merge(model)(torch.ones(2, 64)), before)
+
+
 @needs("bitsandbytes")
 def test_a_quantized_module_to_save_is_refused() -> None:
     model = quantize(tiny_llama(), "nf4", skip=())
@@ -279,7 +342,7 @@ def test_values_that_the_layer_does_not_compute_with_are_refused(monkeypatch: py
         inject(nn.Sequential(QUANTIZERS["nf4"](nn.Linear(64, 64))), LoraConfig(r=2))
 
 
-@kinds("nf4", "nf4-dq", "int8", "torchao int8", "torchao int4", "torchao float8")
+@kinds(*(kind for kind in QUANTIZERS if kind not in ("nf4 in bfloat16", "nf4 in float32", "fp4", "torchao nf4")))
 @settings(max_examples=8)
 @given(data=st.data())
 def test_any_shape(kind: str, data: st.DataObject) -> None:
@@ -297,23 +360,86 @@ def test_any_shape(kind: str, data: st.DataObject) -> None:
     torch.testing.assert_close(model(x), adapted, rtol=1e-4, atol=1e-4)
 
 
-@kinds("nf4", "nf4-dq", "int8", "torchao int8", "torchao int4", "torchao float8")
+@kinds()
+@settings(max_examples=6)
+@given(bias=st.booleans(), adapts=st.booleans(), sizes=st.tuples(*[st.integers(1, 2).map(lambda n: 128 * n)] * 2))
+def test_it_is_read_as_the_ordinary_model_of_its_values(
+    kind: str, bias: bool, adapts: bool, sizes: tuple[int, int]
+) -> None:
+    layers = nn.Sequential(nn.Linear(*sizes, bias=bias), nn.Linear(sizes[1], 4))
+    model, plain = quantize(copy.deepcopy(layers), kind, ("1",)), dequantize(quantize(layers, kind, ("1",)))
+    config = LoraConfig(r=2, target_modules=["0", "1"] if adapts else ["1"])
+    for each in (model, plain):
+        inject(each, config)
+        train(each)
+
+    def seen(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
+        injection = injections_of(model)[0]
+        return fingerprint_in(injection).short, {part.name: part.values() for part in parts_of(model, torch.float32)}
+
+    (base, values), (expected, wanted) = seen(model), seen(plain)
+    assert base == expected and values.keys() == wanted.keys()
+    merge(model)
+    assert seen(model)[0] == base
+    assert not adapts or model.state_dict().keys() == plain.state_dict().keys()
+    if adapts and NEEDS[kind] != "bitsandbytes":  # whose hooks would quantize what is loaded
+        model.load_state_dict(model.state_dict())
+    for name in wanted:
+        torch.testing.assert_close(values[name], wanted[name])
+        torch.testing.assert_close(seen(model)[1][name], values[name], rtol=0, atol=0)
+    eject(unmerge(model), merge=True, dtype=torch.float32)
+    ejected = model.state_dict()
+    assert not adapts or all(torch.equal(ejected[name], values[name]) for name in wanted)
+    assert seen(unmerge(model))[0] == base
+
+
+@kinds()
+def test_a_state_dict_is_that_of_the_base_with_the_adapter(kind: str) -> None:
+    model = nn.Sequential(QUANTIZERS[kind](nn.Linear(128, 128)), nn.ReLU())
+    before = model.state_dict()
+    inject(model, LoraConfig(r=2))
+    train(model)
+    x, state = torch.randn(3, 128), model.state_dict()
+    expected, inside = model(x), {"0.lora.default.lora_A", "0.lora.default.lora_B"}
+    assert state.keys() == before.keys() | inside
+    assert model[0].state_dict(prefix="a.").keys() >= {"a.lora.default.lora_A"}
+    if NEEDS[kind] != "bitsandbytes":  # whose layers cannot be loaded
+        state = {name: copy.deepcopy(value) for name, value in state.items()}
+        train(model, seed=2)
+        model.load_state_dict(state, strict=NEEDS[kind] != "hqq")  # whose layers miss what they themselves leave out
+        assert torch.equal(model(x), expected)
+
+
+@kinds("nf4", "nf4-dq", "int8", "torchao int8", "torchao int4", "torchao float8", "hqq 4", "buffers")
 def test_copies_and_pickles(kind: str) -> None:
     model = llama(kind)
     inject(model, LoraConfig(r=4))
     train(model)
     adapted = logits(model)
     twins = [copy.deepcopy(model)]
-    if NEEDS[kind] == "bitsandbytes":  # what torchao puts on the layers cannot be pickled
+    if NEEDS[kind] != "torchao":  # what torchao puts on the layers cannot be pickled
         twins.append(pickle.loads(pickle.dumps(model)))
     for twin in twins:
         assert torch.equal(logits(twin), adapted)
         merge(twin)
         torch.testing.assert_close(logits(twin), adapted, rtol=0, atol=1e-6)
         assert torch.equal(logits(unmerge(twin)), adapted)
+    names, merged = list(model.state_dict()), copy.deepcopy(merge(model))
+    assert torch.equal(logits(unmerge(merged)), adapted) and list(merged.state_dict()) == names
 
 
-@kinds("nf4", "torchao int8")
+@kinds("hqq 4", "buffers")
+def test_what_is_aside_comes_back_to_where_the_model_is_by_then(kind: str) -> None:
+    model = nn.Sequential(QUANTIZERS[kind](nn.Linear(64, 64)))
+    inject(model, LoraConfig(r=2))
+    names, parts = list(model.state_dict()), model[0].packed.keys()
+    merge(model).to("meta")
+    model[0].unmerge()
+    assert list(model.state_dict()) == names and model[0].packed.keys() == parts
+    assert {tensor.device.type for tensor in tensors_in(model[0].packed)} == {"meta"}
+
+
+@kinds("nf4", "torchao int8", "hqq 4")
 def test_several_adapters_beside_each_other(kind: str) -> None:
     from lightning_lora import add_adapter, set_adapter
 
@@ -326,7 +452,7 @@ def test_several_adapters_beside_each_other(kind: str) -> None:
     torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=2e-6)
 
 
-@kinds("nf4", "torchao int8")
+@kinds("nf4", "torchao int8", "hqq 4")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(kind: str, reentrant: bool) -> None:
     model = nn.Sequential(QUANTIZERS[kind](nn.Linear(64, 64)), nn.ReLU(), QUANTIZERS[kind](nn.Linear(64, 64)))
@@ -340,7 +466,7 @@ def test_activation_checkpointing(kind: str, reentrant: bool) -> None:
         assert torch.equal(parameter.grad, gradient)
 
 
-@kinds("torchao int8")
+@kinds("torchao int8", "hqq 4")
 def test_compiles(kind: str) -> None:
     model = nn.Sequential(QUANTIZERS[kind](nn.Linear(64, 64)))
     inject(model, LoraConfig(r=2))
@@ -349,9 +475,9 @@ def test_compiles(kind: str) -> None:
     torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), model(x))
 
 
-@kinds("nf4 in float32", "torchao int8")
+@kinds("nf4 in float32", "torchao int8", "hqq 4")
 @pytest.mark.parametrize(
-    "part", [{"fused_qkv": ["q", "v"], "target_modules": ["qkv_proj"]}, {"target_parameters": ["qkv_proj.weight"]}]
+    "part", [{"fused_qkv": ["q", "v"], "target_modules": ["qkv_proj"]}, {"target_parameters": ["qkv_proj.[wW]*"]}]
 )
 def test_parts_of_quantized_layers_are_refused(kind: str, part: dict[str, Any]) -> None:
     model = nn.ModuleDict({"qkv_proj": QUANTIZERS[kind](nn.Linear(64, 192))})
@@ -359,7 +485,7 @@ def test_parts_of_quantized_layers_are_refused(kind: str, part: dict[str, Any]) 
         inject(model, LoraConfig(**{"r": 2, "target_modules": [], **part}))
 
 
-@kinds("nf4", "int8", "torchao int8")
+@kinds("nf4", "int8", "torchao int8", "hqq 4")
 def test_a_batch_of_several_adapters_samples(kind: str) -> None:
     from lightning_lora import adapters_for, add_adapter, disabled, set_adapter
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import toys
 from helpers.models import tiny_llama
-from helpers.quantized import dequantize, kinds, needs, quantize
+from helpers.quantized import NEEDS, dequantize, kinds, needs, quantize
 from helpers.toys import assert_same_tensors
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
@@ -22,6 +22,7 @@ from transformers import LlamaForCausalLM
 from lightning_lora import LoRA, LoraConfig, adapter_state_dict, eject, inject, load_adapter, save_adapter
 from lightning_lora.formats.checkpoint import KEY, read_checkpoint
 from lightning_lora.model.fingerprint import fingerprint
+from lightning_lora.model.peft_wrapped import base_fingerprint
 from lightning_lora.model.record import injections_of
 from lightning_lora.model.state_dict import CheckpointError
 from lightning_lora.model.targets import TargetError
@@ -73,10 +74,12 @@ def fit(path: Path, module: Quantized, *callbacks: Any, ckpt_path: Any = None, p
     return trainer
 
 
-@kinds("nf4", "nf4-dq", "int8", "torchao int8", "torchao int4", "torchao nf4")
+@kinds("nf4", "nf4-dq", "int8", "torchao int8", "torchao int4", "torchao nf4", "hqq 4")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_a_resumed_run_ends_with_the_same_bits(kind: str, precision: str, tmp_path: Path) -> None:
-    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    # What HQQ computes in does not follow autocast.
+    half = precision == "bf16-true" or ("hqq" in kind and precision == "bf16-mixed")
+    dtype = torch.bfloat16 if half else torch.float32
     settings: dict[str, Any] = {"precision": precision, "lora": {"merge": None}}
     whole = Quantized(kind, dtype)
     fit(tmp_path / "whole", whole, ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), **settings)
@@ -89,9 +92,7 @@ def test_a_resumed_run_ends_with_the_same_bits(kind: str, precision: str, tmp_pa
     assert len(checkpoint["state_dict"]) == 42
     (entry,) = checkpoint[KEY]["adapters"]
     assert sum(format["layers"] for format in entry["quantization"]) == 21
-    assert {format["library"] for format in entry["quantization"]} == {
-        "torchao" if "torchao" in kind else "bitsandbytes"
-    }
+    assert {format["library"] for format in entry["quantization"]} == {NEEDS[kind]}
 
 
 @kinds()
@@ -118,7 +119,7 @@ def test_the_end_of_fit_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert sum("the adapter stays at work" in record.getMessage() for record in caplog.records) == 1
 
 
-@kinds("nf4", "int8", "torchao int8")
+@kinds("nf4", "int8", "torchao int8", "hqq 4")
 def test_the_adapter_in_peft_on_the_same_base(kind: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     ours = quantize(tiny_llama(), kind).train()
@@ -130,6 +131,15 @@ def test_the_adapter_in_peft_on_the_same_base(kind: str, tmp_path: Path) -> None
     theirs.save_pretrained(tmp_path / "theirs")
     again = load_adapter(quantize(tiny_llama(), kind).train(), tmp_path / "theirs")
     assert torch.equal(again(input_ids=IDS).logits, ours(input_ids=IDS).logits)
+
+
+@kinds("nf4", "torchao int8", "hqq 4", "buffers")
+def test_the_fingerprint_is_the_same_where_peft_has_wrapped_the_base(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    ours, theirs = (quantize(tiny_llama(), kind) for _ in range(2))
+    inject(ours, LoraConfig(r=2))
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    assert base_fingerprint(wrapped).short == fingerprint(injections_of(ours)[0]).short
 
 
 def print_of(kind: str | None, **quantizer: Any) -> Any:
@@ -192,7 +202,7 @@ def test_lightnings_plugin(mode: str, module_class: type, ignored: set[str], tmp
         return
     trainer = fit(tmp_path, module, plugin=plugin, max_steps=3, max_epochs=-1, lora={"merge": None})
     layer = module.model.model.layers[0].mlp.up_proj
-    assert layer.packed.dtype == (torch.int8 if mode == "int8" else torch.uint8)
+    assert layer.packed["weight"].dtype == (torch.int8 if mode == "int8" else torch.uint8)
     assert type(module.model.lm_head).__name__ == ("Linear" if ignored else type(module.model.lm_head).__name__)
     held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert held == {id(p) for p in module.parameters() if p.requires_grad} and len(held) == 2 * 7 * 3
@@ -222,7 +232,7 @@ def test_layers_that_are_quantized_late_are_so_before_the_adapters_come(tmp_path
     for block in layers:
         block.mlp.up_proj = bitsandbytes.nn.Linear4bit(32, 48, bias=False, quant_type="nf4")
     fit(tmp_path, module, max_epochs=1, lora={"merge": None, "target_modules": ["up_proj"]})
-    assert layers[0].mlp.up_proj.packed.quant_state.shape == (48, 32)
+    assert layers[0].mlp.up_proj.packed["weight"].quant_state.shape == (48, 32)
 
 
 @needs("bitsandbytes")
@@ -233,6 +243,15 @@ def test_a_precision_that_would_cast_packed_bits_is_refused(precision: Any, fine
     with expected:
         fit(tmp_path, module, precision=precision, max_epochs=1)
     assert any("lora" in name for name, _ in module.named_parameters()) == fine
+
+
+@kinds("hqq 4")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
+def test_a_precision_that_a_format_cannot_compute_in_is_refused(kind: str, precision: Any, tmp_path: Path) -> None:
+    module = Quantized(kind)
+    with pytest.raises(ValueError, match=r"q_proj' computes in torch.float32 alone, .* for torch\.b?float16"):
+        fit(tmp_path, module, precision=precision, max_epochs=1)
+    assert not any("lora" in name for name, _ in module.named_parameters()) and module.losses == []
 
 
 @needs("torchao")
@@ -316,7 +335,7 @@ def test_optimizers_in_eight_bits_resume_with_the_same_bits(library: str, tmp_pa
     assert any(tensor.dtype == torch.uint8 or type(tensor) is not Tensor for tensor in kept)
 
 
-@kinds("nf4", "torchao int8")
+@kinds("nf4", "torchao int8", "hqq 4")
 def test_the_best_checkpoint_is_at_work_when_fit_ends(kind: str, tmp_path: Path) -> None:
     class Validated(Quantized):
         def validation_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -344,9 +363,10 @@ def test_what_a_module_keeps_from_ddp_is_its_own_again(own: list[str] | None) ->
     if own is not None:
         setattr(module, ignored, own)
     trainer = L.Trainer(strategy=DDPStrategy(), accelerator="cpu", devices=1, logger=False)
-    for packed in ([], ["net.4.weight"]):
+    for packed in ([], ["net.4.codes", "net.4.scales"]):
         with pytest.MonkeyPatch.context() as patch:
-            layers = [(name.removesuffix(".weight"), None, SimpleNamespace(broadcasts=False), None) for name in packed]
+            parts = {"codes": torch.zeros(1), "scales": torch.zeros(1), "settings": {}}
+            layers = [("net.4", None, SimpleNamespace(broadcasts=False), parts)] if packed else []
             patch.setattr(quantized_base, "quantized_layers", lambda _, layers=layers: iter(layers))
             quantized_base.leave_out_of_ddp(trainer, module)
         assert list(vars(module).get(ignored, [])) == [*(own or []), *packed]

@@ -4,12 +4,18 @@ import torch
 from torch import nn
 
 from lightning_lora.layers.quantized.bitsandbytes import Bitsandbytes4bit, Bitsandbytes8bit
-from lightning_lora.layers.quantized.storage import QuantizedStorage
+from lightning_lora.layers.quantized.hqq import HQQ
+from lightning_lora.layers.quantized.storage import Packed, QuantizedStorage
 from lightning_lora.layers.quantized.torchao import Torchao, TorchaoNF4
 
-__all__ = ["QuantizedStorage", "register_quantized_storage", "storage_of", "supported_storages"]
+__all__ = ["WAY_ON", "Packed", "QuantizedStorage", "register_quantized_storage", "storage_of", "supported_storages"]
 
-_storages: list[QuantizedStorage] = [Bitsandbytes4bit(), Bitsandbytes8bit(), Torchao(), TorchaoNF4()]
+# For errors, where a format is not known.
+WAY_ON = (
+    "load the base in full precision (which for compressed-tensors is CompressedTensorsConfig(dequantize=True)), or "
+    "quantized by bitsandbytes, torchao or HQQ; register_quantized_storage adds a format"
+)
+_storages: list[QuantizedStorage] = [Bitsandbytes4bit(), Bitsandbytes8bit(), Torchao(), TorchaoNF4(), HQQ()]
 
 
 def register_quantized_storage(storage: QuantizedStorage) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Linear  # by its own name, for Lightning's BitsandbytesPrecision has nn.Linear be another class
 
 from lightning_lora.class_names import is_a
-from lightning_lora.layers.quantized.storage import QuantizedStorage
+from lightning_lora.layers.quantized.storage import PLAIN, Packed, QuantizedStorage
 
 _PACKAGES = ("bitsandbytes.", "lightning.fabric.plugins.precision.bitsandbytes")
 _HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
@@ -18,7 +18,6 @@ _HOOKS = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 class _Bitsandbytes(QuantizedStorage):
     layer: str  # name of the library's class
-    attributes: tuple[str, ...]  # of a layer, beside those of nn.Linear
 
     def holds(self, module: nn.Module) -> bool:
         return is_a(module, self.layer, _PACKAGES[0])
@@ -27,8 +26,7 @@ class _Bitsandbytes(QuantizedStorage):
         return Linear
 
     def strip(self, module: nn.Module) -> dict[str, Any]:
-        attributes = vars(module)
-        taken = {name: attributes.pop(name) for name in self.attributes if name in attributes}
+        taken, attributes = super().strip(module), vars(module)
         # They would read what is loaded as packed bits, or quantize it.
         for name in _HOOKS:
             taken[name] = attributes[name]
@@ -52,38 +50,38 @@ class Bitsandbytes4bit(_Bitsandbytes):
         "support_avx512bf16_for_cpu",
     )  # fmt: skip
 
-    def shape(self, module: nn.Module, packed: Tensor) -> torch.Size:
+    def shape(self, module: nn.Module, packed: Packed) -> torch.Size:
         return torch.Size(_state(module, packed).shape)
 
-    def dtype(self, module: nn.Module, packed: Tensor) -> torch.dtype | None:
+    def dtype(self, module: nn.Module, packed: Packed) -> torch.dtype | None:
         dtype: torch.dtype = _state(module, packed).dtype
         return dtype
 
-    def dequantized(self, module: nn.Module, packed: Tensor) -> Tensor:
+    def dequantized(self, module: nn.Module, packed: Packed) -> Tensor:
         import bitsandbytes
 
         library: Any = bitsandbytes
         state = copy.copy(_state(module, packed))
         state.dtype = torch.float32
-        values: Tensor = library.functional.dequantize_4bit(packed.detach(), state)
+        values: Tensor = library.functional.dequantize_4bit(self.codes(packed).detach(), state)
         return values
 
-    def requantized(self, module: nn.Module, packed: Tensor, weight: Tensor) -> nn.Parameter:
+    def requantized(self, module: nn.Module, packed: Packed, weight: Tensor) -> Packed:
         import bitsandbytes
 
         library: Any = bitsandbytes
-        state = _state(module, packed)
+        state, codes = _state(module, packed), self.codes(packed)
         new: nn.Parameter = library.nn.Params4bit(
             weight.cpu(),
             blocksize=state.blocksize,
             compress_statistics=state.nested,
             quant_type=state.quant_type,
-            quant_storage=packed.dtype,
-        ).to(packed.device)
-        _state(module, new).dtype = state.dtype
-        return new
+            quant_storage=codes.dtype,
+        ).to(codes.device)
+        _state(module, {PLAIN: new}).dtype = state.dtype
+        return {PLAIN: new}
 
-    def record(self, module: nn.Module, packed: Tensor) -> dict[str, Any]:
+    def record(self, module: nn.Module, packed: Packed) -> dict[str, Any]:
         state = _state(module, packed)
         return {
             "library": "bitsandbytes",
@@ -93,26 +91,28 @@ class Bitsandbytes4bit(_Bitsandbytes):
             "double_quant": bool(state.nested),
         }
 
-    def size(self, module: nn.Module, packed: Tensor) -> int:
+    def size(self, module: nn.Module, packed: Packed) -> int:
         state = _state(module, packed)
         scales = (state.absmax, state.code, *((state.state2.absmax, state.state2.code) if state.nested else ()))
-        return sum(tensor.nbytes for tensor in (packed, *scales))
+        return sum(tensor.nbytes for tensor in (self.codes(packed), *scales))
 
-    def is_ready(self, module: nn.Module, packed: Tensor) -> bool:
+    def is_ready(self, module: nn.Module, packed: Packed) -> bool:
         return _state(module, packed) is not None
 
-    def cast_with(self, module: nn.Module, packed: Tensor) -> torch.dtype | None:
-        return packed.dtype if packed.is_floating_point() else None
+    def cast_with(self, module: nn.Module, packed: Packed) -> torch.dtype | None:
+        codes = self.codes(packed)
+        return codes.dtype if codes.is_floating_point() else None
 
-    def unshardable_reason(self, packed: Tensor, flat: bool) -> str | None:
-        if packed.is_floating_point() or not flat:
+    def unshardable_reason(self, packed: Packed, flat: bool) -> str | None:
+        codes = self.codes(packed)
+        if codes.is_floating_point() or not flat:
             return None
         return (
-            f"its bits are kept in {packed.dtype}, of which FSDP makes no flat parameters: quantize it with "
+            f"its bits are kept in {codes.dtype}, of which FSDP makes no flat parameters: quantize it with "
             "bnb_4bit_quant_storage in the type of the model's other weights, or use ModelParallelStrategy"
         )
 
-    def refusal(self, module: nn.Module, packed: Tensor) -> str | None:
+    def refusal(self, module: nn.Module, packed: Packed) -> str | None:
         if getattr(_state(module, packed), "packing_format_for_cpu", False):
             return (
                 "bitsandbytes has packed its weight anew for inference on this processor, which rounds the scales: "
@@ -120,16 +120,16 @@ class Bitsandbytes4bit(_Bitsandbytes):
             )
         return None
 
-    def swap(self, module: nn.Module, other: nn.Parameter) -> nn.Parameter:
+    def swap(self, module: nn.Module, other: Packed) -> Packed:
         before = super().swap(module, other)
-        if hasattr(other, "quant_state"):
-            module.quant_state = other.quant_state
+        if hasattr(other[PLAIN], "quant_state"):
+            module.quant_state = other[PLAIN].quant_state
         return before
 
 
-def _state(module: nn.Module, packed: Tensor) -> Any:
+def _state(module: nn.Module, packed: Packed) -> Any:
     # On the weight, and on the layer for when FSDP has put a plain tensor in its place.
-    return getattr(packed, "quant_state", None) or module.quant_state
+    return getattr(packed[PLAIN], "quant_state", None) or module.quant_state
 
 
 class Bitsandbytes8bit(_Bitsandbytes):
@@ -143,33 +143,33 @@ class Bitsandbytes8bit(_Bitsandbytes):
         # With float16 weights, quantized in each forward pass, it is a linear layer like others.
         return super().holds(module) and not module.state.has_fp16_weights  # type: ignore[union-attr]
 
-    def shape(self, module: nn.Module, packed: Tensor) -> torch.Size:
-        return packed.shape
+    def shape(self, module: nn.Module, packed: Packed) -> torch.Size:
+        return self.codes(packed).shape
 
-    def dtype(self, module: nn.Module, packed: Tensor) -> torch.dtype | None:
+    def dtype(self, module: nn.Module, packed: Packed) -> torch.dtype | None:
         bias: Any = module.bias
         return None if bias is None else bias.dtype
 
-    def dequantized(self, module: nn.Module, packed: Tensor) -> Tensor:
-        return packed.detach().float() * (_scales(module, packed).float() / 127).view(-1, 1)
+    def dequantized(self, module: nn.Module, packed: Packed) -> Tensor:
+        return self.codes(packed).detach().float() * (_scales(module, packed).float() / 127).view(-1, 1)
 
-    def requantized(self, module: nn.Module, packed: Tensor, weight: Tensor) -> nn.Parameter:
+    def requantized(self, module: nn.Module, packed: Packed, weight: Tensor) -> Packed:
         import bitsandbytes
 
         library: Any = bitsandbytes
-        new: nn.Parameter = library.nn.Int8Params(weight.cpu(), requires_grad=False).to(packed.device)
-        return new
+        new: nn.Parameter = library.nn.Int8Params(weight.cpu(), requires_grad=False)
+        return {PLAIN: new.to(self.codes(packed).device)}
 
-    def record(self, module: nn.Module, packed: Tensor) -> dict[str, Any]:
+    def record(self, module: nn.Module, packed: Packed) -> dict[str, Any]:
         return {"library": "bitsandbytes", "bits": 8, "threshold": float(module.state.threshold)}  # type: ignore[union-attr,arg-type]
 
-    def size(self, module: nn.Module, packed: Tensor) -> int:
-        return packed.numel() + _scales(module, packed).numel() * 4
+    def size(self, module: nn.Module, packed: Packed) -> int:
+        return self.codes(packed).numel() + _scales(module, packed).numel() * 4
 
-    def is_ready(self, module: nn.Module, packed: Tensor) -> bool:
-        return packed.dtype == torch.int8
+    def is_ready(self, module: nn.Module, packed: Packed) -> bool:
+        return self.codes(packed).dtype == torch.int8
 
-    def swap(self, module: nn.Module, other: nn.Parameter) -> nn.Parameter:
+    def swap(self, module: nn.Module, other: Packed) -> Packed:
         # A forward pass moves codes and scales from the weight to the layer, and the next would find them there still.
         state, own = module.state, module._parameters["weight"]
         if state.SCB is not None:  # type: ignore[union-attr]
@@ -177,8 +177,8 @@ class Bitsandbytes8bit(_Bitsandbytes):
         return super().swap(module, other)
 
 
-def _scales(module: nn.Module, packed: Tensor) -> Tensor:
-    on_weight: Tensor | None = getattr(packed, "SCB", None)
+def _scales(module: nn.Module, packed: Packed) -> Tensor:
+    on_weight: Tensor | None = getattr(packed[PLAIN], "SCB", None)
     return module.state.SCB if on_weight is None else on_weight  # type: ignore[union-attr,return-value]
 
 

@@ -6,47 +6,48 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.class_names import is_a
-from lightning_lora.layers.quantized.storage import QuantizedStorage
+from lightning_lora.layers.quantized.storage import PLAIN, Packed, QuantizedStorage
 
 
 class Torchao(QuantizedStorage):
     """What ``torchao.quantization.quantize_`` makes of a weight: whole numbers or float8, with scales."""
 
     supported = "weights of torchao"
+    attributes = ("extra_repr",)
     broadcasts = False
 
     def holds(self, module: nn.Module) -> bool:
         return is_a(module._parameters.get("weight"), "TorchAOBaseTensor", "torchao.")
 
-    def shape(self, module: nn.Module, packed: Tensor) -> torch.Size:
-        return packed.shape
+    def shape(self, module: nn.Module, packed: Packed) -> torch.Size:
+        return self.codes(packed).shape
 
-    def dtype(self, module: nn.Module, packed: Tensor) -> torch.dtype | None:
-        return packed.dtype
+    def dtype(self, module: nn.Module, packed: Packed) -> torch.dtype | None:
+        return self.codes(packed).dtype
 
-    def dequantized(self, module: nn.Module, packed: Tensor) -> Tensor:
-        return packed.detach().dequantize().float()
+    def dequantized(self, module: nn.Module, packed: Packed) -> Tensor:
+        return self.codes(packed).detach().dequantize().float()
 
-    def requantized(self, module: nn.Module, packed: Tensor, weight: Tensor) -> nn.Parameter:
+    def requantized(self, module: nn.Module, packed: Packed, weight: Tensor) -> Packed:
         from torchao.quantization import PerRow, PerTensor
 
-        like: Any = packed.detach()
+        like: Any = self.codes(packed).detach()
         make: Any = type(like).from_hp
         weight = weight.to(like.dtype)
         name, block = type(like).__name__, tuple(getattr(like, "block_size", ()))
         granularity = {(1, like.shape[1]): PerRow(), tuple(like.shape): PerTensor()}.get(block)
         if name == "IntxUnpackedToInt8Tensor":
-            packed = make(weight, block, like.target_dtype)
+            new = make(weight, block, like.target_dtype)
         elif name == "Int8Tensor" and granularity is not None:
-            packed = make(weight, granularity)
+            new = make(weight, granularity)
         elif name == "Float8Tensor" and granularity is not None:
-            packed = make(weight, float8_dtype=like.qdata.dtype, granularity=granularity)
+            new = make(weight, float8_dtype=like.qdata.dtype, granularity=granularity)
         else:
             raise ValueError(f"torchao's {name} with blocks of {block} cannot be quantized again.")
-        return nn.Parameter(packed, requires_grad=False)
+        return {PLAIN: nn.Parameter(new, requires_grad=False)}
 
-    def record(self, module: nn.Module, packed: Tensor) -> dict[str, Any]:
-        like: Any = packed.detach()
+    def record(self, module: nn.Module, packed: Packed) -> dict[str, Any]:
+        like: Any = self.codes(packed).detach()
         _, settings = like.__tensor_flatten__()
         return {
             "library": "torchao",
@@ -55,11 +56,8 @@ class Torchao(QuantizedStorage):
             **{name: _plain(value) for name, value in settings.items() if value is not None and name != "dtype"},
         }
 
-    def size(self, module: nn.Module, packed: Tensor) -> int:
-        return _bytes(packed.detach())
-
-    def strip(self, module: nn.Module) -> dict[str, Any]:
-        return {"extra_repr": vars(module).pop("extra_repr")} if "extra_repr" in vars(module) else {}
+    def size(self, module: nn.Module, packed: Packed) -> int:
+        return _bytes(self.codes(packed).detach())
 
 
 class TorchaoNF4(Torchao):
@@ -70,18 +68,18 @@ class TorchaoNF4(Torchao):
     def holds(self, module: nn.Module) -> bool:
         return is_a(module._parameters.get("weight"), "NF4Tensor", "torchao.")
 
-    def dequantized(self, module: nn.Module, packed: Tensor) -> Tensor:
-        like: Any = packed.detach()
+    def dequantized(self, module: nn.Module, packed: Packed) -> Tensor:
+        like: Any = self.codes(packed).detach()
         values: Tensor = like.get_original_weight()
         return values.float()
 
-    def requantized(self, module: nn.Module, packed: Tensor, weight: Tensor) -> nn.Parameter:
-        like: Any = packed.detach()
+    def requantized(self, module: nn.Module, packed: Packed, weight: Tensor) -> Packed:
+        like: Any = self.codes(packed).detach()
         made = type(like).from_tensor(weight.to(like.dtype), like.block_size, like.scaler_block_size)
-        return nn.Parameter(made, requires_grad=False)
+        return {PLAIN: nn.Parameter(made, requires_grad=False)}
 
-    def record(self, module: nn.Module, packed: Tensor) -> dict[str, Any]:
-        like: Any = packed.detach()
+    def record(self, module: nn.Module, packed: Packed) -> dict[str, Any]:
+        like: Any = self.codes(packed).detach()
         return {
             "library": "torchao",
             "tensor": "NF4Tensor",
