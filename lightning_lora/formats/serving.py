@@ -65,6 +65,7 @@ SERVERS: Mapping[str, Server] = {
     "llama.cpp": Server(_by_tensors, rf"{_FACTORS}|.*\.base_layer\.weight|.*(_layernorm|\.norm).*", "refuses"),
     # https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/peft.py, load_adapter: PEFT's
     # inject_adapter_in_model reads it, which VeRA is not for, and the magnitudes of DoRA find no place by their names.
+    # Before 5.19, modules trained in full did not either.
     "transformers": Server(None, r"(?!.*\.lora_magnitude_vector).*"),
     # https://github.com/huggingface/diffusers/blob/main/src/diffusers/loaders/peft.py, load_lora_adapter: the rank is
     # that of the tensors and alpha the same, where their file does not say more; adapter_config.json is not read.
