@@ -145,8 +145,9 @@ def _main(job: str, args: str, result: str) -> None:
     module, _, function = job.rpartition(".")
     returned = getattr(importlib.import_module(f"{__package__}.{module or 'jobs'}"), function)(*json.loads(args))
     sys.stdout.flush()
-    Path(f"{result}.partial").write_text(json.dumps(returned))
-    os.replace(f"{result}.partial", result)
+    whole = Path(f"{result}.{os.getpid()}")  # a process that this one has started writes to the same place
+    whole.write_text(json.dumps(returned))
+    whole.replace(result)
     parent.join()
 
 
