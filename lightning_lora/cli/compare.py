@@ -33,7 +33,7 @@ def amplification(model: nn.Module) -> dict[str, float]:
             factors = adapter.low_rank_factors() if isinstance(adapter, LoraAdapter) else None
             if factors is not None and isinstance(adapter, LoraAdapter):
                 left, values, right = decomposed(factors)
-                weight = adapter.rows(next(iter(layer.adapted_parameters().values()))).double()
+                weight = adapter.rows(layer.base_weight()).double()
                 update = abs(adapter.scaling) * torch.linalg.vector_norm(values)
                 inside = torch.linalg.matrix_norm(left.mT @ weight @ right.mT)
                 found[f"{root_name}.{name}".strip(".")] = float(update / inside)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import tiny_llama
+from helpers.quantized import dequantize, kinds, quantize, train
 
 from lightning_lora import LoraConfig, inject, save_adapter
 from lightning_lora.cli.compare import amplification, draw
@@ -71,3 +72,15 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
         draw({"q": torch.ones(2, 2)}, tmp_path / "subspaces.png", ("one", "other"))
+
+
+@kinds("nf4", "int8", "torchao int8")
+def test_what_an_update_amplifies_in_a_quantized_base(kind: str) -> None:
+    found = []
+    for values in (False, True):
+        model = quantize(tiny_llama(tie_word_embeddings=False), kind)
+        model = inject(dequantize(model) if values else model, LoraConfig(r=2))
+        train(model)
+        found.append(amplification(model))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert len(found[0]) == 21
