@@ -1,11 +1,11 @@
 """What a checkpoint says of its adapters: settings, names and the base that they belong to, in plain types."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, NotRequired, get_type_hints
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from lightning_lora.config import CHOOSING, LoraConfig
 from lightning_lora.formats.schema import require_type

@@ -1,11 +1,11 @@
 """Types of what is read from files."""
 
-from typing import Any
+from typing import Any, NotRequired
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from lightning_lora import CheckpointError
 from lightning_lora.formats.schema import require_type

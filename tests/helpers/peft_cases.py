@@ -161,7 +161,7 @@ def on_a_quantized_base(directory: Path) -> Tensor:
     toys.randomize(model)
     save_adapter(model, directory)
     path = directory / "adapter_model.safetensors"
-    save_file(load_file(path), path, {"format": "pt"})
+    save_file({name: tensor.clone() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     edit(directory, init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1})
     return computed(model)
 

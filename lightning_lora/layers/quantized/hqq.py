@@ -70,6 +70,8 @@ class HQQ(QuantizedStorage):
             return "it is not initialized yet, so that it has no weight"
         if "linear_layer" in module._modules:
             return "it has kept the layer that it was made of, which would be adapted too: make it with del_orig=True"
+        if isinstance(getattr(type(module), PLAIN, None), property):
+            return "this version of transformers gives all layers of HQQ an empty weight: install transformers 5.22"
         return None
 
     def swap(self, module: nn.Module, other: Packed) -> Packed:
