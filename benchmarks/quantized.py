@@ -40,7 +40,7 @@ def contenders(shape: harness.Shape, kind: str, r: int, targets: str, device: st
 
     def base() -> nn.Module:
         if kind in harness.DTYPES:
-            return harness.base(shape, device, harness.DTYPES[kind])
+            return harness.base(shape, device).to(harness.DTYPES[kind])
         config = quantization_config(kind, torch.float32)
         found: nn.Module = LlamaForCausalLM.from_pretrained(folder, quantization_config=config, device_map=device)
         return found.train()

@@ -465,7 +465,11 @@ def change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
     attributes = vars(layer)
     own = attributes.pop("_own_forward", None)
     if has_own_forward(layer) and not isinstance(layer, LoraLayer):
-        attributes["_own_forward"] = attributes.pop("forward")
+        # Under a hook of accelerate's, it is what that calls.
+        is_under_hook = "_old_forward" in attributes
+        attributes["_own_forward"] = attributes.pop("_old_forward" if is_under_hook else "forward")
+        if is_under_hook:
+            attributes["_old_forward"] = MethodType(type(layer).forward, layer)
     new = own or MethodType(cls.forward, layer)
     attributes.update(dict.fromkeys(_forwards_in(layer), new))
     if own is not None:

@@ -98,7 +98,7 @@ def low_rank_linear(
     """
     dtype, device = x.dtype, x.device.type
     # The backward pass is that of real numbers, and the meta device knows no autocast.
-    fusible = dtype.is_floating_point and _knows_autocast(device)
+    fusible = dtype.is_floating_point and torch.amp.is_autocast_available(device)
     if not (fusible and is_plain(x, weight, bias, lora_A, lora_B)):
         return add_low_rank(F.linear(x, weight, bias), x, lora_A, lora_B, scaling)
     tensors = (x, weight, bias, lora_A, lora_B)
@@ -109,11 +109,6 @@ def low_rank_linear(
     cast = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
     out: Tensor = _LowRankLinear.apply(*cast, scaling)[0]  # type: ignore[no-untyped-call]
     return out
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _knows_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)  # which Dynamo traces from torch 2.12 on
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
