@@ -56,12 +56,14 @@ def add_ranks(offset: int) -> dict[str, Any]:
 
 def outlast(directory: str) -> dict[str, Any]:
     """The first process is done at once; the second looks a second later whether it is still there."""
-    first = Path(directory, "pid")
+    place = Path(directory)
     if rank() == 0:
-        first.write_text(str(os.getpid()))
+        (place / str(os.getpid())).touch()
         return {"there": True}
+    while not (pids := [path.name for path in place.iterdir()]):  # for as long as the first takes to start
+        time.sleep(0.1)
     time.sleep(1)
-    return {"there": Path("/proc", first.read_text()).exists()}
+    return {"there": Path("/proc", pids[0]).exists()}
 
 
 def fail_on_one() -> dict[str, Any]:
