@@ -232,6 +232,10 @@ class Lifetime(RuleBasedStateMachine):
     def active(self) -> list[str]:
         return active_adapters(self.model) if not self.gone else self.kept
 
+    def may_step(self, out: Tensor) -> bool:
+        """Whether an adapted block has a place in the order, and steps of this size do not diverge."""
+        return out.requires_grad and bool(out.detach().abs().max() < 1e3)
+
     @invariant()
     def computes_the_same(self) -> None:
         expected = self.reference(self.x, self.active())
@@ -275,10 +279,10 @@ class Lifetime(RuleBasedStateMachine):
             for of, (scaling, *pair) in self.reference.factors[name].items():
                 leaves.setdefault(name, {})[of] = (scaling, *(tensor.requires_grad_() for tensor in pair))
         self.model.zero_grad()
-        loss = self.model(self.x).pow(2).mean()
-        if not loss.requires_grad:
-            return  # no adapted block has a place in the order
-        loss.backward()
+        out = self.model(self.x)
+        if not self.may_step(out):
+            return
+        out.pow(2).mean().backward()
         self.reference(self.x, names, leaves).pow(2).mean().backward()
         trained = {name: p for name, p in self.model.named_parameters() if p.grad is not None}
         assert all(".lora." in name for name in trained)
@@ -433,9 +437,8 @@ class LongLifetime(Lifetime):
     def fit(self) -> None:
         (name,) = self.settings
         set_adapter(self.model, [name])
-        out = self.model(self.x)
-        if not out.requires_grad or out.detach().abs().max() > 1e3:
-            return  # no adapted block has a place in the order, or steps of this size diverge
+        if not self.may_step(self.model(self.x)):
+            return
         lora = LoRA(config=self.settings[name], module="network", adapter_name=name, merge=None, summary=False)
         trainer = Trainer(
             accelerator="cpu", max_steps=1, callbacks=[lora], logger=False, precision="64-true",
