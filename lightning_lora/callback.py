@@ -258,11 +258,10 @@ class LoRA(Callback):
         self._running = True
         if trainer.ckpt_path is not None:
             resume.rebuild_dataloader(trainer)
-        if self is _lora_callbacks(trainer)[0]:
-            run_names.begin(trainer, pl_module)
         gradient_checks.enable_through_checkpointing(pl_module)
         weight_averaging.keep_base_exact(trainer, pl_module)
         if self is _lora_callbacks(trainer)[0]:
+            run_names.begin(trainer, pl_module)
             warn_of_emulation(trainer)
         if self.summary and self is _lora_callbacks(trainer)[0]:
             rank_zero_only(print_summary)(pl_module)

@@ -216,7 +216,7 @@ def _put(one: Tensor, other: Tensor) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Without a class of a library's, which fake tensors do not take before torch 2.12."""
+    """Without a class of a library's, which fake tensors do not take before torch 2.13."""
     if not isinstance(value, nn.Parameter) or type(value) is nn.Parameter:
         return value
     with torch._C.DisableTorchFunctionSubclass():
