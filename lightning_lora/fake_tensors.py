@@ -88,12 +88,14 @@ class FakeTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # (torch
 
     @contextmanager
     def _within(self) -> Iterator[None]:
-        """What is run by an operator is counted too."""
-        super().__enter__()  # type: ignore[no-untyped-call]
-        try:
-            yield
-        finally:
-            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        """What is run by an operator is counted too, and under autocast where the operator is."""
+        # Not public: autocast is off for what a mode runs, and torch says in no other way whether it was on.
+        with torch._C._RestorePythonTLSSnapshot(), torch.no_grad():  # type: ignore[attr-defined]
+            super().__enter__()  # type: ignore[no-untyped-call]
+            try:
+                yield
+            finally:
+                super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def restart(self) -> None:
         """Forget the peak."""

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor  # not public, but what torch's documentation has for tensors without values
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-_PLAIN = (Tensor, nn.Parameter)  # not a subclass, which has operations of its own
+PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # not another subclass, which has operations of its own
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # new in PyTorch 2.7
 
 
@@ -123,7 +124,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or torch.jit.is_tracing()  # type: ignore
         or torch._C._are_functorch_transforms_active()
     ) and all(
-        tensor is None or (type(tensor) in _PLAIN and forward_ad.unpack_dual(tensor).tangent is None)  # type: ignore
+        tensor is None or (type(tensor) in PLAIN_TENSORS and forward_ad.unpack_dual(tensor).tangent is None)  # type: ignore
         for tensor in tensors
     )
 

@@ -10,13 +10,11 @@ from lightning_lora.class_names import is_a
 from lightning_lora.config import LOFTQ
 from lightning_lora.layers.adapter import LoraAdapter
 from lightning_lora.layers.base import LoraLayer, base_class, is_hooked
-from lightning_lora.layers.functional import add_low_rank, low_rank_linear, low_rank_product
+from lightning_lora.layers.functional import PLAIN_TENSORS, add_low_rank, low_rank_linear, low_rank_product
 from lightning_lora.layers.init import from_weight, orthogonal, require_part
 from lightning_lora.layers.linear_by_trial import computes_linear
 from lightning_lora.layers.loftq import loftq
 from lightning_lora.sharding import copy_full_
-
-_PLAIN = (Tensor, nn.Parameter)  # not a DTensor, which the processes of tensor parallelism share
 
 
 class LinearAdapter(LoraAdapter):
@@ -137,7 +135,7 @@ class LoraLinear(LoraLayer):
         out: Tensor = super().base_forward(x, *args, **kwargs)
         weight = self._parameters.get("weight")  # under another name, it was proven to let gradients through
         kind = nn.Parameter if weight is None else type(weight)
-        if kind not in _PLAIN and x.requires_grad and torch.is_grad_enabled() and not out.requires_grad:
+        if kind not in PLAIN_TENSORS and x.requires_grad and torch.is_grad_enabled() and not out.requires_grad:
             raise RuntimeError(
                 f"A backward pass ends in a weight of type {kind.__name__}, as such of torchao do that "
                 "quantize activations too, so layers before it would get wrong gradients. Quantize the weights only "
@@ -147,7 +145,7 @@ class LoraLinear(LoraLayer):
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether base and adapter can run as one: a single LoRA on the forward of ``nn.Linear``."""
-        if self._merged or len(self._active) != 1 or self._rows is not None or type(self.weight) not in _PLAIN:
+        if self._merged or len(self._active) != 1 or self._rows is not None or type(self.weight) not in PLAIN_TENSORS:
             return False
         adapter = self.lora[self._active[0]]
         return (

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib.util import find_spec
 from typing import Any
 
 import lightning as L
@@ -24,6 +25,9 @@ from lightning_lora.pretrained import without_weights
 from lightning_lora.tasks import CausalLM, causal_lm
 from lightning_lora.trainer.memory import MemoryEstimate, estimate, fake_tensors
 
+QUANTIZED = [{"quantize": kind} for kind in ("nf4", "nf4-dq", "int8") if find_spec("bitsandbytes")]
+# What a processor's kernels for bfloat16 take for themselves is not foreseen.
+ROOM = {"32-true": 0.02, "bf16-mixed": 0.07}
 Build = Callable[[], L.LightningModule]
 
 
@@ -66,11 +70,14 @@ class Measured(Callback):
                 for value in state.values()
             ]
             inputs = batch.values() if isinstance(batch, dict) else [batch]
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            tensors = [*module.parameters(), *module.buffers(), *gradients, *states, *inputs]
+            tensors = [*module.parameters(), *module.buffers(), *states, *inputs]
             self.peak = sum(packed.get(id(tensor), tensor.nbytes) for tensor in tensors)
             self.stack = ExitStack()
             self.allocations = self.stack.enter_context(harness.counted())
+            # Anew, since the profiler sees no end of what was made before it.
+            self.before = [parameter.grad for parameter in module.parameters()]
+            for parameter, grad in zip(module.parameters(), self.before):
+                parameter.grad = None if grad is None else grad.clone()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -118,7 +125,7 @@ def foreseen(build: Build, batch: Any, precision: str = "32-true", **options: An
 )
 def test_a_plain_module(hidden: int, rows: int, r: int, precision: str, optimizer: type[torch.optim.Optimizer]) -> None:
     found, peak = both(lambda: Mlp(hidden, optimizer), torch.randn(rows, hidden), precision, r=r)
-    assert found.peak == pytest.approx(peak, rel=0.1)
+    assert found.peak == pytest.approx(peak, rel=ROOM[precision])
     trained = 4 * r * 2 * 3 * hidden
     assert (found.adapters, found.gradients, found.others) == (trained, trained, 0)
     assert found.frozen == 4 * (4 * hidden**2 + 3 * hidden)
@@ -154,26 +161,33 @@ def text(packed: bool = False) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, **beside}
 
 
-@pytest.mark.parametrize(
-    ("task", "options", "precision"),
-    [
-        (CausalLM, {}, "32-true"),
-        (CausalLM, {}, "bf16-mixed"),
-        (CausalLM, {"dtype": "bfloat16"}, "bf16-mixed"),
-        (Checkpointed, {}, "32-true"),
-        pytest.param(CausalLM, {"quantize": "nf4"}, "32-true", marks=quantized.needs("bitsandbytes")),
-        pytest.param(CausalLM, {"quantize": "nf4-dq"}, "bf16-mixed", marks=quantized.needs("bitsandbytes")),
-        pytest.param(CausalLM, {"quantize": "int8"}, "32-true", marks=quantized.needs("bitsandbytes")),
-    ],
+def check_a_language_model(
+    llama: str, task: type[CausalLM], options: dict[str, Any], precision: str, packed: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal_lm, "load_tokenizer", lambda *_: None)
+        found, peak = both(lambda: task(llama, **options), text(packed), precision)
+    assert found.peak == pytest.approx(peak, rel=ROOM[precision])
+    assert found.activations > 0.1 * peak
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    task=st.sampled_from([CausalLM, Checkpointed]),
+    options=st.sampled_from([{}, {"dtype": "bfloat16"}, *QUANTIZED]),
+    precision=st.sampled_from(["32-true", "bf16-mixed"]),
+    packed=st.booleans(),
 )
 def test_a_language_model(
-    task: type[CausalLM], options: dict[str, Any], precision: str, llama: str, monkeypatch: pytest.MonkeyPatch
+    llama: str, task: type[CausalLM], options: dict[str, Any], precision: str, packed: bool
 ) -> None:
-    monkeypatch.setattr(causal_lm, "load_tokenizer", lambda *_: None)
-    batch = text(packed=precision == "bf16-mixed")
-    found, peak = both(lambda: task(llama, **options), batch, precision)
-    assert found.peak == pytest.approx(peak, rel=0.1)
-    assert found.activations > 0.1 * peak
+    check_a_language_model(llama, task, options, precision, packed)
+
+
+@quantized.needs("bitsandbytes")
+@pytest.mark.parametrize(("kind", "precision"), [("nf4-dq", "bf16-mixed"), ("int8", "32-true")])
+def test_what_is_computed_anew_on_a_quantized_base(llama: str, kind: str, precision: str) -> None:
+    check_a_language_model(llama, Checkpointed, {"quantize": kind}, precision, True)
 
 
 def test_gradients_are_kept_beside_those_of_the_next_micro_batch() -> None:

@@ -198,9 +198,6 @@ def _multiply_4bit(
     if absmax_8bit is not None:
         absmax = library.dequantize_blockwise(absmax_8bit, absmax, code, 256, torch.float32) + offset
     weight = library.dequantize_4bit(packed, absmax, block_size, quant_type, shape, x.dtype)
-    if torch.is_autocast_enabled(x.device.type):  # which casts within the operator
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return torch.nn.functional.linear(x, weight, bias)
 
 
@@ -210,7 +207,13 @@ def _quantize_rows(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, T
 
 
 def _multiply_8bit(
-    x: Tensor, codes: Tensor, packed: Tensor, rows: Tensor, columns: Tensor, outliers: Tensor, bias: Tensor | None
+    x: Tensor,
+    codes: Tensor,
+    packed: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    outliers: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     library: Any = torch.ops.bitsandbytes
     product = library.int8_linear_matmul(codes, packed)
