@@ -1,6 +1,7 @@
 """Runs on a quantized base: checkpoints, resume, the end of fit, and Lightning's own quantization."""
 
 import contextlib
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -305,27 +306,31 @@ def test_a_base_in_half_precision_leaves_what_is_outside_of_the_module_and_ties(
 class Adam8bit(Quantized):
     """One whose optimizer keeps its moments in 8 bits."""
 
-    library = "bitsandbytes"
+    optimizer = "bitsandbytes.optim.AdamW8bit"
 
     def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
-        if self.library == "torchao":
-            from torchao.optim import AdamW8bit
-
-            return AdamW8bit(trained, lr=1e-2, block_size=32)
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(trained, lr=1e-2, min_8bit_size=32)
+        module, _, name = self.optimizer.rpartition(".")
+        small = {"block_size": 32} if module == "torchao.optim" else {"min_8bit_size": 32}
+        made: Any = getattr(importlib.import_module(module), name)
+        return made([p for p in self.parameters() if p.requires_grad], lr=1e-2, **small)
 
 
 @needs("bitsandbytes")
-@pytest.mark.parametrize("library", ["bitsandbytes", pytest.param("torchao", marks=pytest.mark.slow)])
-def test_optimizers_in_eight_bits_resume_with_the_same_bits(library: str, tmp_path: Path) -> None:
-    pytest.importorskip(library)
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "bitsandbytes.optim.AdamW8bit",
+        "bitsandbytes.optim.PagedAdamW8bit",
+        pytest.param("torchao.optim.AdamW8bit", marks=pytest.mark.slow),
+    ],
+)
+def test_optimizers_in_eight_bits_resume_with_the_same_bits(optimizer: str, tmp_path: Path) -> None:
+    pytest.importorskip(optimizer.partition(".")[0])
     whole, resumed = Adam8bit("nf4"), Adam8bit("nf4")
-    whole.library = resumed.library = library
+    whole.optimizer = resumed.optimizer = optimizer
     # torchao keeps tensors of fewer than 4096 numbers as they are.
-    lora = {"merge": None, "r": 128 if library == "torchao" else 2}
+    lora = {"merge": None, "r": 128 if "torchao" in optimizer else 2}
     fit(tmp_path, whole, ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1), lora=lora)
     fit(tmp_path, resumed, ckpt_path=tmp_path / "epoch=0.ckpt", lora=lora)
     assert resumed.losses == whole.losses[4:]
