@@ -4,6 +4,7 @@ Everything that is done is noted in an :class:`~lightning_lora.model.record.Inje
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -66,17 +67,40 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
     if any(found.config == config and not found.is_part for found in same_name):
         return model
     require_initialized(model)
+    _put_in(_plan(model, config, adapter_name, present))
+    return model
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be put in: checked and built, with nothing changed yet.
+
+    Attributes:
+        injection: The record of it, without its layers.
+        targets: The layers to adapt, by name.
+        tokens: The embeddings with rows to train, by name.
+        adapters: The new adapters, by the names of their layers.
+        residuals: What the base's weights become where the adapter starts at them, by name.
+        trained: The names of the parameters to train in full.
+    """
+
+    injection: Injection
+    targets: dict[str, Target]
+    tokens: dict[str, Target]
+    adapters: dict[str, nn.Module]
+    residuals: dict[str, Tensor]
+    trained: list[str]
+
+
+def _plan(model: nn.Module, config: LoraConfig, adapter_name: str, present: list[Injection]) -> _Plan:
     targets = find_targets(model, config)
     saved = find_modules_to_save(model, config)
-    modules = {name: target.module for name, target in targets.items()}
     tokens = find_token_targets(model, config, targets, saved)
     every = {**targets, **tokens}
     require_room(every, config, adapter_name, present)
     require_shardable(model, config, every.values())
     warn_of_ties(model, targets)
     warn_of_own_forwards(targets)
-
-    # Built before anything is changed, so that an error leaves the model as it was.
     adapters = {
         name: new_adapter(target, config, adapter_name) for name, target in every.items() if target.tied_to is None
     }
@@ -92,26 +116,31 @@ def inject(model: ModuleT, config: LoraConfig, adapter_name: str = "default") ->
         }
     injection = Injection(model, config, adapter_name, saved)
     injection.quantization = quantization(model)
-    trained = _names_to_train(model, modules, saved, config.bias)
+    trained = _names_to_train(model, targets, saved, config.bias)
     _require_loaded(model, trained)
     require_unquantized(model, saved)
+    return _Plan(injection, targets, tokens, adapters, residuals, trained)
 
+
+def _put_in(plan: _Plan) -> None:
+    injection, adapter_name = plan.injection, plan.injection.adapter_name
+    every = {**plan.targets, **plan.tokens}
     for name, target in every.items():
         layer = _adapted(target)
         layer.active = (*layer.active, adapter_name)
         if target.tied_to is None:
-            layer.lora[adapter_name] = adapters[name]
-    shard_adapters(model, [target.module for target in targets.values()], adapter_name)  # type: ignore[misc]
-    for target in tokens.values():
+            layer.lora[adapter_name] = plan.adapters[name]
+    adapted = [target.module for target in plan.targets.values()]
+    shard_adapters(injection.root, adapted, adapter_name)  # type: ignore[arg-type]
+    for target in plan.tokens.values():
         if target.tied_to is not None:
-            target.module.lora = tokens[target.tied_to].module.lora
+            target.module.lora = plan.tokens[target.tied_to].module.lora
     injection.add_layers({name: target.module for name, target in every.items()})  # type: ignore[misc]
     freeze(injection)
-    injection.put_aside(residuals)
-    _train_in_full(injection, trained)
+    injection.put_aside(plan.residuals)
+    _train_in_full(injection, plan.trained)
     keep_record(injection)
-    watch_reads(model, targets.values())
-    return model
+    watch_reads(injection.root, plan.targets.values())
 
 
 def _adapted(target: Target) -> LoraLayer:
@@ -131,12 +160,12 @@ def _connect(adapters: Iterable[nn.Module], config: LoraConfig) -> None:
 
 
 def _names_to_train(
-    model: nn.Module, targets: dict[str, nn.Module], saved: dict[str, nn.Module | Tensor], bias: str
+    model: nn.Module, targets: dict[str, Target], saved: dict[str, nn.Module | Tensor], bias: str
 ) -> list[str]:
     """The parameters to train in full, as far as no other injection does."""
     names = parameters_in(saved)
     if bias == "lora_only":
-        names += [f"{name}.bias" for name, module in targets.items() if getattr(module, "bias", None) is not None]
+        names += [f"{name}.bias" for name, each in targets.items() if getattr(each.module, "bias", None) is not None]
     if not names and bias != "all":
         return []
     parameters = parameters_by_name(model)
