@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 from lightning_lora.formats.peft_config import config_from_peft
@@ -46,6 +47,12 @@ def _by_tensors(settings: Mapping[str, Any], rank: int) -> float:
     return float(settings["lora_alpha"] / rank)
 
 
+def tensors_of_transformers(installed: str) -> str:
+    """Those that this version reads: the magnitudes of DoRA find no place, and before 5.19 nothing but factors did."""
+    is_old = tuple(map(int, installed.split(".")[:2])) < (5, 19)
+    return _FACTORS if is_old else r"(?!.*\.lora_magnitude_vector).*"
+
+
 SERVERS: Mapping[str, Server] = {
     # https://github.com/vllm-project/vllm/blob/main/vllm/lora/peft_helper.py: r, lora_alpha and use_rslora are read,
     # modules_to_save and use_dora refused, and keys that it has no field for dropped, as rank_pattern is;
@@ -64,9 +71,8 @@ SERVERS: Mapping[str, Server] = {
     # of base layers, which it leaves out, and of norms, which it keeps.
     "llama.cpp": Server(_by_tensors, rf"{_FACTORS}|.*\.base_layer\.weight|.*(_layernorm|\.norm).*", "refuses"),
     # https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/peft.py, load_adapter: PEFT's
-    # inject_adapter_in_model reads it, which VeRA is not for, and the magnitudes of DoRA find no place by their names.
-    # Before 5.19, modules trained in full did not either.
-    "transformers": Server(None, r"(?!.*\.lora_magnitude_vector).*"),
+    # inject_adapter_in_model reads it, which VeRA is not for.
+    "transformers": Server(None, tensors_of_transformers(version("transformers"))),
     # https://github.com/huggingface/diffusers/blob/main/src/diffusers/loaders/peft.py, load_lora_adapter: the rank is
     # that of the tensors and alpha the same, where their file does not say more; adapter_config.json is not read.
     "diffusers": Server(lambda settings, rank: 1.0, _FACTORS),

@@ -9,20 +9,18 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers as tf
 from helpers import toys
 from helpers.models import EXPERTS, IDS, mixtral, tiny_llama
 from helpers.peft_cases import biased, computed, llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packaging.version import Version
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_lora import LoraConfig, inject, load_adapter, save_adapter
 from lightning_lora.cli.main import main
 from lightning_lora.formats.peft_files import read_files
-from lightning_lora.formats.serving import SERVERS, served_otherwise
+from lightning_lora.formats.serving import SERVERS, served_otherwise, tensors_of_transformers
 
 QV = ["q_proj", "v_proj"]
 Scaling = Callable[[dict[str, Any], int], float]
@@ -105,19 +103,7 @@ def test_what_the_portable_layout_cannot_hold_is_said(
 
 
 @pytest.mark.parametrize(
-    "values",
-    [
-        {},
-        {"use_dora": True},
-        pytest.param(
-            {"modules_to_save": ["lm_head"]},
-            marks=pytest.mark.skipif(
-                Version(tf.__version__) < Version("5.19"), reason="before 5.19, transformers left them out"
-            ),
-        ),
-        {"rank_pattern": {"v_proj": 2}},
-    ],
-    ids=str,
+    "values", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"v_proj": 2}}], ids=str
 )
 def test_what_transformers_serves(values: dict[str, Any], tmp_path: Path) -> None:
     model, opened = adapted(**values), llama()
@@ -125,6 +111,16 @@ def test_what_transformers_serves(values: dict[str, Any], tmp_path: Path) -> Non
     opened.load_adapter(str(tmp_path))
     is_right = torch.allclose(computed(opened), computed(model), rtol=1e-4, atol=1e-5)
     assert is_right is not bool(served_otherwise(read_files(tmp_path), "transformers"))
+
+
+@given(
+    minor=st.integers(0, 40),
+    tensor=st.sampled_from(["lora_A.weight", "lora_embedding_B", "weight", "bias", "lora_magnitude_vector"]),
+)
+def test_which_tensors_a_version_of_transformers_reads(minor: int, tensor: str) -> None:
+    pattern = tensors_of_transformers(f"5.{minor}.0.dev0")
+    is_read = tensor.startswith(("lora_A", "lora_e")) or (minor >= 19 and "magnitude" not in tensor)
+    assert is_read is (re.fullmatch(pattern, f"base_model.model.layers.0.q_proj.{tensor}") is not None)
 
 
 @pytest.mark.parametrize(
