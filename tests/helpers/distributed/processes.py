@@ -1,11 +1,11 @@
-"""Jobs in several real processes with gloo, started as torchrun would, with a time limit, and none left behind."""
+"""Jobs in several real processes with gloo, set up as by torchrun, with a time limit, and none left behind."""
 
 import importlib
 import json
 import os
+import pkgutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import helpers.distributed
 from helpers import TESTS
+from helpers.distributed import copies
+from helpers.distributed.copies import Copy
 
 LET_GO = b"."  # what a rank is told when every rank has a result or has ended
 
@@ -51,23 +54,15 @@ def run_processes(job: str, *args: Any, world_size: int = 2, limit: float = 120)
 def end_processes(job: str, *args: Any, world_size: int = 2, limit: float = 120) -> list[Ended]:
     """As :func:`run_processes`, for a job that may fail: tell of each rank how it ended."""
     port = _free_port()
-    processes: list[subprocess.Popen] = []
+    processes: list[Copy] = []
     with tempfile.TemporaryDirectory() as scratch:
         outputs = [Path(scratch, f"{rank}.txt") for rank in range(world_size)]
         results = [Path(scratch, f"{rank}.json") for rank in range(world_size)]
         try:
             for rank in range(world_size):
-                with outputs[rank].open("w") as output:
-                    processes.append(
-                        subprocess.Popen(
-                            [sys.executable, "-m", __spec__.name, job, json.dumps(args), results[rank]],
-                            env=_environment(rank, world_size, port),
-                            stdin=subprocess.PIPE,  # closes when this process dies, however it dies
-                            stdout=output,
-                            stderr=subprocess.STDOUT,
-                            start_new_session=True,  # a process group, to be killed as one
-                        )
-                    )
+                arguments = [job, json.dumps(args), str(results[rank])]
+                with outputs[rank].open("wb") as output:
+                    processes.append(Copy(rank, arguments, _environment(rank, world_size, port), output))
             returncodes = _wait(processes, results, limit)
         finally:
             for process in processes:
@@ -80,7 +75,7 @@ def end_processes(job: str, *args: Any, world_size: int = 2, limit: float = 120)
         ]
 
 
-def _wait(processes: list[subprocess.Popen], results: list[Path], limit: float) -> list[int | None]:
+def _wait(processes: list[Copy], results: list[Path], limit: float) -> list[int | None]:
     end = time.monotonic() + limit
     while time.monotonic() < end and any(process.poll() is None for process in processes):
         # The first to end closes its connections, and would break a collective in which another still is.
@@ -91,7 +86,7 @@ def _wait(processes: list[subprocess.Popen], results: list[Path], limit: float) 
     return [process.poll() for process in processes]
 
 
-def _let_go(process: subprocess.Popen) -> None:
+def _let_go(process: Copy) -> None:
     try:
         os.write(process.stdin.fileno(), LET_GO)
     except BrokenPipeError:  # it has ended
@@ -151,5 +146,15 @@ def _main(job: str, args: str, result: str) -> None:
     parent.join()
 
 
+def _wait_for_jobs(descriptor: int) -> None:
+    for module in pkgutil.iter_modules(helpers.distributed.__path__):
+        if f"{__package__}.{module.name}" != __spec__.name:
+            importlib.import_module(f"{__package__}.{module.name}")
+    copies.wait(descriptor, lambda arguments: _main(*arguments))
+
+
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    if len(sys.argv) == 2:
+        _wait_for_jobs(int(sys.argv[1]))
+    else:
+        _main(*sys.argv[1:])
