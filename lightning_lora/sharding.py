@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
 from torch.distributed.fsdp._common_utils import TrainingState  # which the type of the public attribute is
-from torch.distributed.fsdp._runtime_utils import _reshard as _free_full_values  # in torch 2.1 to 2.13
+from torch.distributed.fsdp._runtime_utils import _reshard as _free_full_values  # in torch 2.1 to 2.15
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_lora.fqn import base_modules, clean_fqn
@@ -102,7 +102,7 @@ def _register_flat_shards(unit: FSDP) -> None:
     if absent:
         raise RuntimeError(
             f"FSDP's flat parameters have no {', '.join(absent)}, which say how they are cut up: lightning-lora was "
-            f"made for torch 2.6 to 2.13, and this is {torch.__version__}. Use ModelParallelStrategy, or that version."
+            f"made for torch 2.12 to 2.15, and this is {torch.__version__}. Use ModelParallelStrategy, or that version."
         )
     group, rank, world = unit.process_group, dist.get_rank(unit.process_group), dist.get_world_size(unit.process_group)
     device: Any = unit.compute_device

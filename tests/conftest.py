@@ -1,5 +1,6 @@
 """What every test starts from, and what tests in several folders start from."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def _same_start() -> None:
     """No test depends on those before it, nor on which of them its process has run."""
     torch.manual_seed(0)
     os.environ.pop("PL_GLOBAL_SEED", None)  # which ``seed_everything`` leaves behind
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)  # which benchmarks raise
 
 
 @pytest.fixture(scope="session")
