@@ -86,8 +86,8 @@ def require_room(targets: dict[str, Target], config: LoraConfig, adapter_name: s
     ]
     if whole:
         raise TargetError(
-            f"DoRA, token rows, or another kind of adapter here, set the weight of {whole[0]}, so no other can be "
-            "active with it: use add_adapter, which leaves the choice to set_adapter. Nothing was changed."
+            f"DoRA, or another kind of adapter here, sets the whole weight of {whole[0]}, or rows of it, so no other "
+            "can be active with it: use add_adapter, which leaves the choice to set_adapter. Nothing was changed."
         )
     loners = [injection.adapter_name for injection in present if injection.config.takes_from_base]
     if layers and (loners or config.takes_from_base):
