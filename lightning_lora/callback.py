@@ -286,7 +286,7 @@ class LoRA(Callback):
         if self._watches.base is not None:
             self._watches.base.require_frozen()
         if self._watches.reads is not None:
-            self._watches.reads.start()
+            self._watches.reads.start(batch)
 
     @override
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: torch.Tensor) -> None:

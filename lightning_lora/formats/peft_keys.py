@@ -112,6 +112,7 @@ _LOST_STARTS = {
 }
 # Starts of which the saved tensors tell all: the base weight stays as it is.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_IN_ANY_CASE = ("gaussian", "mica", "olora")  # as PEFT takes them, and no others
 
 
 def require_readable(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -155,6 +156,7 @@ def start_of(settings: Mapping[str, Any], source: str) -> bool | str:
         CheckpointError: If what was taken out of the base weight cannot be computed again.
     """
     start, loftq = settings["init_lora_weights"], settings["loftq_config"] or {}
+    start = next((word for word in _IN_ANY_CASE if str(start).lower() == word), start)
     if start in _PLAIN_STARTS:
         return True
     if start in ("olora", "pissa"):

@@ -3,12 +3,14 @@
 import dataclasses
 import inspect
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import MethodType
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
@@ -352,7 +354,8 @@ class LoraLayer(nn.Module):
 
     def _exchange(self, others: Mapping[str, Any]) -> Mapping[str, Any]:
         """Put other parameters, or values of them, in the place of what is there, and return that."""
-        return {name: self._swap(name, other) for name, other in others.items()}
+        with self._bringing_weights():
+            return {name: self._swap(name, other) for name, other in others.items()}
 
     def _swap(self, name: str, other: Tensor) -> Tensor:
         """Put a parameter, or values of one, in the place of what is there, and return that."""
@@ -376,7 +379,31 @@ class LoraLayer(nn.Module):
                 f"An adapted layer cannot be cut up by parallelize_module, which takes {name!r} for a parameter of its "
                 "own: call parallelize_module first, then inject, then fully_shard."
             )
+        before = self._parameters.get(name)
         super().register_parameter(name, param)
+        if param is not None and before is not None and self._is_at_work_on(name) and _is_another(param, before):
+            rank_zero_warn(
+                f"The {name} of a {type(self).__name__} was replaced by another one while its adapter is at work, "
+                "which goes on as it was trained. If the new one was made of the old one, as fusing a normalization "
+                "into the layer does, the adapter does not fit it: merge first."
+            )
+
+    def _is_at_work_on(self, name: str) -> bool:
+        is_adapted = bool(self.__dict__.get("_active")) and name in self.adapted_parameters()
+        return is_adapted and not self._merged and not self.__dict__.get("_brings_weights", False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._bringing_weights():
+            super()._load_from_state_dict(*args, **kwargs)
+
+    @contextmanager
+    def _bringing_weights(self) -> Iterator[None]:
+        """Meanwhile, what takes the place of weights is what is meant to be there."""
+        self.__dict__["_brings_weights"] = True
+        try:
+            yield
+        finally:
+            del self.__dict__["_brings_weights"]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so pickle and deepcopy must find it by the base class.
@@ -414,6 +441,13 @@ def _is_readable(parameter: Tensor) -> bool:
     """Whether the values of a parameter are in it as they are, which they are not in packed and quantized ones."""
     is_foreign = wraps_tensors(parameter) and not type(parameter).__module__.startswith("torch.")
     return not is_foreign and (parameter.is_floating_point() or parameter.is_complex())
+
+
+def _is_another(parameter: Tensor, before: Tensor) -> bool:
+    """Whether a parameter has other values than one that was there, as far as both can be read."""
+    if parameter is before or any(type(each.data) is not Tensor or each.is_meta for each in (parameter, before)):
+        return False
+    return not torch.equal(parameter, before.to(parameter.device, parameter.dtype))
 
 
 def class_problem(layer_class: type[LoraLayer], module: nn.Module) -> str | None:

@@ -29,7 +29,7 @@ class TokenAdapter(Adapter):
     """
 
     peft_names: ClassVar[dict[str, str]] = {"trainable_tokens": "token_adapter.trainable_tokens_delta"}
-    shares_layer = False
+    sets_whole_weight = True  # its rows, which may be another adapter's too
     reads_weight = True
 
     index: Tensor

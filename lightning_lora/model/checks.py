@@ -64,14 +64,15 @@ def require_room(targets: dict[str, Target], config: LoraConfig, adapter_name: s
     apart = [
         name
         for name, layer in layers.items()
-        if not all(
+        if not isinstance(layer, targets[name].layer_class)
+        or not all(
             adapter.shares_layer for adapter in (new[name], *_parts(layer, list(layer.lora)[:1])) if adapter is not None
         )
     ]
     if apart:
         raise TargetError(
-            f"Rows of {apart[0]} are trained as a part of its weight (trainable_token_indices), or its adapter is of "
-            "another kind that cannot share a layer: give each adapter layers of its own. Nothing was changed."
+            f"{apart[0]} has an adapter of a kind that cannot share a layer with the new one, as token rows "
+            "(trainable_token_indices) and LoRA cannot: give each adapter layers of its own. Nothing was changed."
         )
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
@@ -85,8 +86,8 @@ def require_room(targets: dict[str, Target], config: LoraConfig, adapter_name: s
     ]
     if whole:
         raise TargetError(
-            f"DoRA, or another kind of adapter here, sets the whole weight of {whole[0]}, so no other can be active "
-            "with it: use add_adapter, which leaves the choice to set_adapter. Nothing was changed."
+            f"DoRA, or another kind of adapter here, sets the whole weight of {whole[0]}, or rows of it, so no other "
+            "can be active with it: use add_adapter, which leaves the choice to set_adapter. Nothing was changed."
         )
     loners = [injection.adapter_name for injection in present if injection.config.takes_from_base]
     if layers and (loners or config.takes_from_base):

@@ -1,4 +1,8 @@
-"""Optimizers hold what is trained and nothing else: no frozen parameter in their groups, names or state."""
+"""Optimizers hold what is trained and nothing else: no frozen parameter in their groups, names or state.
+
+One that was made before the adapters, as Lightning's command line makes that of ``--optimizer``, or that chooses by
+names such as ``weight``, holds the weights of adapted layers alone: there the adapters take their place.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -8,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_lora.fqn import clean_fqn
+from lightning_lora.model.record import adapted_layers
 from lightning_lora.sharding import is_sharded
 
 _GIVE_TRAINED = (
@@ -18,7 +24,8 @@ _GIVE_TRAINED = (
 def drop_frozen(optimizers: Iterable[Any], model: nn.Module) -> None:
     """Take frozen parameters out of the optimizers' groups, names and state, so that they hold the trained ones alone.
 
-    Empty groups stay: learning-rate schedulers count them.
+    Adapters that no optimizer has go where the weights of their layers are, before these are taken out. Empty groups
+    stay: learning-rate schedulers count them.
 
     Raises:
         RuntimeError: If no optimizer has any of the model's trainable parameters.
@@ -26,6 +33,7 @@ def drop_frozen(optimizers: Iterable[Any], model: nn.Module) -> None:
     """
     # Where configure_optimizers returns None, Lightning has one that holds nothing, and a step may have its own.
     optimizers = [each for each in optimizers if any(map(held_by, nested(each)))]
+    _put_in_adapters([each for optimizer in optimizers for each in nested(optimizer)], model)
     for optimizer in optimizers:
         _require_apart(optimizer, model)
         dropped = [_drop_from(each) for each in nested(optimizer)]
@@ -37,8 +45,9 @@ def drop_frozen(optimizers: Iterable[Any], model: nn.Module) -> None:
     if optimizers and len(forgotten) == len(trainable):
         raise RuntimeError(
             f"None of the {len(trainable)} trainable parameters is in an optimizer, so nothing would be trained: "
-            "configure_optimizers probably uses a list of parameters from before the adapters were injected. Make the "
-            "list in configure_optimizers itself, for example from self.parameters()."
+            "configure_optimizers probably uses a list of parameters from before the adapters were injected, or an "
+            "optimizer that has made its state of such a list. Make the list in configure_optimizers itself, for "
+            "example from self.parameters()."
         )
     if optimizers and forgotten:
         rank_zero_warn(
@@ -75,6 +84,34 @@ def step_hooks(optimizer: Any, before: Any = None, after: Any = None) -> list[Re
         except AttributeError:  # it has not called the constructor of torch's Optimizer
             continue
     return []
+
+
+def _put_in_adapters(optimizers: list[Any], model: nn.Module) -> None:
+    """Put adapters that no optimizer has behind the weights of their layers, in every group that has these."""
+    held = {id(parameter) for optimizer in optimizers for parameter in held_by(optimizer)}
+    names = {id(parameter): clean_fqn(name) for name, parameter in model.named_parameters()}
+    of_weight: dict[int, list[Tensor]] = {}
+    for layer in adapted_layers(model):
+        trained = [p for p in layer.lora.parameters() if p.requires_grad and id(p) not in held]
+        for weight in layer.adapted_parameters().values():
+            of_weight.setdefault(id(weight), []).extend(trained)
+    done: set[int] = set()  # wrappers may share groups with what they wrap
+    for optimizer in optimizers:
+        if any(id(parameter) in of_weight for parameter in getattr(optimizer, "state", ())):
+            continue  # it has made its state already, and none for adapters
+        for group in getattr(optimizer, "param_groups", ()):
+            if id(group["params"]) not in done:
+                _put_into(group, of_weight, names)
+                done.add(id(group["params"]))
+
+
+def _put_into(group: dict[str, Any], of_weight: dict[int, list[Tensor]], names: dict[int, str]) -> None:
+    added = {id(p): p for weight in group["params"] for p in of_weight.get(id(weight), ())}
+    if not added:
+        return
+    group["params"] += type(group["params"])(added.values())
+    if "param_names" in group:
+        group["param_names"] += type(group["param_names"])(names[key] for key in added)
 
 
 def _drop_from(optimizer: Any) -> bool:

@@ -3,13 +3,20 @@
 What a model's own forwards read is found when it is injected. A ``training_step`` may read too, also under other names
 (``table = self.items; scores = hidden @ table.weight.T``). It would go on with the base's weight, whereas merging
 changes it for all.
+
+A value of weights alone, such as their norm in a penalty, is no such reading, and a frozen one is a constant in the
+loss: a warning says so.
 """
 
 import sys
+import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -30,10 +37,10 @@ class StepReads:
         self._mode: _Computing | None = None
         self._is_over = any(map(is_compiled, module.modules()))
 
-    def start(self) -> None:
+    def start(self, batch: Any) -> None:
         """The batch begins."""
         if not self._is_over and self._mode is None:
-            self._mode = _Computing(self._module)
+            self._mode = _Computing(self._module, batch)
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def require_none(self) -> None:
@@ -57,22 +64,37 @@ class StepReads:
         if mode is not None:
             self._is_over = True
             mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            if mode.penalty is not None:
+                rank_zero_warn(
+                    f"A value of {mode.penalty!r} alone is in the loss, as in a penalty on weights. This weight is "
+                    "frozen, so that is a constant, and the adapter's update is not in it: of weights, such a penalty "
+                    "acts on those that are trained, the adapter's A and B if they are among its parameters."
+                )
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a tensor was made of: whether of data, and the adapted weight in it that was read beside its layer."""
+
+    of_data: bool
+    weight: str | None = None
 
 
 class _Computing(TorchFunctionMode):
-    """Finds where the values of an adapted weight, outside of a forward of a module that has it, meet a gradient.
+    """Finds where values of an adapted weight, outside of a forward of a module that has it, meet data and a gradient.
 
-    So no weight that is only looked at counts, as in a norm that is logged, and nothing in ``torch.no_grad()``.
+    So no weight that is only looked at counts, as in a norm that is logged, and nothing in ``torch.no_grad()``. One
+    value that was made of weights alone is a penalty where it meets both.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, batch: Any) -> None:
         super().__init__()
         self.found: str | None = None
+        self.penalty: str | None = None
         self._owners: dict[int, set[int]] = {}  # modules that have it, by whose forwards it is read
         self._layers: dict[int, LoraLayer] = {}
-        # What is told by its identity is kept, so that nothing else has that as long.
-        self._adapted: dict[int, tuple[Tensor, str]] = {}
-        self._derived: dict[int, tuple[Tensor, str]] = {}
+        self._adapted: dict[int, tuple[Tensor, str]] = {}  # kept, so that nothing else has their identity as long
+        self._origins: dict[int, tuple[weakref.ref[Tensor], _Origin]] = {}
         for name, layer in modules_by_name(module).items():
             if isinstance(layer, LoraLayer):
                 for inner, parameter in layer.adapted_parameters().items():
@@ -85,27 +107,43 @@ class _Computing(TorchFunctionMode):
             for key in map(id, each._parameters.values()):
                 if key in self._adapted:
                     self._owners[key].add(id(each))
+        apply_to_collection(batch, Tensor, lambda tensor: self._note(tensor, _Origin(of_data=True)))
+        self._knows_data = bool(self._origins)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         # Dynamo of torch 2.13 would trace what looks on, and make something else of the results.
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and self.found is None:
-            self._look(func, args, kwargs or {}, result)
+        if not torch.compiler.is_compiling() and self.found is None:
+            self._look(list(_values(func, args, kwargs or {})), result)
         return result
 
-    def _look(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        name = next(filter(None, map(self._read_in, _values(func, args, kwargs))), None)
-        for out in tensors_in([result]) if name is not None else ():
-            if out.grad_fn is not None:
-                self.found = name
-            elif not out.requires_grad and out.dim() > 0 and out.is_floating_point():  # and no parameter made of it
-                self._derived[id(out)] = out, name  # type: ignore[assignment]
+    def _look(self, given: list[Tensor], result: Any) -> None:
+        origins = [self._origin(tensor) for tensor in given]
+        of_data = any(origin.of_data for origin in origins)
+        read = [(tensor, origin) for tensor, origin in zip(given, origins) if origin.weight is not None]
+        name = next((origin.weight for _, origin in read), None) if torch.is_grad_enabled() else None
+        # One value of weights alone stands beside the data, as a penalty does, and is not what is computed of it.
+        beside = of_data and all(tensor.numel() == 1 and not origin.of_data for tensor, origin in read)
+        for out in tensors_in([result]):
+            if name is not None and of_data and out.grad_fn is not None:
+                self.penalty, self.found = (name, None) if beside else (self.penalty, name)
+            elif not isinstance(out, nn.Parameter):  # which is a value of its own from here on
+                self._note(out, _Origin(of_data, name if out.is_floating_point() and not beside else None))
 
-    def _read_in(self, tensor: Tensor) -> str | None:
-        """The name of the weight of which a tensor has the values, if it was read beside its layer."""
-        key = id(tensor)
-        if key in self._derived:
-            return self._derived[key][1]
+    def _note(self, tensor: Tensor, origin: _Origin) -> None:
+        self._origins[id(tensor)] = weakref.ref(tensor), origin
+
+    def _origin(self, tensor: Tensor) -> _Origin:
+        reference, origin = self._origins.get(id(tensor), (None, None))
+        if origin is not None and reference is not None and reference() is tensor:
+            return origin
+        if isinstance(tensor, nn.Parameter):
+            return _Origin(of_data=False, weight=self._read_in(tensor))
+        return _Origin(of_data=tensor.grad_fn is not None or not self._knows_data)
+
+    def _read_in(self, parameter: nn.Parameter) -> str | None:
+        """The name of an adapted weight, if it is read beside its layer."""
+        key = id(parameter)
         if key not in self._adapted or not self._layers[key].active or self._layers[key].merged:
             return None
         return None if _in_forward_of(self._owners[key]) else self._adapted[key][1]

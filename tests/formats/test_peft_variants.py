@@ -3,12 +3,14 @@
 import re
 from pathlib import Path
 
+import hypothesis
 import peft
 import pytest
 import torch
 from helpers import toys
 from helpers.peft_cases import CASES, Case, computed, edit, llama, on_a_quantized_base
 from helpers.quantized import dequantize, kinds, needs, quantize
+from hypothesis import strategies as st
 from torch import nn
 
 from lightning_lora import CheckpointError, LoraConfig, adapters, inject, load_adapter, save_adapter
@@ -62,6 +64,21 @@ def test_what_was_read_goes_out_so_that_peft_reads_it(name: str, tmp_path: Path)
     save_adapter(load_adapter(case.make(), tmp_path / "theirs"), tmp_path / "ours")
     opened = peft.PeftModel.from_pretrained(case.make(), tmp_path / "ours")
     torch.testing.assert_close(computed(opened), trained, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("start", ["gaussian", "mica", "olora"])
+@hypothesis.settings(max_examples=4, deadline=None)
+@hypothesis.given(capitals=st.lists(st.booleans(), min_size=8, max_size=8))
+def test_a_start_in_any_case_that_peft_takes(
+    start: str, capitals: list[bool], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("theirs")
+    spelled = "".join(letter.upper() if is_capital else letter for letter, is_capital in zip(start, capitals))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=spelled)
+    theirs = peft.get_peft_model(llama(), config)
+    toys.randomize(theirs)
+    theirs.save_pretrained(path)
+    torch.testing.assert_close(computed(load_adapter(llama(), path)), computed(theirs), rtol=1e-4, atol=2e-5)
 
 
 def test_weights_that_were_trained_apart_open_in_a_model_that_is_not_tied(tmp_path: Path) -> None:

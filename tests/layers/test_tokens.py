@@ -11,6 +11,9 @@ import torch
 from helpers import toys
 from helpers.models import IDS, Wrapped, bart, batches, gemma, tiny_classifier, tiny_gpt2, tiny_llama
 from helpers.toys import randomize
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,6 +25,9 @@ from lightning_lora import (
     LoraConfig,
     TargetError,
     adapter_state_dict,
+    adapters_for,
+    add_adapter,
+    delete_adapter,
     eject,
     inject,
     load_adapter,
@@ -29,6 +35,7 @@ from lightning_lora import (
     merge,
     param_groups,
     save_adapter,
+    set_adapter,
     unmerge,
 )  # fmt: skip
 from lightning_lora.model.summary import print_summary
@@ -331,3 +338,54 @@ def test_the_row_of_the_padding() -> None:
     model(torch.tensor([1, 1, 2])).sum().backward()
     (rows,) = trained_rows(model).values()
     assert not rows.grad.any()
+
+
+@hypothesis_settings(max_examples=15, deadline=None)
+@given(rows=st.lists(st.sets(st.integers(0, 63), min_size=1, max_size=5), min_size=2, max_size=3), tied=st.booleans())
+def test_several_adapters_have_rows_of_their_own(
+    rows: list[set[int]], tied: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("adapters")
+    base = tiny_llama(tie_word_embeddings=tied)
+    model, start, alone = copy.deepcopy(base), run(base), {}
+    for number, tokens in enumerate(rows):
+        name = f"adapter_{number}"
+        config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=sorted(tokens))
+        alone[name] = inject(copy.deepcopy(base), config)
+        randomize(alone[name], scale=0.1 * (number + 1))
+        save_adapter(alone[name], path / name)
+        load_adapter(model, path / name, name)
+    for name, one in alone.items():
+        set_adapter(model, name)
+        torch.testing.assert_close(run(model), run(one), rtol=0, atol=0)
+        torch.testing.assert_close(run(merge(model)), run(one), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run(unmerge(model)), run(one), rtol=0, atol=0)
+        save_adapter(model, path / "again", name)
+        saved, again = (load_file(path / each / "adapter_model.safetensors") for each in (name, "again"))
+        toys.assert_same_tensors(again, saved)
+    with pytest.raises(ValueError, match="cannot be active together, since both set model.embed_tokens"):
+        set_adapter(model, ["adapter_0", "adapter_1"])
+    with pytest.raises(TargetError, match="so no other can be active with it: use add_adapter"):
+        inject(model, LoraConfig(target_modules=[], trainable_token_indices=[5]), "beside")
+    with adapters_for(model, ["adapter_1", "adapter_0"]):
+        logits = model(input_ids=IDS[:1].expand(2, -1)).logits
+    for row, name in zip(logits, ("adapter_1", "adapter_0")):
+        torch.testing.assert_close(row, alone[name](input_ids=IDS[:1]).logits[0], rtol=1e-4, atol=1e-5)
+    for name in alone:
+        delete_adapter(model, name)
+    torch.testing.assert_close(run(model), start, rtol=0, atol=0)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+
+
+@pytest.mark.parametrize("first", ["rows", "lora"])
+def test_rows_and_a_lora_of_the_embedding_cannot_share_it(first: str) -> None:
+    configs = {
+        "rows": LoraConfig(target_modules=[], trainable_token_indices=TOKENS),
+        "lora": LoraConfig(r=2, target_modules=["embed_tokens"]),
+    }
+    model = inject(tiny_llama(), configs.pop(first), "first")
+    before, out = {**model.state_dict()}, run(model)
+    with pytest.raises(TargetError, match=r"embed_tokens has an adapter of a kind that cannot share a layer"):
+        add_adapter(model, configs.popitem()[1], "second")
+    assert model.state_dict().keys() == before.keys()
+    torch.testing.assert_close(run(model), out, rtol=0, atol=0)

@@ -1,6 +1,7 @@
 """Optimizers lose frozen parameters, and are then as if they had been given the trained ones alone."""
 
 import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora import LoRA
+from lightning_lora import LoRA, LoraConfig, inject
 from lightning_lora.trainer.frozen_parameters import drop_frozen, held_by
 
 CLASSES: dict[str, type[Optimizer]] = {
@@ -342,3 +343,90 @@ def test_it_is_as_if_given_the_trained_ones_alone(drawn: Any) -> None:
         saved = one.state_dict()
         assert saved["state"].keys() == other.state_dict()["state"].keys()
         other.load_state_dict(saved)
+
+
+LAZY = sorted({*CLASSES} - {"Adagrad", "LBFGS", "SparseAdam", "Muon"})
+
+
+@given(
+    name=st.sampled_from(LAZY),
+    places=st.lists(st.integers(-1, 2), min_size=8, max_size=8).filter(lambda places: max(places) >= 0),
+    named=st.booleans(),
+    wraps=st.integers(0, 2),
+    head=st.booleans(),
+)
+def test_adapters_take_the_places_of_weights_in_an_earlier_optimizer(
+    name: str, places: list[int], named: bool, wraps: int, head: bool
+) -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
+    before = [*model.named_parameters()]
+    groups: list[dict[str, Any]] = [
+        {"params": [pair if named else pair[1] for pair, at in zip(before, places) if at == place], "lr": 10.0**-place}
+        for place in sorted({*places} - {-1})
+    ]
+    made: Any = CLASSES[name](groups)  # type: ignore[arg-type]
+    for _ in range(wraps):
+        outer: Any = torch.optim.SGD([nn.Parameter(torch.zeros(1), requires_grad=False)], 1.0)
+        outer.inner, outer.param_groups = made, made.param_groups
+        made = outer
+    inject(model, LoraConfig(r=2, target_modules=["0", "1", "2"], modules_to_save=["3"] if head else None))
+    expected: dict[int, set[str]] = {place: set() for place in sorted({*places} - {-1})}
+    for (full_name, _), place in zip(before, places):
+        layer, _, kind = full_name.partition(".")
+        if place >= 0 and layer == "3" and head:
+            expected[place].add(full_name)
+        elif place >= 0 and layer != "3" and kind == "weight":
+            expected[place] |= {f"{layer}.lora.default.lora_A", f"{layer}.lora.default.lora_B"}
+    if not any(expected.values()):
+        with pytest.raises(RuntimeError, match="None of the"):
+            drop_frozen([made], model)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        drop_frozen([made], model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = [[names[id(parameter)] for parameter in group["params"]] for group in made.param_groups]
+    assert [sorted(each) for each in found] == [sorted(each) for each in expected.values()]
+    assert [group["lr"] for group in made.param_groups] == [10.0**-place for place in expected]
+    assert all(group.get("param_names", each) == each for group, each in zip(made.param_groups, found))
+
+
+def test_adapters_that_an_optimizer_has_stay_where_they_are() -> None:
+    model = inject(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), LoraConfig(r=2, target_modules=["0", "1"]))
+    first = torch.optim.SGD([*model[0].parameters()], 1e-2)
+    second = torch.optim.SGD([model[0].weight, model[1].weight], 1e-3)
+    drop_frozen([first, second], model)
+    assert list(map(id, held_by(first))) == list(map(id, model[0].lora.parameters()))  # type: ignore[union-attr, arg-type]
+    assert list(map(id, held_by(second))) == list(map(id, model[1].lora.parameters()))  # type: ignore[union-attr, arg-type]
+
+
+class ByName(Toy):
+    """Chooses what decays by its name, as many scripts do."""
+
+    def configure_optimizers(self) -> Any:
+        named = dict(self.named_parameters())
+        groups = [
+            {"params": [p for name, p in named.items() if name.endswith("weight")], "weight_decay": 0.1},
+            {"params": [p for name, p in named.items() if name.endswith("bias")], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=1e-2)
+
+
+def test_an_optimizer_of_lightnings_command_line_and_one_that_chooses_by_name(tmp_path: Path) -> None:
+    by_name, by_cli = ByName(), Toy()
+    early = torch.optim.AdamW(by_cli.parameters(), lr=1e-2, weight_decay=0.1)
+    by_cli.configure_optimizers = lambda: early  # type: ignore[method-assign]
+    for model in (by_name, by_cli):
+        L.seed_everything(3, verbose=False)
+        checkpoints = ModelCheckpoint(tmp_path, filename=type(model).__name__, save_top_k=-1)
+        callbacks = [LoRA(r=2, merge=None, summary=False), checkpoints]
+        toys.trainer(tmp_path, callbacks, max_epochs=2, limit_train_batches=2).fit(model, loader())
+    assert_same_tensors(snapshot(by_name), snapshot(by_cli))
+    assert any(tensor.any() for name, tensor in snapshot(by_name).items() if name.endswith("lora_B"))
+    resumed = Toy()
+    new = torch.optim.AdamW(resumed.parameters(), lr=1e-2, weight_decay=0.1)
+    resumed.configure_optimizers = lambda: new  # type: ignore[method-assign]
+    path = next(tmp_path.glob("Toy*.ckpt"))
+    run: dict[str, Any] = {"max_epochs": 2, "limit_train_batches": 2}
+    toys.trainer(tmp_path, [LoRA(r=2, merge=None, summary=False)], **run).fit(resumed, loader(), ckpt_path=path)
+    assert_same_tensors(snapshot(resumed), snapshot(by_cli))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import prune
+from torch.nn.utils import parameters_to_vector, prune
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRA, TargetError
@@ -33,6 +33,7 @@ class Items(L.LightningModule):
         return self.encoder(self.items(x).mean(1))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.batch = batch
         hidden = self(batch)
         return hidden.square().sum() + self.use(self, hidden)
 
@@ -78,11 +79,13 @@ COMPUTES: dict[str, Callable[[Items, Tensor], Any]] = {
     "rows": lambda m, h: (h * m.items.weight[0]).sum(),
     "stacked": lambda m, h: scored(h, torch.cat([m.items.weight, m.items.weight])),
     "functional": lambda m, h: F.linear(h, m.encoder.weight).sum(),
+    "data without a gradient": lambda m, h: (m.batch[:, :1].float().expand(-1, 4) @ m.items.weight.mT).mean(),
+    "a target": lambda m, h: torch.cdist(m.batch[:, :1].float().expand(-1, 4), m.encoder.weight).sum(),
+    "what was computed before": lambda m, h: (h.detach() @ m.encoder.weight).square().sum(),
+    "of a parameter and data": lambda m, h: scored(h, m.encoder.lora["default"].lora_A.mean() * m.items.weight),
 }
 LOOKS: dict[str, Callable[[Items, Tensor], Any]] = {
-    "norm": lambda m, h: m.items.weight.norm(),
-    "regularizer": lambda m, h: 0.1 * sum(p.square().sum() for p in m.parameters()),
-    "orthogonality": lambda m, h: (m.encoder.weight @ m.encoder.weight.mT - torch.eye(4)).square().sum(),
+    "logged": lambda m, h: m.log("norm", m.items.weight.norm()) or 0.0,
     "dtype": lambda m, h: h.to(m.items.weight.dtype).type_as(m.items.weight).to(m.items.weight).sum(),
     "shape": lambda m, h: (h + torch.zeros_like(m.encoder.weight).sum() + m.items.weight.new_ones(4)).sum(),
     "no gradient": without_gradient,
@@ -90,6 +93,17 @@ LOOKS: dict[str, Callable[[Items, Tensor], Any]] = {
     "disabled": switched_off,
     "a parameter of it": lambda m, h: (h * nn.Parameter(m.encoder.weight.data.clone())[0]).sum(),
     "bias": lambda m, h: (h * m.encoder.bias).sum(),
+}
+PENALTIES: dict[str, Callable[[Items, Tensor], Any]] = {
+    "norm": lambda m, h: m.items.weight.norm(),
+    "each": lambda m, h: 0.1 * sum(p.square().sum() for p in m.parameters()),
+    "orthogonality": lambda m, h: (m.encoder.weight @ m.encoder.weight.mT - torch.eye(4)).square().sum(),
+    "one vector": lambda m, h: 0.1 * parameters_to_vector(m.parameters()).norm(),
+    "one vector of less": lambda m, h: torch.cat([p.flatten() for p in m.encoder.parameters()]).abs().mean(),
+    "all norms": lambda m, h: torch.stack(torch._foreach_norm(list(m.parameters()))).norm(),
+    "from a start": lambda m, h: sum((p - p.detach().clone().zero_()).square().sum() for p in m.parameters()),
+    "a running sum": lambda m, h: torch.zeros(1).add_(m.encoder.weight.abs().sum()).squeeze(),
+    "a scale": lambda m, h: (h * m.encoder.weight.std()).sum(),
 }
 
 
@@ -130,6 +144,10 @@ def test_weights_that_are_read_before_anything_needs_a_gradient(read: Any, start
     toys.trainer(tmp_path, [LoRA(r=1, target_modules=["last"], summary=False)]).fit(Helped(read), toys.loader())
 
 
+def reads_encoder(use: str) -> bool:
+    return use in ("functional", "a target", "what was computed before")
+
+
 @pytest.mark.parametrize("use", COMPUTES)
 def test_what_computes_with_the_weight_is_refused_before_a_step(use: str, tmp_path: Path) -> None:
     module = Items(COMPUTES[use])
@@ -137,7 +155,7 @@ def test_what_computes_with_the_weight_is_refused_before_a_step(use: str, tmp_pa
         fit(tmp_path, module)
     assert not module.encoder.lora["default"].lora_B.any()  # type: ignore[union-attr, operator, index]
     assert not torch.overrides._get_current_function_mode_stack()
-    fit(tmp_path, Items(COMPUTES[use]), target_modules=[{"functional": "items"}.get(use, "encoder")])
+    fit(tmp_path, Items(COMPUTES[use]), target_modules=["items" if reads_encoder(use) else "encoder"])
 
 
 @pytest.mark.parametrize("use", LOOKS)
@@ -146,6 +164,35 @@ def test_what_looks_at_the_weight_trains(use: str, tmp_path: Path) -> None:
     fit(tmp_path, module)
     assert module.encoder.lora["default"].lora_B.any()  # type: ignore[union-attr, operator, index]
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+@pytest.mark.parametrize("use", PENALTIES)
+def test_a_penalty_on_weights_trains_and_is_told_to_be_a_constant(use: str, tmp_path: Path) -> None:
+    module = Items(PENALTIES[use])
+    with pytest.warns(UserWarning, match=r"A value of '(items|encoder)\.weight' alone is in the loss"):
+        fit(tmp_path, module)
+    assert module.encoder.lora["default"].lora_B.any()  # type: ignore[union-attr, operator, index]
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_a_penalty_on_what_is_trained_is_no_reading(tmp_path: Path) -> None:
+    fit(tmp_path, Items(lambda m, h: parameters_to_vector([p for p in m.parameters() if p.requires_grad]).norm()))
+
+
+class Drawing(Items):
+    """Takes its batches itself, so that nothing tells which tensors are data."""
+
+    def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+        batch, *_ = next(dataloader_iter)
+        return super().training_step(batch, 0)
+
+
+@pytest.mark.parametrize("use", COMPUTES)
+def test_data_that_the_step_draws_itself(use: str, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="beside calling the layer"):
+        fit(tmp_path, Drawing(COMPUTES[use]))
+    with pytest.warns(UserWarning, match="alone is in the loss"):
+        fit(tmp_path, Drawing(PENALTIES["one vector"]))
 
 
 @pytest.mark.parametrize("put_on", [prune.identity, prune.random_unstructured, nn.utils.weight_norm])
@@ -170,10 +217,18 @@ def test_a_tensor_in_the_memory_of_a_computed_weight_is_not_that_weight(put_on: 
 @settings(max_examples=15)
 @given(
     looks=st.lists(st.sampled_from(sorted(LOOKS)), max_size=3),
+    penalties=st.lists(st.sampled_from(sorted(PENALTIES)), max_size=2),
     computes=st.lists(st.sampled_from(sorted(COMPUTES)), max_size=1),
 )
-def test_any_of_them_together(looks: list[str], computes: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
-    uses = [*(LOOKS[name] for name in looks), *(COMPUTES[name] for name in computes)]
+@pytest.mark.filterwarnings("ignore:A value of .* alone is in the loss")
+def test_any_of_them_together(
+    looks: list[str], penalties: list[str], computes: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    uses = [
+        *(LOOKS[name] for name in looks),
+        *(PENALTIES[name] for name in penalties),
+        *(COMPUTES[name] for name in computes),
+    ]
     module = Items(lambda m, h: sum(use(m, h) for use in uses))
     path = tmp_path_factory.mktemp("run")
     if computes:
@@ -242,6 +297,6 @@ def test_a_callback_is_copied_without_its_run(tmp_path: Path) -> None:
             copies.append(copy.copy(lora))
 
     data = DataLoader(torch.arange(12).remainder(10).view(4, 3), batch_size=2)
-    toys.trainer(tmp_path, [Copies(), lora], max_steps=1).fit(Items(LOOKS["norm"]), data)
+    toys.trainer(tmp_path, [Copies(), lora], max_steps=1).fit(Items(LOOKS["logged"]), data)
     (watches,) = [dataclasses.astuple(each._watches) for each in copies]
     assert watches == (None,) * 5

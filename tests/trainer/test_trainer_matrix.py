@@ -478,8 +478,20 @@ class ListsParametersTooEarly(Toy):
 
 
 def test_parameters_listed_before_injection(tmp_path: Path) -> None:
+    early, late = ListsParametersTooEarly(), ListsParametersTooEarly()
+    late.configure_optimizers = lambda: torch.optim.AdamW(late.parameters(), lr=1e-2)  # type: ignore[method-assign]
+    for model in (early, late):
+        L.seed_everything(0, verbose=False)
+        trainer(tmp_path, [lora()]).fit(model, loader())
+    assert_same_tensors(snapshot(early), snapshot(late))
+    assert any(not torch.equal(a, b) for a, b in zip(early.parameters(), ListsParametersTooEarly().parameters()))
+
+
+def test_an_optimizer_that_has_made_its_state_before_injection(tmp_path: Path) -> None:
     model = ListsParametersTooEarly()
     before = marks(model)
+    early = torch.optim.Adagrad(model.listed, lr=1e-2)
+    model.configure_optimizers = lambda: early  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match=r"None of the 4 trainable parameters.*Make the list in configure_optim"):
         trainer(tmp_path, [lora()]).fit(model, loader())
     assert marks(model) == before
