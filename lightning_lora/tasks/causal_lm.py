@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_lora.data.conversation import encode_question
 from lightning_lora.eval_mode import evaluating
+from lightning_lora.gguf_reading import parsed_once
 from lightning_lora.pretrained import QUANTIZE, load_causal_lm, load_tokenizer
 from lightning_lora.tasks.label_losses import label_tokens, language_model_loss
 from lightning_lora.tasks.packed import require_separation
@@ -65,8 +66,9 @@ class CausalLM(TokenWeighted):
 
     def build(self, dtype: torch.dtype) -> Any:
         """Load the model and its tokenizer."""
-        self.tokenizer = load_tokenizer(self.pretrained, self.gguf_file)
-        return load_causal_lm(self.pretrained, self.gguf_file, self.weights_dtype or dtype, self.quantize)
+        with parsed_once(self.gguf_file):
+            self.tokenizer = load_tokenizer(self.pretrained, self.gguf_file)
+            return load_causal_lm(self.pretrained, self.gguf_file, self.weights_dtype or dtype, self.quantize)
 
     def forward(self, **batch: Tensor) -> Any:
         """Output of the transformers model for a batch, with ``loss`` when the batch holds ``labels``."""
