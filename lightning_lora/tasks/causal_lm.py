@@ -11,6 +11,7 @@ from lightning_lora.gguf_reading import parsed_once
 from lightning_lora.pretrained import QUANTIZE, load_causal_lm, load_tokenizer
 from lightning_lora.tasks.label_losses import label_tokens, language_model_loss
 from lightning_lora.tasks.packed import require_separation
+from lightning_lora.tasks.packed_attention import rows_by_themselves
 from lightning_lora.tasks.token_weighted import TokenWeighted
 
 
@@ -86,7 +87,8 @@ class CausalLM(TokenWeighted):
         if "position_ids" in batch and not self._packing_checked:
             require_separation(self.model)
             self._packing_checked = True
-        loss = language_model_loss(self.model, batch, forward=self)
+        with rows_by_themselves(self.model, batch.get("position_ids")):
+            loss = language_model_loss(self.model, batch, forward=self)
         # Weighing by tokens makes the epoch mean one per token.
         tokens = label_tokens(self.model, batch["labels"])
         self.log(name, loss, batch_size=tokens, prog_bar=True, sync_dist=sync_dist)
