@@ -33,21 +33,21 @@ PARTS = ("chat", "classify", "dropout", "curve")
 COLUMNS = ("tokens a CPU second", "ours over it", "peak, GB", "beyond rest, GB", "ours of it", "difference of losses")
 
 
-def plan(parts: list[str], turns: int, isa: str) -> Iterator[Run]:
+def plan(parts: list[str], turns: int, isa: str, steps: int) -> Iterator[Run]:
     """The runs, in the order in which they are made."""
     for turn in range(turns):
         if "chat" in parts:
-            yield from _turn("chat", turn, isa, 256, 4, 1, 3)
+            yield from _turn("chat", turn, isa, 256, 4, 1, steps)
         if "classify" in parts:
             yield from _turn("classify", turn, isa, 64, 32, 3, 14)
         if "dropout" in parts:
-            yield from _turn("chat", turn, isa, 256, 4, 1, 3, dropout=0.05, only=2)
+            yield from _turn("chat", turn, isa, 256, 4, 1, steps, dropout=0.05, only=2)
         if "curve" in parts:
-            for length, rows, steps in CURVE:
-                yield from _turn("chat", turn, isa, length, rows, 1, steps, only=2)
+            for length, rows, most in CURVE:
+                yield from _turn("chat", turn, isa, length, rows, 1, min(steps, most), only=2)
 
 
-CURVE = [(128, 8, 2), (512, 2, 2), (1024, 1, 2), (2048, 1, 1), (128, 1, 6), (128, 4, 3)]
+CURVE = [(128, 8, 2), (512, 2, 2), (1024, 1, 2), (2048, 1, 1), (128, 1, 3), (128, 4, 3)]
 
 
 def _turn(
@@ -90,6 +90,7 @@ def run_apart(run: Run, bases: Path, seconds: float) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     parser = harness.parser(__doc__, turns=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--steps", type=int, default=3, help="of a run of chat that count, at the most; default 3")
     parser.add_argument("--runs", type=Path, default=RUNS, help="the file with a line for each run")
     parser.add_argument("--timeout", type=float, default=300, help="seconds of a run at most; default 300")
     parser.add_argument("--run", help=argparse.SUPPRESS)
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     isa = torch.backends.cpu.get_cpu_capability()
     made = read(args.runs)
-    wanted = plan(args.parts, args.turns, isa)
+    wanted = plan(args.parts, args.turns, isa, args.steps)
     missing = [run for run in wanted if not any(asdict(run).items() <= row.items() for row in made)]
     if missing:
         recipe = yaml.safe_load(shipped_recipes.recipes()[RECIPES["classify"]].read_text())

@@ -75,7 +75,8 @@ def _key(run: Row) -> tuple[Any, ...]:
 
 
 def _same_turn(mine: Row, run: Row) -> bool:
-    return _key(mine) == _key(run) and (mine["contender"], mine["turn"]) == ("ours", run["turn"])
+    same = _key(mine) == _key(run) and mine["steps"] == run["steps"]
+    return same and (mine["contender"], mine["turn"]) == ("ours", run["turn"])
 
 
 def _name(run: Row) -> str:

@@ -89,7 +89,7 @@ def test_runs_go_on_where_they_stopped_and_are_drawn(tmp_path: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         program.main(arguments)
     program.main(arguments)
-    planned = list(program.plan(list(program.PARTS), 2, torch.backends.cpu.get_cpu_capability()))
+    planned = list(program.plan(list(program.PARTS), 2, torch.backends.cpu.get_cpu_capability(), 3))
     assert count == len(planned) + 1  # the one that was interrupted is made again
     assert [
         Run(**{key: row[key] for key in asdict(planned[0])}) for row in program.read(tmp_path / "runs.jsonl")
