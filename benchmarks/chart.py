@@ -1,4 +1,4 @@
-"""Draw ``benchmarks/results/speed.png`` from the figures that ``step`` and ``scaling`` wrote.
+"""Draw ``benchmarks/results/speed.png`` from the figures that ``step`` and ``scaling`` wrote, and ``end_to_end.png``.
 
 It needs matplotlib, which comes with the ``plot`` extra.
 
@@ -13,6 +13,8 @@ from typing import Any
 from benchmarks.harness import RESULTS
 
 COLORS = {"ours": "tab:blue", "PEFT": "tab:orange", "full": "tab:gray"}
+WHOLE_RUNS = {"ours": "tab:blue", "TRL": "tab:orange"}
+SHORT = 128  # tokens of a pack, of which batches grow
 AXES = ("rank", "hidden", "layers", "tokens")
 
 
@@ -45,6 +47,38 @@ def curves(axes: Any, axis: str, rows: dict[str, Any]) -> None:
     axes.set_title(f"against {axis}")
 
 
+def whole_runs(pyplot: Any, rows: dict[str, dict[str, Any]]) -> Any:
+    """Tokens a second and peak memory of the longest series of runs, against the length of packs and their number."""
+    runs = [row for row in rows.values() if row["task"] == "chat" and not row["dropout"] and row["isa"] == _first(rows)]
+    figure, panels = pyplot.subplots(1, 4, figsize=(16, 3.4), layout="constrained")
+    longest = {row["length"]: max(each["rows"] for each in runs if each["length"] == row["length"]) for row in runs}
+    series = (
+        ("length", "tokens of a pack", [row for row in runs if row["rows"] == longest[row["length"]]]),
+        ("rows", f"packs of {SHORT} tokens", [row for row in runs if row["length"] == SHORT]),
+    )
+    for place, (axis, label, shown) in enumerate(series):
+        for axes, field, unit, title in (
+            (panels[2 * place], "tokens a CPU second", 1, "tokens a CPU second"),
+            (panels[2 * place + 1], "peak bytes", 1e9, "peak of the process, GB"),
+        ):
+            for name, color in WHOLE_RUNS.items():
+                points = sorted((row[axis], row[field] / unit) for row in shown if row["contender"] == name)
+                axes.plot(*zip(*points), marker="o", markersize=3, color=color, label=name)
+            values = sorted({row[axis] for row in shown})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(values, [str(value) for value in values])
+            axes.set_ylim(bottom=0)
+            axes.set_title(title)
+            axes.set_xlabel(label)
+    panels[0].legend(frameon=False)
+    return figure
+
+
+def _first(rows: dict[str, dict[str, Any]]) -> Any:
+    """The instruction set of the first run."""
+    return next(iter(rows.values()))["isa"]
+
+
 def main(arguments: list[str] | None = None) -> None:
     import matplotlib
 
@@ -62,6 +96,9 @@ def main(arguments: list[str] | None = None) -> None:
         curves(axes, axis, json.loads((folder / f"scaling-{axis}.json").read_text())["rows"])
     panels[1].legend(frameon=False)
     figure.savefig(folder / "speed.png", dpi=80)
+    found = folder / "end_to_end.json"
+    if found.exists():
+        whole_runs(pyplot, json.loads(found.read_text())["rows"]).savefig(folder / "end_to_end.png", dpi=80)
 
 
 if __name__ == "__main__":

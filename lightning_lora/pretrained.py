@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_lora.gguf_reading import parsed_once
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +70,8 @@ def load_tokenizer(pretrained: str, gguf_file: str | None = None) -> PreTrainedT
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(_source(pretrained, gguf_file), gguf_file=gguf_file)
+    with parsed_once(gguf_file):
+        tokenizer = AutoTokenizer.from_pretrained(_source(pretrained, gguf_file), gguf_file=gguf_file)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -98,7 +101,8 @@ def load_causal_lm(
         if gguf_file is None:
             options["quantization_config"] = config
     source = _source(pretrained, gguf_file)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=dtype, **options)
+    with parsed_once(gguf_file):
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=dtype, **options)
     if quantize is not None and gguf_file is not None:
         _quantize_layers(model, quantize, dtype)
     return model

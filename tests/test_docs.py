@@ -64,6 +64,11 @@ ELSEWHERE = {
     "lightning-lora push export/adapter me/my-adapter --private": "test_the_command_line_uploads",
     "python -m benchmarks.saving": "benchmarks/results/saving.json",
     "python -m benchmarks.data": "benchmarks/results/data.json",
+    "python -m benchmarks.products": "benchmarks/results/products.json",
+    "python -m benchmarks.end_to_end": "benchmarks/results/end_to_end.json",
+    "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 DNNL_MAX_CPU_ISA=AVX2 python -m benchmarks.end_to_end": (
+        "benchmarks/results/end_to_end.json"
+    ),
 }
 
 

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from lightning_lora.data.conversation import encode_question
 from lightning_lora.eval_mode import evaluating
+from lightning_lora.gguf_reading import parsed_once
 from lightning_lora.pretrained import QUANTIZE, load_causal_lm, load_tokenizer
 from lightning_lora.tasks.label_losses import label_tokens, language_model_loss
 from lightning_lora.tasks.packed import require_separation
+from lightning_lora.tasks.packed_attention import rows_by_themselves
 from lightning_lora.tasks.token_weighted import TokenWeighted
 
 
@@ -65,8 +67,9 @@ class CausalLM(TokenWeighted):
 
     def build(self, dtype: torch.dtype) -> Any:
         """Load the model and its tokenizer."""
-        self.tokenizer = load_tokenizer(self.pretrained, self.gguf_file)
-        return load_causal_lm(self.pretrained, self.gguf_file, self.weights_dtype or dtype, self.quantize)
+        with parsed_once(self.gguf_file):
+            self.tokenizer = load_tokenizer(self.pretrained, self.gguf_file)
+            return load_causal_lm(self.pretrained, self.gguf_file, self.weights_dtype or dtype, self.quantize)
 
     def forward(self, **batch: Tensor) -> Any:
         """Output of the transformers model for a batch, with ``loss`` when the batch holds ``labels``."""
@@ -84,7 +87,8 @@ class CausalLM(TokenWeighted):
         if "position_ids" in batch and not self._packing_checked:
             require_separation(self.model)
             self._packing_checked = True
-        loss = language_model_loss(self.model, batch, forward=self)
+        with rows_by_themselves(self.model, batch.get("position_ids")):
+            loss = language_model_loss(self.model, batch, forward=self)
         # Weighing by tokens makes the epoch mean one per token.
         tokens = label_tokens(self.model, batch["labels"])
         self.log(name, loss, batch_size=tokens, prog_bar=True, sync_dist=sync_dist)
