@@ -93,7 +93,7 @@ def _laid_out(tensors: Iterable[Tensor], shared: set[int]) -> Iterator[tuple[int
         ends = [*itertools.accumulate(_room(tensor) for tensor in group)]
         flat = torch.zeros(ends[-1], dtype=dtype, device="cpu")
         # How torch pickles a tensor: with its storage, then where it is in it, and last whether it has a gradient and
-        # its hooks, which it never saves.
+        # its hooks, of which a new tensor has none.
         rebuild, (storage, *_) = flat.__reduce_ex__(2)  # type: ignore[no-untyped-call]
         for tensor, offset in zip(group, [0, *ends]):
             flat[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)
@@ -109,6 +109,10 @@ def _room(tensor: Tensor) -> int:
 
 
 def _is_small(tensor: Tensor) -> bool:
-    """Whether a tensor is no more than a few numbers in a row."""
+    """Whether a tensor is no more than a few numbers in a row.
+
+    Whole numbers are not among them: torch takes the state of a random generator from the beginning of its storage.
+    """
     is_more = vars(tensor) or tensor.requires_grad or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized
-    return type(tensor) is Tensor and not is_more and tensor.is_contiguous() and 0 < tensor.nbytes <= _SMALL
+    is_plain = type(tensor) is Tensor and not is_more and tensor.is_contiguous()
+    return is_plain and tensor.dtype.is_floating_point and 0 < tensor.nbytes <= _SMALL
