@@ -10,6 +10,8 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 def clean_fqn(name: str) -> str:
     """A dotted name without the parts that compiling, sharding or checkpointing put in."""
+    if not any(wrapper in name for wrapper in _WRAPPERS):  # as of most names, and many are asked for
+        return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 

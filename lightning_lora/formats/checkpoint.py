@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
-import torch
 from torch import nn
 
 from lightning_lora.config import LoraConfig
+from lightning_lora.formats import side_by_side
 from lightning_lora.formats.dcp import is_directory, read_directory
 from lightning_lora.formats.metadata import activate_as_saved, check_metadata, config_of, require_known_format
 from lightning_lora.formats.open_file import Objects, is_skipped, open_file, readable
@@ -218,6 +218,6 @@ def _state_dict_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any]
 
 def _as_file(checkpoint: dict[str, Any]) -> io.BytesIO:
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
+    side_by_side.save(checkpoint, buffer)
     buffer.seek(0)
     return buffer

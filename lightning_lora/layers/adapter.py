@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
+from lightning_lora.layers.folding import RowFold
 from lightning_lora.layers.init import fill_
 from lightning_lora.layers.spectrum import singular_values
 
@@ -41,9 +42,26 @@ class Adapter(nn.Module):
     # Rows of the weight that it puts others in the place of, so that the base's own do not matter.
     replaced_rows: tuple[int, ...] = ()
 
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        # One that folds in another way than its bases says itself how to do so by rows, or does not.
+        if {"fold", "delta_weight"} & vars(cls).keys() and "row_fold" not in vars(cls):
+            cls.row_fold = Adapter.row_fold  # type: ignore[method-assign]
+
     def fold(self, weight: Tensor) -> Tensor:
         """The base weight, in float32 or better, with this adapter merged in."""
         raise NotImplementedError
+
+    def row_fold(self, dtype: torch.dtype) -> RowFold | None:
+        """What merges this adapter into rows of the base weight, in place, to the same numbers as :meth:`fold`.
+
+        Args:
+            dtype: Of the rows, float32 or better.
+
+        Returns:
+            A function of the rows and of the slice that they are, ``None`` if only whole weights can be folded.
+        """
+        return None
 
     def size(self) -> str:
         """What the summary says of its size, such as the rank."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import base_modules
 from lightning_lora.layers.adapter import Adapter
+from lightning_lora.layers.folding import folded_by_rows, is_finite, is_foldable
 from lightning_lora.layers.functional import add_low_rank_by_sample
 from lightning_lora.layers.offloading import Shown, onloaded, swap_offloaded
 from lightning_lora.layers.quantized import WAY_ON, storage_of
@@ -304,15 +305,23 @@ class LoraLayer(nn.Module):
                         f"The {name} of a {type(self).__name__} was quantized after the adapter was put in, so nothing "
                         "can be folded into it: quantize the model first, then inject. Nothing was changed."
                     )
-                total = self.folded(name, parameter.to(torch.promote_types(parameter.dtype, torch.float32)))
-                merged[name] = self.rounded(total, parameter.dtype)
-                if merged[name] is parameter:  # no adapter is active
-                    merged[name] = parameter.detach().clone()
+                merged[name] = self._merged_weight(name, parameter)
         return {name: shard_of(self, name, tensor) for name, tensor in merged.items()}
 
     def merged_as(self, form: MergedForm) -> dict[str, Any]:
         """The same, where quantized ones take on a form: quantized again, they may have parts that are no tensors."""
         return self.merged_weights()
+
+    def _merged_weight(self, name: str, parameter: Tensor) -> Tensor:
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        folds = [adapter.row_fold(dtype) for adapter in self.adapters_on(name)]
+        by_rows = [fold for fold in folds if fold is not None]
+        if len(by_rows) < len(folds) or not is_foldable(parameter):
+            merged = self.rounded(self.folded(name, parameter.to(dtype)), parameter.dtype)
+            return parameter.detach().clone() if merged is parameter else merged  # as it is if no adapter is active
+        merged, finite = folded_by_rows(parameter, by_rows)
+        self._require_finite(finite, parameter.dtype)
+        return merged
 
     def folded(self, name: str, weight: Tensor) -> Tensor:
         """A parameter's values, in float32 or better, with all active adapters merged in."""
@@ -327,13 +336,16 @@ class LoraLayer(nn.Module):
             ValueError: If it holds a NaN or an infinity then.
         """
         weight = weight.to(dtype)
-        if not is_finite(weight):
+        self._require_finite(is_finite(weight), dtype)
+        return weight
+
+    def _require_finite(self, finite: bool, dtype: torch.dtype) -> None:
+        if not finite:
             raise ValueError(
                 f"Folding the adapter into a {type(self).__name__} of {dtype} gives a NaN or an infinity: the adapter "
                 "has diverged, or the weight's dtype is too narrow. Nothing was changed. Take an earlier checkpoint, "
                 "or merge in float32."
             )
-        return weight
 
     def merge(self, merged_weights: Mapping[str, Any]) -> None:
         """Put merged parameters, or values of them, in the place of the base's, which :meth:`unmerge` puts back."""
@@ -462,12 +474,6 @@ def class_problem(layer_class: type[LoraLayer], module: nn.Module) -> str | None
             "the layer's among its bases; put it after"
         )
     return None
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN and no infinity, in one pass and without the temporaries of ``torch.isfinite``."""
-    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 @cache

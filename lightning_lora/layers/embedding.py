@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers.adapter import LoraAdapter
 from lightning_lora.layers.base import LoraLayer, Target
+from lightning_lora.layers.folding import RowFold, added_rows
 from lightning_lora.layers.functional import low_rank_product
 
 
@@ -45,6 +46,10 @@ class EmbeddingAdapter(LoraAdapter):
 
     def delta_weight(self) -> Tensor:
         return low_rank_product(self.lora_A, self.lora_B, self.scaling).t()
+
+    def row_fold(self, dtype: torch.dtype) -> RowFold | None:
+        lora_A, lora_B = self.lora_A, self.lora_B
+        return added_rows(dtype, lambda rows: low_rank_product(lora_A[:, rows], lora_B, self.scaling).t())
 
     def initial_kinds(self) -> tuple[str, str]:
         return "normal" if self._init is False else "zeros", "normal"

@@ -10,6 +10,7 @@ from lightning_lora.class_names import is_a
 from lightning_lora.config import LOFTQ
 from lightning_lora.layers.adapter import LoraAdapter
 from lightning_lora.layers.base import LoraLayer, base_class, is_hooked
+from lightning_lora.layers.folding import RowFold
 from lightning_lora.layers.functional import PLAIN_TENSORS, add_low_rank, low_rank_linear, low_rank_product
 from lightning_lora.layers.init import from_weight, orthogonal, require_part
 from lightning_lora.layers.linear_by_trial import computes_linear
@@ -48,9 +49,16 @@ class LinearAdapter(LoraAdapter):
 
     def fold(self, weight: Tensor) -> Tensor:
         # In one pass over the weight, with nothing of its size in between.
-        lora_A, lora_B = (factor.to(weight.dtype) for factor in self.factors())
-        left, right = (lora_B, lora_A) if self.out_dim == 0 else (lora_A.t(), lora_B.t())
-        return torch.addmm(weight, left, right, alpha=self.scaling)
+        return torch.addmm(weight, *self._sides(weight.dtype), alpha=self.scaling)
+
+    def row_fold(self, dtype: torch.dtype) -> RowFold | None:
+        left, right = self._sides(dtype)
+        return lambda weight, rows: weight.addmm_(left[rows], right, alpha=self.scaling)
+
+    def _sides(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The factors in the order in which the weight's rows and columns are theirs."""
+        lora_A, lora_B = (factor.to(dtype) for factor in self.factors())
+        return (lora_B, lora_A) if self.out_dim == 0 else (lora_A.t(), lora_B.t())
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers.adapter import Adapter, LoraAdapter
 from lightning_lora.layers.base import LoraLayer, Target, base_class
+from lightning_lora.layers.folding import RowFold, added_rows
 from lightning_lora.layers.functional import low_rank_product
 from lightning_lora.layers.init import fill_
 
@@ -44,7 +45,14 @@ class ParameterAdapter(LoraAdapter):
         return add(weight, *factors, alpha=self.scaling)
 
     def delta_weight(self) -> Tensor:
-        delta = low_rank_product(self.lora_A, self.lora_B, self.scaling)
+        return self._update(slice(None))
+
+    def row_fold(self, dtype: torch.dtype) -> RowFold | None:
+        return added_rows(dtype, self._update)
+
+    def _update(self, rows: slice) -> Tensor:
+        lora_A = self.lora_A if self.lora_A.dim() == 2 else self.lora_A[rows]
+        delta = low_rank_product(lora_A, self.lora_B[rows], self.scaling)
         return delta.mT if self.is_transposed else delta
 
     def reset_parameters(self) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # of which torch 2.13 has no public name
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 12  # words
+_IN_CACHE, _AT_ONCE = 1 << 3, 1 << 8  # chunks that a CPU's cache has room for with what is made of them, and elsewhere
 _HALF = 29
 _HIGH = (1 << 64 - _HALF) - 1  # what a shift by so many bits leaves, without the sign
 _FACTOR = -0x61C8864680B583EB  # odd, so that it loses no bit modulo 2**64
@@ -92,10 +93,26 @@ def checksum_of(eights: Tensor, rest: Tensor) -> Tensor:
     Returns:
         Shape ``()``, on their device.
     """
-    weights = torch.arange(1, 2 * max(min(_CHUNK, len(eights)), len(rest)) + 1, 2, device=eights.device) * _FACTOR
-    total = (rest * weights[: len(rest)]).sum()
-    for chunk in torch.split(eights, _CHUNK):
+    weights = torch.arange(1, 2 * max(_CHUNK, len(rest)) + 1, 2, device=eights.device) * _FACTOR
+    while len(eights) > 1:
+        whole = len(eights) // _CHUNK * _CHUNK
+        chunks = *torch.split(eights[:whole].view(-1, _CHUNK), _at_once(eights)), eights[whole:].view(1, -1)
+        eights = torch.cat(_sums([some for some in chunks if some.numel()], weights))
+    total = eights.sum()
+    return total + 31 * (rest * weights[: len(rest)]).sum() if len(rest) else total
+
+
+def _at_once(eights: Tensor) -> int:
+    return _IN_CACHE if eights.device.type == "cpu" else _AT_ONCE
+
+
+def _sums(parts: list[Tensor], weights: Tensor) -> list[Tensor]:
+    """A number of each row, made in one buffer for all parts."""
+    buffer = torch.empty_like(parts[0])
+    sums = []
+    for part in parts:
         # Round numbers have their last bits zero, and products keep no more than the last ones.
-        mixed = chunk.bitwise_right_shift(_HALF).bitwise_and_(_HIGH).bitwise_xor_(chunk)
-        total = total * 31 + mixed.mul_(weights[: len(chunk)]).sum()
-    return total
+        mixed = buffer[: len(part), : part.shape[1]]
+        torch.bitwise_right_shift(part, _HALF, out=mixed).bitwise_and_(_HIGH).bitwise_xor_(part)
+        sums.append(mixed.mul_(weights[: part.shape[1]]).sum(1))
+    return sums

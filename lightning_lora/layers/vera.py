@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers.adapter import Adapter, LoraAdapter
 from lightning_lora.layers.base import LoraLayer
+from lightning_lora.layers.folding import RowFold, added_rows
 from lightning_lora.layers.functional import add_from_rank, low_rank_product
 from lightning_lora.layers.linear import LoraConv1D, LoraLinear
 
@@ -84,9 +85,18 @@ class VeraAdapter(LoraAdapter):
         return shared.vera_A[:, : self.in_features].to(device), shared.vera_B[: self.out_features].to(device)
 
     def delta_weight(self) -> Tensor:
-        vera_A, vera_B = self.sliced()
-        lora_A, lora_B = self.vera_lambda_d.unsqueeze(1) * vera_A, self.vera_lambda_b.unsqueeze(1) * vera_B
+        lora_A, lora_B = self._factors()
         return low_rank_product(lora_A, lora_B, 1.0).movedim(0, self.out_dim)
+
+    def row_fold(self, dtype: torch.dtype) -> RowFold | None:
+        lora_A, lora_B = self._factors()
+        if self.out_dim == 0:
+            return added_rows(dtype, lambda rows: low_rank_product(lora_A, lora_B[rows], 1.0))
+        return added_rows(dtype, lambda rows: low_rank_product(lora_A[:, rows], lora_B, 1.0).t())
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        vera_A, vera_B = self.sliced()
+        return self.vera_lambda_d.unsqueeze(1) * vera_A, self.vera_lambda_b.unsqueeze(1) * vera_B
 
     @classmethod
     def connect(cls, adapters: Sequence[Adapter], config: LoraConfig) -> None:

@@ -1,6 +1,7 @@
 """The state of adapters: collect it, say what it belongs to, check it, load it."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -188,7 +189,37 @@ def _parents(name: str) -> Iterator[str]:
         yield name
 
 
+class _Steady(threading.local):
+    """What was found of models in which no adapter comes or goes for now, by their identity."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, _Owners | None] = {}
+
+
+_steady = _Steady()
+
+
+@contextmanager
+def steady(model: nn.Module) -> Iterator[None]:
+    """Look through a model once for all that is asked of it in this block, in which no adapter comes, goes or moves."""
+    if id(model) in _steady.found:
+        yield
+        return
+    _steady.found[id(model)] = None
+    try:
+        yield
+    finally:
+        del _steady.found[id(model)]
+
+
 def _owners(model: nn.Module) -> _Owners:
+    owners = _steady.found.get(id(model)) or _find_owners(model)
+    if id(model) in _steady.found:
+        _steady.found[id(model)] = owners
+    return owners
+
+
+def _find_owners(model: nn.Module) -> _Owners:
     found = [injection for _, injection in named_injections(model)]
     layers = adapted_layers(model)
     adapter = [getattr(module, inner) for layer in layers for _, module, inner in named_tensors(layer.lora)]

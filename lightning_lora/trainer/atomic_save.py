@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from lightning_lora.class_names import is_a
+from lightning_lora.formats import side_by_side
 from lightning_lora.formats.dcp import write_checksums
 from lightning_lora.formats.publish import partial_path, publish, whole_file
 from lightning_lora.trainer.instance_mixin import mix_into
@@ -83,7 +83,7 @@ class AtomicFiles(ABC):  # noqa: B024
             super().save_checkpoint(checkpoint, path, storage_options)  # type: ignore[misc]
             return
         with whole_file(target) as partial, partial.open("wb") as file:
-            torch.save(checkpoint, file)
+            side_by_side.save(checkpoint, file)
 
 
 def writes_directories(strategy: Any) -> bool:

@@ -20,7 +20,14 @@ from lightning_lora.formats.metadata import metadata
 from lightning_lora.formats.open_file import Objects, is_skipped, open_file, readable
 from lightning_lora.formats.sizes import require_finite
 from lightning_lora.model.removed import is_finished, restored
-from lightning_lora.model.state_dict import adapter_only, adapter_tensors, adapter_whole, load_saved, trained_only
+from lightning_lora.model.state_dict import (
+    adapter_only,
+    adapter_tensors,
+    adapter_whole,
+    load_saved,
+    steady,
+    trained_only,
+)
 from lightning_lora.trainer import atomic_save
 from lightning_lora.trainer.instance_mixin import mix_into
 from lightning_lora.trainer.optimizer_state import optimized_names, reordered
@@ -109,7 +116,7 @@ class AdapterCheckpoints(ABC):
 
     def _make_small(self, checkpoint: dict[str, Any]) -> None:
         """Leave the adapter alone in a checkpoint, and add what it takes to go on with it."""
-        with restored(self.lightning_module):
+        with restored(self.lightning_module), steady(self.lightning_module):
             checkpoint["state_dict"] = self.small(checkpoint["state_dict"])
             if self.keeps_finite:
                 trained = trained_only(self.lightning_module, checkpoint["state_dict"])
@@ -137,15 +144,20 @@ class AdapterCheckpoints(ABC):
                 checkpoint = open_file(checkpoint_path, objects)  # Lightning would open objects in what a URL gives
             else:
                 checkpoint = self.read_file(checkpoint_path, *args, **kwargs)
-        checkpoint["state_dict"] = check_checkpoint(self.lightning_module, checkpoint, str(checkpoint_path))
-        require_finite(_moments(checkpoint), str(checkpoint_path))
+        with steady(self.lightning_module):
+            self._take(checkpoint, str(checkpoint_path))
+        return checkpoint
+
+    def _take(self, checkpoint: dict[str, Any], source: str) -> None:
+        """Require that a checkpoint fits, and have it as Lightning and callbacks load it."""
+        checkpoint["state_dict"] = check_checkpoint(self.lightning_module, checkpoint, source)
+        require_finite(_moments(checkpoint), source)
         names = adapter_tensors(self.lightning_module)
         vars(self)[_READ] = {name: value for name, value in checkpoint["state_dict"].items() if name in names}
         for holder, key in self.copies_in(checkpoint):  # which callbacks load strictly, base and all
             full = self.lightning_module.state_dict()
             kept = adapter_only(self.lightning_module, full)
             holder[key] = {**{name: value for name, value in full.items() if name not in kept}, **holder[key]}
-        return checkpoint
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         saved = checkpoint[KEY].get(_OPTIMIZED, [])
@@ -194,8 +206,9 @@ class AdapterCheckpoints(ABC):
             )
 
         # Hooks that give entries other names, as they did when these were saved, know nothing of adapters.
-        found = adapter_only(self.lightning_module, checkpoint["state_dict"])
-        load_saved(self.lightning_module, {**vars(self).pop(_READ, {}), **found}, load)
+        with steady(self.lightning_module):
+            found = adapter_only(self.lightning_module, checkpoint["state_dict"])
+            load_saved(self.lightning_module, {**vars(self).pop(_READ, {}), **found}, load)
 
 
 def _moments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,8 @@ def test_checkpoint(tmp_path: Path) -> None:
 def test_merge(tmp_path: Path) -> None:
     arguments = ["--shape", "tiny", "--turns", "2", "--dtype", "bfloat16"]
     rows = figures(merge.main, tmp_path / "merge.json", *arguments)
-    assert list(rows) == ["bfloat16: copy", "bfloat16: ours", "bfloat16: PEFT"]
+    names = ["copy", "ours", "ours, to float32 and back", "ours, product", "ours, checksum", "PEFT"]
+    assert list(rows) == [f"bfloat16: {name}" for name in names]
     assert rows["bfloat16: copy"]["peak over weights"] == pytest.approx(1.0, abs=0.05)
     assert all(row["bytes a second"] > 0 for row in rows.values())
 

@@ -24,6 +24,7 @@ from lightning_lora import (
     save_adapter,
     unmerge,
 )
+from lightning_lora.model import state_dict
 from lightning_lora.trainer.strategy import AdapterCheckpoints, install
 
 
@@ -48,6 +49,35 @@ def test_every_model_checkpoint_holds_the_adapter_alone(tmp_path: Path, settings
         assert checkpoint["state_dict"].keys() == adapter_state_dict(unmerge(model)).keys()
         assert ("optimizer_states" not in checkpoint) == bool(settings.get("save_weights_only"))
         assert set(checkpoint["lightning_lora"]["adapters"][0]) >= {"config", "base_fingerprint", "adapter_name"}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_adapter_and_moments_are_a_storage_each(tmp_path: Path, asynchronous: bool) -> None:
+    plugins = [AsyncCheckpointIO()] if asynchronous else None
+    model, _ = fit(tmp_path, ModelCheckpoint(tmp_path, save_last=True), lora=LoRA(r=2, merge=None), plugins=plugins)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    (optimizer,) = checkpoint["optimizer_states"]
+    moments = [value for entries in optimizer["state"].values() for value in entries.values()]
+    for tensors in (list(checkpoint["state_dict"].values()), moments):
+        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1 < len(tensors)
+    assert_same_tensors(checkpoint["state_dict"], adapter_state_dict(model))
+
+
+def test_a_model_is_looked_through_once_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not once more for each question that is asked of its names."""
+    model, trainer = fit(tmp_path, lora=LoRA(r=2, merge=None))
+    looks = []
+    look = state_dict._find_owners
+    monkeypatch.setattr(state_dict, "_find_owners", lambda model: looks.append(model) or look(model))
+    trainer.save_checkpoint(tmp_path / "once.ckpt")
+    assert len(looks) == 1
+    trainer.strategy.load_model_state_dict(trainer.strategy.load_checkpoint(tmp_path / "once.ckpt"))
+    assert len(looks) == 3
+    with state_dict.steady(model), state_dict.steady(model):
+        assert list(state_dict.adapter_tensors(model)) == list(adapter_state_dict(model))
+    assert len(looks) == 4
+    eject(model)
+    assert not state_dict.adapter_tensors(model)
 
 
 @pytest.mark.parametrize("when", ["during", "after, not merged"])
