@@ -69,6 +69,7 @@ ELSEWHERE = {
     "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 DNNL_MAX_CPU_ISA=AVX2 python -m benchmarks.end_to_end": (
         "benchmarks/results/end_to_end.json"
     ),
+    "python -m benchmarks.chart": "benchmarks/results/end_to_end.png",
 }
 
 

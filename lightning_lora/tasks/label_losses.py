@@ -45,6 +45,7 @@ def language_model_loss(
     Returns:
         The mean loss per label token (natural logarithm), and 0 for a batch without.
     """
+    batch = _without_cache(model, batch, forward)
     found = _learned_losses(model, batch, label_smoothing, forward or model)
     if found is None and not label_smoothing and tokens is None:
         loss: Tensor = (forward or model)(**batch).loss
@@ -65,6 +66,7 @@ def label_losses(
     Returns:
         Of the shape of the labels, zero where nothing is learned, in float32 or better.
     """
+    batch = _without_cache(model, batch, forward)
     labels, learned = _labels(model, batch["labels"])
     found = _learned_losses(model, batch, label_smoothing, forward or model)
     if found is not None:
@@ -133,6 +135,12 @@ def _labels(model: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         labels = labels.clone()
         labels[:, 0] = IGNORED
     return labels, labels != IGNORED
+
+
+def _without_cache(model: Any, batch: dict[str, Any], forward: Callable[..., Any] | None) -> dict[str, Any]:
+    """The batch, and that no keys are to be kept: with a cache for them, transformers lets packed rows see each other."""
+    keeps = forward is None and "position_ids" in batch and getattr(model.config, "use_cache", False)
+    return {"use_cache": False, **batch} if keeps else batch
 
 
 def _inputs(model: Any, call: Callable[..., Any], batch: dict[str, Tensor]) -> dict[str, Tensor] | None:

@@ -368,3 +368,24 @@ def test_what_a_decoder_masks_is_found_by_rows_without_it() -> None:
     language_model_loss(model, {**given, "labels": given["labels"].clamp(min=2)})
     torch.testing.assert_close(language_model_loss(model, given), model(**given).loss.double(), rtol=1e-5, atol=1e-5)
     assert given["labels"][0, 0] == -100  # which the decoder must not see
+
+
+@settings(max_examples=12, deadline=None)
+@given(lengths=st.lists(st.integers(2, 5), min_size=2, max_size=4), smoothing=st.sampled_from([0.0, 0.1]))
+def test_packed_rows_do_not_see_each_other(lengths: list[int], smoothing: float) -> None:
+    model = causal("Llama")
+    rows = [torch.randint(0, 40, (1, length)) for length in lengths]
+    labels = [row.clone().index_fill(1, torch.tensor([0]), -100) for row in rows]
+    packed = {
+        "input_ids": torch.cat(rows, 1),
+        "labels": torch.cat(labels, 1),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+    }
+    alone = [
+        label_losses(model, {"input_ids": row, "labels": own}, label_smoothing=smoothing).sum()
+        for row, own in zip(rows, labels)
+    ]
+    want = torch.stack(alone).sum()
+    found = language_model_loss(model, packed, label_smoothing=smoothing)
+    torch.testing.assert_close(found, want / (sum(lengths) - len(lengths)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(label_losses(model, packed, label_smoothing=smoothing).sum(), want, rtol=1e-5, atol=1e-6)
