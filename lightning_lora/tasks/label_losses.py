@@ -138,7 +138,7 @@ def _labels(model: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _without_cache(model: Any, batch: dict[str, Any], forward: Callable[..., Any] | None) -> dict[str, Any]:
-    """The batch, and that no keys are to be kept: with a cache for them, transformers lets packed rows see each other."""
+    """The batch, and no cache of keys, with which transformers lets packed rows see each other."""
     keeps = forward is None and "position_ids" in batch and getattr(model.config, "use_cache", False)
     return {"use_cache": False, **batch} if keeps else batch
 
