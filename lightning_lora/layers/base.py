@@ -411,6 +411,9 @@ class LoraLayer(nn.Module):
     @contextmanager
     def _bringing_weights(self) -> Iterator[None]:
         """Meanwhile, what takes the place of weights is what is meant to be there."""
+        if self.__dict__.get("_brings_weights", False):  # within another
+            yield
+            return
         self.__dict__["_brings_weights"] = True
         try:
             yield

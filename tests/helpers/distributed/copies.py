@@ -15,8 +15,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from helpers import TESTS
-
 
 class Copy:
     """A process that a waiting one has copied itself to.
@@ -29,7 +27,7 @@ class Copy:
     def __init__(self, rank: int, arguments: list[str], environment: dict[str, str], output: BinaryIO) -> None:
         read, write = os.pipe()
         self.stdin = os.fdopen(write, "wb", buffering=0)
-        self._waiting = _waiting(rank)
+        self._waiting = _all.get(rank) or _all.setdefault(rank, _Waiting(environment))
         try:
             self.pid = self._waiting.copy(arguments, environment, [read, output.fileno()])
         finally:
@@ -48,16 +46,14 @@ class Copy:
 class _Waiting:
     """The end of this process of the connection with one that waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: dict[str, str]) -> None:
+        """Start it, with the environment of its first copy: Lightning looks at the rank when it is imported."""
         self.channel, its = socket.socketpair()
         with its:
-            environment = os.environ | {
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
-            }
             command = [sys.executable, "-m", f"{__package__}.processes", str(its.fileno())]
             subprocess.Popen(command, env=environment, pass_fds=[its.fileno()], start_new_session=True)
-        self._lines = self.channel.makefile("r")
+        self._unread = b""
+        self._started: list[int] = []
         self._codes: dict[int, int] = {}
 
     def copy(self, arguments: list[str], environment: dict[str, str], descriptors: list[int]) -> int:
@@ -65,32 +61,30 @@ class _Waiting:
         text = json.dumps(wanted).encode()
         socket.send_fds(self.channel, [len(text).to_bytes(8, "big")], descriptors)
         self.channel.sendall(text)
-        while "started" not in (said := self._read()):
-            pass
-        return int(said["started"])
+        while not self._started:
+            self._receive()
+        return self._started.pop()
 
     def ended(self, pid: int) -> int | None:
         while pid not in self._codes and select.select([self.channel], [], [], 0)[0]:
-            self._read()
+            self._receive()
         return self._codes.get(pid)
 
-    def _read(self) -> dict[str, int]:
-        line = self._lines.readline()
-        if not line:
+    def _receive(self) -> None:
+        """Take all that it has said: what stayed in a buffer would not be seen until it says more."""
+        received = self.channel.recv(1 << 16)
+        if not received:
             raise RuntimeError("The process that the ranks are copied from has ended.")
-        said: dict[str, int] = json.loads(line)
-        if "ended" in said:
-            self._codes[said["ended"]] = said["code"]
-        return said
+        *lines, self._unread = (self._unread + received).split(b"\n")
+        for said in map(json.loads, lines):
+            if "started" in said:
+                self._started.append(said["started"])
+                self._codes.pop(said["started"], None)  # of another before it
+            else:
+                self._codes[said["ended"]] = said["code"]
 
 
 _all: dict[int, _Waiting] = {}
-
-
-def _waiting(rank: int) -> _Waiting:
-    if rank not in _all:
-        _all[rank] = _Waiting()
-    return _all[rank]
 
 
 def wait(descriptor: int, run: Callable[[list[str]], Any]) -> None:
