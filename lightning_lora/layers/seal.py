@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # of which torch 2.13 has no public name
 
 _CHUNK = 1 << 12  # words
-_IN_CACHE, _AT_ONCE = 1 << 3, 1 << 8  # chunks that a CPU's cache has room for with what is made of them, and elsewhere
+_IN_CACHE, _AT_ONCE = 1 << 4, 1 << 8  # chunks that a CPU core's cache has room for with what is made of them; elsewhere
 _HALF = 29
 _HIGH = (1 << 64 - _HALF) - 1  # what a shift by so many bits leaves, without the sign
 _FACTOR = -0x61C8864680B583EB  # odd, so that it loses no bit modulo 2**64
@@ -103,7 +103,7 @@ def checksum_of(eights: Tensor, rest: Tensor) -> Tensor:
 
 
 def _at_once(eights: Tensor) -> int:
-    return _IN_CACHE if eights.device.type == "cpu" else _AT_ONCE
+    return _IN_CACHE * torch.get_num_threads() if eights.device.type == "cpu" else _AT_ONCE
 
 
 def _sums(parts: list[Tensor], weights: Tensor) -> list[Tensor]:

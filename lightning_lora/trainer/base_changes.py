@@ -69,8 +69,9 @@ def require_frozen(optimizers: Iterable[Any], model: nn.Module) -> None:
 
 @dataclasses.dataclass
 class _Noted:
-    """What is known of a tensor: how often and where it was written, 16 of its words, and the sum of all of them."""
+    """What is known of a tensor: its type and shape, how often and where it was written, 16 words, and their sum."""
 
+    form: tuple[torch.dtype, torch.Size]
     written: tuple[int, int]
     sample: list[int]
     total: int
@@ -92,7 +93,10 @@ class BaseWatch:
         self._named: set[str] = set()
         tensors = dict(_base_tensors(model))
         samples, totals = _read(tensors, _sample), _read(tensors, _total)
-        self._noted = {name: _Noted(_written(tensors[name]), samples[name], totals[name][0]) for name in totals}
+        self._noted = {
+            name: _Noted(_form(tensors[name]), _written(tensors[name]), samples[name], total)
+            for name, (total,) in totals.items()
+        }
         self._filled = _filled(model)
         self._extra = _extra_states(model)
 
@@ -110,8 +114,8 @@ class BaseWatch:
         gone = self._noted.keys() - _filled(self._model)
         tensors = {name: tensor for name, tensor in every.items() if name in self._noted}
         samples = _read(tensors, _sample)
-        # Another shape or type has other words, but for chance.
-        found = [name for name, sample in samples.items() if sample != self._noted[name].sample]
+        seen = {name: (_form(tensors[name]), sample) for name, sample in samples.items()}
+        found = [name for name, each in seen.items() if each != (self._noted[name].form, self._noted[name].sample)]
         unsure = {
             name: tensor
             for name, tensor in tensors.items()
@@ -182,6 +186,10 @@ def _comparable(value: Any) -> Any:
         return pickle.dumps(value)
     except Exception:  # of whatever kind an object raises that cannot be stored
         return type(value)
+
+
+def _form(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:
+    return tensor.dtype, tensor.shape
 
 
 def _written(tensor: Tensor) -> tuple[int, int]:

@@ -249,6 +249,7 @@ WRITES: dict[str, Callable[[nn.Module, int], Any]] = {
     "through data": lambda m, i: m.tensor.data.copy_(flipped(m.tensor)),
     "other data": lambda m, i: setattr(m.tensor, "data", flipped(m.tensor)),
     "another": lambda m, i: setattr(m, "tensor", flipped(m.tensor)),
+    "another shape": lambda m, i: setattr(m, "tensor", m.tensor[None]),
     "rows": lambda m, i: m.tensor.copy_(m.tensor.flip(0) if m.tensor.dim() else m.tensor),
     "same": lambda m, i: m.tensor.copy_(m.tensor.clone()),
     "same, elsewhere": lambda m, i: setattr(m, "tensor", m.tensor.clone()),
