@@ -139,22 +139,26 @@ def stepper(
     return step
 
 
-def seconds(call: Callable[[], Any], device: str = "cpu") -> float:
-    """Seconds that a call takes, the device's work included."""
-    start = now(device)
+def seconds(call: Callable[[], Any], device: str = "cpu", clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds that a call takes by a clock, the device's work included."""
+    start = now(device, clock)
     call()
-    return now(device) - start
+    return now(device, clock) - start
 
 
-def now(device: str = "cpu") -> float:
+def now(device: str = "cpu", clock: Callable[[], float] = time.perf_counter) -> float:
     """The clock in seconds, once the device has done what it was given."""
     if device != "cpu":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return clock()
 
 
 def take_turns(
-    calls: dict[str, Callable[[], Any]], turns: int, device: str = "cpu", warm_up: int = 2
+    calls: dict[str, Callable[[], Any]],
+    turns: int,
+    device: str = "cpu",
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each turn. Each turn starts with another one; the first turns do not count."""
     names = list(calls)
@@ -162,7 +166,7 @@ def take_turns(
     for turn in range(turns + warm_up):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            taken = seconds(calls[name], device)
+            taken = seconds(calls[name], device, clock)
             if turn >= warm_up:
                 found[name].append(taken)
     return found

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import SHAPES, TARGETS, Shape, base, parser, report
+from benchmarks.harness import SHAPES, TARGETS, Shape, base, parser, report, seconds
 from lightning_lora import (
     LoraConfig,
     adapters,
@@ -32,11 +32,7 @@ OPERATIONS = ("add", "all added", "choose", "batch", "save", "load", "delete", "
 COUNTS = (1, 16, 64, 256, 1000)
 
 
-def cpu_seconds(call: Callable[[], Any]) -> float:
-    """CPU seconds that a call takes."""
-    start = time.process_time()
-    call()
-    return time.process_time() - start
+cpu_seconds = partial(seconds, clock=time.process_time)
 
 
 class Ours:

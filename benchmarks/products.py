@@ -96,12 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     for each in noted.values():
         step(each)
     calls = {"step": step} | {name: each.again for name, each in noted.items()}
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(args.turns):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            found[name].append(time.process_time() - start)
+    found = harness.take_turns(calls, args.turns, warm_up=0, clock=time.process_time)
     harness.report(
         "products",
         args,

@@ -4,13 +4,13 @@ Those that are compared take turns in one process, so that a machine that drifts
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
 
+from benchmarks.harness import take_turns
 from benchmarks.paper.contenders import TASKS, build, kind_of, lora_config, train_only
 from lightning_lora import eject, inject
 from lightning_lora.model.record import injections
@@ -34,7 +34,7 @@ def measure(task: str, contender: str, weights: str | None) -> dict[str, Any]:
     batch = next(iter(data.train_dataloader()))
     row = {name: value[:1] for name, value in next(iter(data.val_dataloader())).items() if name != "labels"}
     _choose(task, contender, module)
-    steps = _take_turns({"full": _stepper(full, batch), "contender": _stepper(module, batch)}, STEPS)
+    steps = take_turns({"full": _stepper(full, batch), "contender": _stepper(module, batch)}, STEPS)
     del full
     passes = {"base": _forward(base, row), "unmerged": _forward(module, row)}
     found: dict[str, Any] = {"task": task, "contender": contender, "threads": torch.get_num_threads()}
@@ -43,7 +43,7 @@ def measure(task: str, contender: str, weights: str | None) -> dict[str, Any]:
         merged, _ = _built(task, contender, weights)
         _choose(task, contender, merged)
         passes["merged"] = _forward(eject(merged, merge=True), row)
-    seconds = _take_turns(passes, PASSES)
+    seconds = take_turns(passes, PASSES)
     return found | {
         "base_seconds": statistics.median(seconds["base"]),
         "unmerged": _ratio(seconds["unmerged"], seconds["base"]),
@@ -91,18 +91,6 @@ def _forward(module: Any, row: dict[str, Any]) -> Callable[[], Any]:
         module(**row)
 
     return forward
-
-
-def _take_turns(actions: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
-    """Seconds of each action in each turn; the first two turns warm up and do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for turn in range(turns + 2):
-        for name, action in actions.items():
-            start = time.perf_counter()
-            action()
-            if turn >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def _ratio(times: list[float], reference: list[float]) -> float:
