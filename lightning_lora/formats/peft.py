@@ -37,7 +37,7 @@ from lightning_lora.formats.sizes import require_finite, require_sizes, rows_in_
 from lightning_lora.formats.verified import verify_adapter
 from lightning_lora.fqn import listed
 from lightning_lora.layers import Adapter, kind_of
-from lightning_lora.layers.base import base_class
+from lightning_lora.layers.adapted_class import base_class
 from lightning_lora.layers.offloading import onloaded
 from lightning_lora.model.fingerprint import Fingerprint, fingerprint_in
 from lightning_lora.model.inject import inject

@@ -6,18 +6,10 @@ from torch import nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import base_modules
+from lightning_lora.layers.adapted_class import adapted_class, change_class, class_problem, class_without_adapter
 from lightning_lora.layers.adapter import Adapter, LoraAdapter
 from lightning_lora.layers.attention import LoraMultiheadAttention
-from lightning_lora.layers.base import (
-    LoraLayer,
-    MergedForm,
-    Target,
-    adapted_class,
-    change_class,
-    class_problem,
-    unreadable_reason,
-    weightless_reason,
-)
+from lightning_lora.layers.base import LoraLayer, MergedForm, Target
 from lightning_lora.layers.conv import LoraConv
 from lightning_lora.layers.dora import DORA
 from lightning_lora.layers.embedding import LoraEmbedding
@@ -27,6 +19,7 @@ from lightning_lora.layers.own_linear import LoraOwnLinear
 from lightning_lora.layers.parameters import LoraParameters
 from lightning_lora.layers.quantized import Packed, QuantizedStorage, register_quantized_storage, storage_of
 from lightning_lora.layers.quantized_linear import LoraQuantizedLinear, dequantized, stored
+from lightning_lora.layers.readable import unreadable_reason, weightless_reason
 from lightning_lora.layers.recurrent import LoraRecurrent
 from lightning_lora.layers.rows import rows_of
 from lightning_lora.layers.tokens import LoraTokens
@@ -47,6 +40,7 @@ __all__ = [
     "adapted_class",
     "adapter_class_for",
     "change_class",
+    "class_without_adapter",
     "dequantized",
     "kind_of",
     "kind_of_peft_type",
@@ -145,7 +139,7 @@ def unsupported_reason(target: Target, config: LoraConfig) -> str | None:
     layer_class = target.layer_class
     with onloaded(offloaded):
         reason = (
-            (None if layer_class.reads_packed else unreadable_reason(target))
+            (None if layer_class.reads_packed else unreadable_reason(target.module, target.parameters))
             or layer_class.unsupported_reason(target, config)
             or class_problem(layer_class, target.module)
         )

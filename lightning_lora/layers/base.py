@@ -1,12 +1,9 @@
 """What every adapted layer shares: the class that a base layer takes on while it is adapted."""
 
 import dataclasses
-import inspect
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
-from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -19,9 +16,10 @@ from lightning_lora.layers.adapter import Adapter
 from lightning_lora.layers.folding import folded_by_rows, is_finite, is_foldable
 from lightning_lora.layers.functional import add_low_rank_by_sample
 from lightning_lora.layers.offloading import Shown, onloaded, swap_offloaded
-from lightning_lora.layers.quantized import WAY_ON, storage_of
+from lightning_lora.layers.own_forward import has_own_forward, is_hooked
+from lightning_lora.layers.readable import is_readable, weightless_reason
 from lightning_lora.layers.rows import Rows, input_rows
-from lightning_lora.layers.seal import Seal, wraps_tensors
+from lightning_lora.layers.seal import Seal
 from lightning_lora.sharding import local_tensor, shard_of, swap_parameters, unsharded, unwrap_fsdp
 
 
@@ -157,15 +155,18 @@ class LoraLayer(nn.Module):
         self.__dict__.update(_active=(), _merged=False, _aside={}, _seals={}, _rows=None)
         self.lora = nn.ModuleDict()
 
-    def end(self) -> tuple[type[nn.Module], dict[str, Any]]:
+    def end(self, own_class: type[nn.Module]) -> tuple[type[nn.Module], dict[str, Any]]:
         """Give up what :meth:`begin` brought.
+
+        Args:
+            own_class: The class that the layer had before.
 
         Returns:
             The class for the layer to have from now on, and the attributes that were taken from it.
         """
         taken = {name: self.__dict__.pop(name) for name in _STATE if name in self.__dict__}
         del self.lora
-        return class_without_adapter(self), taken
+        return own_class, taken
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of the class that the layer had before."""
@@ -300,7 +301,7 @@ class LoraLayer(nn.Module):
         modules = self.modules_at_work()
         with unsharded(modules), onloaded(modules):
             for name, parameter in self.adapted_parameters().items():
-                if not _is_readable(parameter):
+                if not is_readable(parameter):
                     raise ValueError(
                         f"The {name} of a {type(self).__name__} was quantized after the adapter was put in, so nothing "
                         "can be folded into it: quantize the model first, then inject. Nothing was changed."
@@ -420,144 +421,9 @@ class LoraLayer(nn.Module):
         finally:
             del self.__dict__["_brings_weights"]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so pickle and deepcopy must find it by the base class.
-        _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[str-unpack]
-        return (_new_adapted, _adapted(self).__bases__, *state)
-
-
-def weightless_reason(module: nn.Module, parameters: Iterable[str] = ("weight",)) -> str | None:
-    """Why a module has not the weights to adapt, whatever the settings; ``None`` if it has."""
-    owners = ((module.get_submodule(owner), name) for owner, _, name in (path.rpartition(".") for path in parameters))
-    if not all(name in owner._parameters for owner, name in owners):
-        return "its weight is computed of others (a parametrization), so nothing can be folded into it"
-    return None
-
-
-def unreadable_reason(target: Target) -> str | None:
-    """Why the values of the parameters to adapt cannot be read, ``None`` if they can."""
-    if (storage := storage_of(target.module)) is not None:
-        return (
-            f"its weight is quantized ({storage.supported}), and of a quantized layer only the whole "
-            "can be adapted, with target_modules and without fused_qkv"
-        )
-    for name in target.parameters:
-        owner_name, _, attribute = name.rpartition(".")
-        parameter = target.module.get_submodule(owner_name)._parameters.get(attribute)
-        if parameter is not None and not _is_readable(parameter):
-            return (
-                f"its {name} holds {parameter.dtype} in a {type(parameter).__module__}.{type(parameter).__name__}, a "
-                f"quantized format of which the values cannot be read here: {WAY_ON}"
-            )
-    return None
-
-
-def _is_readable(parameter: Tensor) -> bool:
-    """Whether the values of a parameter are in it as they are, which they are not in packed and quantized ones."""
-    is_foreign = wraps_tensors(parameter) and not type(parameter).__module__.startswith("torch.")
-    return not is_foreign and (parameter.is_floating_point() or parameter.is_complex())
-
 
 def _is_another(parameter: Tensor, before: Tensor) -> bool:
     """Whether a parameter has other values than one that was there, as far as both can be read."""
     if parameter is before or any(type(each.data) is not Tensor or each.is_meta for each in (parameter, before)):
         return False
     return not torch.equal(parameter, before.to(parameter.device, parameter.dtype))
-
-
-def class_problem(layer_class: type[LoraLayer], module: nn.Module) -> str | None:
-    """Why a module cannot take on the class of an adapted layer, ``None`` if it can."""
-    base = type(module)
-    try:
-        # Not by the class's own __new__, by which FSDP2's makes a layer that is not sharded.
-        object.__new__(base).__class__ = adapted_class(layer_class, base)  # type: ignore[arg-type]
-    except TypeError as error:
-        return (
-            f"Python cannot give it another class ({error}): its class puts another kind of class, such as ABC, before "
-            "the layer's among its bases; put it after"
-        )
-    return None
-
-
-@cache
-def adapted_class(layer_class: type[LoraLayer], base: type[nn.Module]) -> type[LoraLayer]:
-    """The class of a ``base`` module that is adapted as a ``layer_class``."""
-    _, *inputs = inspect.signature(base.forward).parameters.values()
-    x = next((each.name for each in inputs[:1] if each.kind is each.POSITIONAL_OR_KEYWORD), None)
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not args and x in kwargs:  # each class has a name of its own for its input
-            args = (kwargs.pop(x),)
-        if not isinstance(self, LoraLayer):  # whoever wrapped the layer's forward has kept this one
-            return type(self).forward(self, *args, **kwargs)
-        return super(adapted, self).forward(*args, **kwargs)
-
-    forward.__signature__ = inspect.signature(layer_class.forward)  # type: ignore[attr-defined]  # for torch.export
-    # torch.fx takes modules of torch's own packages for leaves.
-    names = {"__module__": base.__module__, "_is_adapted": True, "unadapted": base}
-    adapted: type[LoraLayer] = type(f"Lora{base.__name__}", (layer_class, base), {**names, "forward": forward})
-    return adapted
-
-
-def change_class(layer: nn.Module, cls: type[nn.Module]) -> None:
-    """Give a layer another class: adapt it, or take its adapters out.
-
-    What the object holds of its class's forward, as accelerate's hooks do, becomes the new class's. A forward that
-    somebody gave to the object itself is called in the place of the class's while the layer is adapted.
-    """
-    attributes = vars(layer)
-    own = attributes.pop("_own_forward", None)
-    if has_own_forward(layer) and not isinstance(layer, LoraLayer):
-        # Under a hook of accelerate's, it is what that calls.
-        is_under_hook = "_old_forward" in attributes
-        attributes["_own_forward"] = attributes.pop("_old_forward" if is_under_hook else "forward")
-        if is_under_hook:
-            attributes["_old_forward"] = MethodType(type(layer).forward, layer)
-    new = own or MethodType(cls.forward, layer)
-    attributes.update(dict.fromkeys(_forwards_in(layer), new))
-    if own is not None:
-        attributes.setdefault("forward", own)
-    layer.__class__ = cls
-
-
-def has_own_forward(layer: nn.Module) -> bool:
-    """Whether an object has a forward of its own, and not one that leads to its class's."""
-    return "forward" in vars(layer) and not _forwards_in(layer)
-
-
-def _forwards_in(layer: nn.Module) -> list[str]:
-    """The attributes of an object that are the forward of its class."""
-    return [
-        name
-        for name, value in vars(layer).items()
-        if isinstance(value, MethodType) and value.__self__ is layer and value.__func__ is type(layer).forward
-    ]
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of a module does more than its class's forward, so that it must be called."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return "forward" in vars(module) or any(hooks)
-
-
-def base_class(layer: LoraLayer) -> type[nn.Module]:
-    """The class that an adapted layer had before."""
-    return type(layer).unadapted
-
-
-def class_without_adapter(layer: LoraLayer) -> type[nn.Module]:
-    """The class for a layer to go back to: the one before, with what was made of it since by sharding the layer."""
-    own, adapted = type(layer), _adapted(layer)
-    if own is adapted:
-        return base_class(layer)
-    bases = tuple(base_class(layer) if base is adapted else base for base in own.__bases__)
-    return type(own.__name__.replace(adapted.__name__, bases[-1].__name__), bases, {"__module__": own.__module__})
-
-
-def _adapted(layer: LoraLayer) -> type[nn.Module]:
-    return next(cls for cls in type(layer).__mro__ if "_is_adapted" in vars(cls))
-
-
-def _new_adapted(layer_class: type[LoraLayer], base: type[nn.Module]) -> LoraLayer:
-    cls = adapted_class(layer_class, base)  # type: ignore[arg-type]
-    return cls.__new__(cls)

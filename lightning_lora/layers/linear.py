@@ -8,13 +8,15 @@ from torch.nn import Linear  # by its own name, for Lightning's BitsandbytesPrec
 
 from lightning_lora.class_names import is_a
 from lightning_lora.config import LOFTQ
+from lightning_lora.layers.adapted_class import base_class
 from lightning_lora.layers.adapter import LoraAdapter
-from lightning_lora.layers.base import LoraLayer, base_class, is_hooked
+from lightning_lora.layers.base import LoraLayer
 from lightning_lora.layers.folding import RowFold
 from lightning_lora.layers.functional import PLAIN_TENSORS, add_low_rank, low_rank_linear, low_rank_product
 from lightning_lora.layers.init import from_weight, orthogonal, require_part
 from lightning_lora.layers.linear_by_trial import computes_linear
 from lightning_lora.layers.loftq import loftq
+from lightning_lora.layers.own_forward import is_hooked
 from lightning_lora.sharding import copy_full_
 
 

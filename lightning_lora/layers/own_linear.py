@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import Linear  # by its own name, for Lightning's BitsandbytesPrecision has nn.Linear be another class
 
 from lightning_lora.config import LoraConfig
-from lightning_lora.layers.base import Target, weightless_reason
+from lightning_lora.layers.base import Target
 from lightning_lora.layers.parameters import LoraParameters
+from lightning_lora.layers.readable import weightless_reason
 
 
 class LoraOwnLinear(LoraParameters):

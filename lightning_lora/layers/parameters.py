@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
+from lightning_lora.layers.adapted_class import base_class
 from lightning_lora.layers.adapter import Adapter, LoraAdapter
-from lightning_lora.layers.base import LoraLayer, Target, base_class
+from lightning_lora.layers.base import LoraLayer, Target
 from lightning_lora.layers.folding import RowFold, added_rows
 from lightning_lora.layers.functional import low_rank_product
 from lightning_lora.layers.init import fill_

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.fake_tensors import has_values
+from lightning_lora.layers.adapted_class import base_class
 from lightning_lora.layers.adapter import Adapter
-from lightning_lora.layers.base import MergedForm, Target, base_class
+from lightning_lora.layers.base import MergedForm, Target
 from lightning_lora.layers.functional import add_low_rank
 from lightning_lora.layers.linear import LinearAdapter, LoraLinear
 from lightning_lora.layers.offloading import onloaded
@@ -129,10 +130,10 @@ class LoraQuantizedLinear(LoraLinear):
         assert storage is not None
         self.__dict__["_storage"] = storage
 
-    def end(self) -> tuple[type[nn.Module], dict[str, Any]]:
+    def end(self, own_class: type[nn.Module]) -> tuple[type[nn.Module], dict[str, Any]]:
         is_plain = self._is_merged_plain()
         storage: QuantizedStorage = self.__dict__.pop("_storage")
-        own_class, taken = super().end()
+        own_class, taken = super().end(own_class)
         if is_plain:
             taken |= storage.strip(self)
             own_class = storage.plain_class(own_class)

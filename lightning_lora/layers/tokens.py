@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers.adapter import Adapter
-from lightning_lora.layers.base import LoraLayer, Target, has_own_forward
+from lightning_lora.layers.base import LoraLayer, Target
 from lightning_lora.layers.embedding import embed_scale, lookup_unsupported_reason
 from lightning_lora.layers.functional import is_plain
+from lightning_lora.layers.own_forward import has_own_forward
 
 
 class TokenAdapter(Adapter):

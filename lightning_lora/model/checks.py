@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from lightning_lora.config import LoraConfig
 from lightning_lora.fqn import base_modules, clean_fqn, is_submodule, listed
 from lightning_lora.layers import Adapter, LoraLayer, LoraParameters, Target, adapter_class_for
-from lightning_lora.layers.base import has_own_forward
+from lightning_lora.layers.own_forward import has_own_forward
 from lightning_lora.model.quantization import quantized_layers
 from lightning_lora.model.record import (
     Injection,

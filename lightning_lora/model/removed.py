@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_lora.fqn import base_modules
-from lightning_lora.layers import LoraLayer, change_class
+from lightning_lora.layers import LoraLayer, change_class, class_without_adapter
 from lightning_lora.model.freeze import freeze, thaw
 from lightning_lora.model.record import (
     Injection,
@@ -123,7 +123,7 @@ def _remove_class(layer: LoraLayer) -> _RemovedLayer:
     """Give a layer its old class back, without the attributes that it had beside its adapters."""
     noted = {_NOTE: layer.__dict__.pop(_NOTE)} if _NOTE in layer.__dict__ else {}
     layer_class, adapters = type(layer), layer.lora
-    own_class, attributes = layer.end()
+    own_class, attributes = layer.end(class_without_adapter(layer))
     change_class(layer, own_class)
     return _RemovedLayer(weakref.ref(layer), layer_class, adapters, attributes | noted)
 

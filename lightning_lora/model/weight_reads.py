@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightning_lora.layers import LoraLayer
-from lightning_lora.layers.base import base_class
+from lightning_lora.layers.adapted_class import base_class
 
 # What is asked of a weight so says nothing of its values.
 _ABOUT = {"device", "dim", "dtype", "element_size", "grad", "is_cuda", "is_meta", "layout", "ndim", "numel"}

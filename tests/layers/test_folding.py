@@ -14,9 +14,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_lora import LoraConfig, inject, merge
 from lightning_lora.layers import LoraLayer, folding
 from lightning_lora.layers.adapter import Adapter
+from lightning_lora.layers.folding import is_finite
 from lightning_lora.layers.linear import LinearAdapter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_finite(dtype: torch.dtype) -> None:
+    tensor = torch.full((5, 7), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(tensor)
+    assert is_finite(tensor[:0])
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        broken = tensor.clone()
+        broken[3, 2] = bad
+        assert not is_finite(broken)
 
 
 class Stack(nn.Module):
