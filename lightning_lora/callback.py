@@ -37,21 +37,20 @@ from lightning_lora.trainer import (
     requeue,
     resume,
     run_names,
-    step_reads,
     weight_averaging,
 )
 from lightning_lora.trainer.best_checkpoint import load_best, require_best, require_own_best
 from lightning_lora.trainer.end_of_fit import export_merged, merge_in_memory
 from lightning_lora.trainer.eva_calibration import calibrate_eva
-from lightning_lora.trainer.finite_steps import ON_NAN, FiniteSteps
+from lightning_lora.trainer.finite_steps import ON_NAN
 from lightning_lora.trainer.frozen_parameters import drop_frozen
-from lightning_lora.trainer.merge_probe import MergeProbe
 from lightning_lora.trainer.peft_wrapped import adopt_wrapped
 from lightning_lora.trainer.precision import warn_of_emulation
 from lightning_lora.trainer.process_launchers import no_way_back, spawns
 from lightning_lora.trainer.pytorch_lightning import original_class, rebuild, serve_both_packages
 from lightning_lora.trainer.sharded_strategy import checkpoints_of
 from lightning_lora.trainer.strategy import install
+from lightning_lora.trainer.watches import Watches
 
 _MERGE_MODES = ("last", "best", None)
 
@@ -77,22 +76,6 @@ class _Arguments(LoraConfig):
         if isinstance(self.r, LoraConfig):
             raise ValueError("LoRA got a LoraConfig in the place of r: pass it by its name, LoRA(config=...).")
         super().__post_init__()
-
-
-@dataclasses.dataclass
-class _Watches:
-    """What looks at one very run, and is in no copy of the callback."""
-
-    gradients: gradient_checks.GradientWatch | None = None
-    base: base_changes.BaseWatch | None = None
-    reads: step_reads.StepReads | None = None
-    finite: FiniteSteps | None = None
-    probe: MergeProbe | None = None
-
-    def stop(self) -> None:
-        for watch in (self.gradients, self.reads, self.finite, self.probe):
-            if watch is not None:
-                watch.stop()
 
 
 class LoRA(Callback):
@@ -171,7 +154,7 @@ class LoRA(Callback):
         self._injected_now = False
         self._came: str | None = None
         self._running = False
-        self._watches = _Watches()
+        self._watches = Watches()
         serve_both_packages(self)
 
     @property
@@ -266,65 +249,50 @@ class LoRA(Callback):
         if self.summary and self is _lora_callbacks(trainer)[0]:
             rank_zero_only(print_summary)(pl_module)
         if self is _lora_callbacks(trainer)[-1]:  # it looks for all, since all adapters have their start by now
-            self._watches.gradients = gradient_checks.GradientWatch(pl_module, trainer.optimizers)
-            self._watches.base = base_changes.BaseWatch(pl_module, trainer.optimizers)
-            self._watches.reads = step_reads.StepReads(pl_module)
             exports = any(cb.verify and cb.export_dir is not None for cb in _lora_callbacks(trainer))
-            self._watches.probe = MergeProbe(pl_module) if exports and self.merge is not None else None
+            self._watches.begin_fit(pl_module, trainer.optimizers, probes=exports and self.merge is not None)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Let a SLURM job be requeued between steps alone, and look at each step, now that none is a trial."""
         if self is _lora_callbacks(trainer)[0]:
             requeue.requeue_waits(trainer)
-            self._watches.finite = FiniteSteps(trainer, self.on_nan) if self.on_nan != "ignore" else None
+            self._watches.begin_steps(trainer, self.on_nan)
 
     @override
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        if self._watches.base is not None:
-            self._watches.base.require_frozen()
-        if self._watches.reads is not None:
-            self._watches.reads.start(batch)
+        self._watches.before_batch(batch)
 
     @override
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: torch.Tensor) -> None:
         resume.backward_begins(trainer)
-        if self._watches.finite is not None:
-            self._watches.finite.before_backward(loss)
+        self._watches.before_backward(loss)
 
     @override
     def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Never train silently on nothing: gradients must reach the adapters before their optimizer's first step."""
-        if self._watches.reads is not None:
-            self._watches.reads.require_none()
-        if self._watches.gradients is not None:
-            self._watches.gradients.after_backward()
-            if self._watches.gradients.is_over:
-                self._watches.gradients = None
+        self._watches.after_backward()
 
     @override
     def on_before_optimizer_step(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: torch.optim.Optimizer
     ) -> None:
         """Let no NaN and no infinity into the adapters."""
-        if self._watches.finite is not None:
-            self._watches.finite.before_optimizer_step(optimizer)
+        self._watches.before_optimizer_step(optimizer)
 
     @override
     def on_save_checkpoint(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
     ) -> None:
         """Say so if the base is no longer the one on which the checkpoint will be opened."""
-        if self._watches.base is not None:
-            self._watches.base.warn_of_moved()
+        self._watches.before_save()
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", *_: Any) -> None:
         """A moment from which a run can go on."""
-        if self._watches.reads is not None:
-            self._watches.reads.stop()
+        self._watches.after_batch()
         requeue.requeue_if_asked(trainer)
 
     @override
@@ -342,8 +310,7 @@ class LoRA(Callback):
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """The last one. What the last step has made is about to be saved, exported and merged."""
         requeue.requeue_if_asked(trainer)
-        if self._watches.finite is not None:
-            self._watches.finite.finish()
+        self._watches.end_steps()
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -351,9 +318,7 @@ class LoRA(Callback):
         callbacks = _lora_callbacks(trainer)
         if self is not callbacks[-1]:
             return  # the last one acts for all, since checkpoints must be read before any adapter is folded in
-        if self._watches.gradients is not None:
-            self._watches.gradients.finish()
-        moved = self._watches.base.warn_of_moved(thoroughly=True) if self._watches.base is not None else []
+        moved = self._watches.end_fit()
         if self.merge == "best":
             load_best(trainer, pl_module)
         # Where processes share the model, all of them take part in gathering it.
@@ -433,7 +398,7 @@ class LoRA(Callback):
         configure_model.as_before(pl_module)
         quantized_base.as_before(trainer, pl_module)
         self._watches.stop()
-        self._watches = _Watches()
+        self._watches = Watches()
         gradient_checks.disable_through_checkpointing(pl_module)
 
     def _injection(self, root: nn.Module) -> Injection:
@@ -458,7 +423,7 @@ class LoRA(Callback):
             ) from error
 
     def __reduce__(self) -> Any:
-        return rebuild, (original_class(self),), {**self.__dict__, "_watches": _Watches()}
+        return rebuild, (original_class(self),), {**self.__dict__, "_watches": Watches()}
 
 
 def _floating_dtype(name: str | None) -> torch.dtype | None:
