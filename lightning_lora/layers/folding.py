@@ -33,7 +33,7 @@ def folded_by_rows(weight: Tensor, folds: Sequence[RowFold]) -> tuple[Tensor, bo
     Returns:
         The merged weight, in the weight's dtype, and whether all of it is finite.
     """
-    merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    merged = torch.empty_like(weight)
     finite = True
     buffer: Tensor | None = None
     for rows in _blocks(weight):

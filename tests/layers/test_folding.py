@@ -97,19 +97,24 @@ def _weights(layer: LoraLayer) -> list[tuple[str, Tensor]]:
     r=st.sampled_from([1, 2, 8]),
     numbers=st.sampled_from([1, 1 << 14, folding._NUMBERS]),
     use_vera=st.booleans(),
+    by_columns=st.booleans(),
 )
 def test_blocks_give_the_bits_of_the_whole(
-    kind: str, dtype: torch.dtype, rows: int, columns: int, r: int, numbers: int, use_vera: bool
+    kind: str, dtype: torch.dtype, rows: int, columns: int, r: int, numbers: int, use_vera: bool, by_columns: bool
 ) -> None:
     use_vera = use_vera and kind in ("linear", "conv1d")
     layer = adapted(BASES[kind](rows, columns), dtype, r=r, lora_alpha=r / 2, use_vera=use_vera)
+    if by_columns:  # as they lie in memory
+        for _, weight in _weights(layer):
+            weight.data = weight.data.mT.contiguous().mT
     whole = as_a_whole(layer)
     assert not any(torch.equal(whole[name], weight) for name, weight in _weights(layer))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folding, "_NUMBERS", numbers)
         merged = layer.merged_weights()
+    strides = {name: weight.stride() for name, weight in _weights(layer)}
     for name, weight in whole.items():
-        assert merged[name].dtype == dtype
+        assert (merged[name].dtype, merged[name].stride()) == (dtype, strides[name])
         assert torch.equal(merged[name], weight)
 
 
