@@ -108,7 +108,9 @@ def low_rank_linear(
     if torch.is_autocast_enabled(device) and dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
     cast = (None if tensor is None else tensor.to(dtype) for tensor in tensors)
-    out: Tensor = _LowRankLinear.apply(*cast, scaling)[0]  # type: ignore[no-untyped-call]
+    # Computed with out here, since torch 2.13 cannot compile a number that changes and is first met in the function,
+    # where the same layer is called twice.
+    out: Tensor = _LowRankLinear.apply(*cast, 1.0 * scaling)[0]  # type: ignore[no-untyped-call]
     return out
 
 

@@ -1,5 +1,6 @@
 """Compiled code and eager code are the same in every state that adapters can be in, and each state is compiled once."""
 
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ import pytest
 import torch
 from helpers.layers import KINDS as LAYERS
 from helpers.toys import randomize
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
@@ -70,6 +71,15 @@ class Fused(nn.Module):
         return self.qkv(x)
 
 
+class Twice(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) - 2 * self.layer(x + x)
+
+
 def _linear(after: nn.Module | None = None) -> Net:
     return Net(nn.Linear(6, 5), after)
 
@@ -81,6 +91,11 @@ IN_LAYER: dict[str, Any] = {"target_modules": ["layer"]}
 KINDS: dict[str, tuple[Callable[[], nn.Module], Tensor, dict[str, Any]]] = {
     **{name: ((lambda layer=layer: Net(layer())), x, IN_LAYER) for name, (layer, x) in LAYERS.items()},
     "dropouts": (_linear, X, {**IN_LAYER, "lora_dropout": 0.5, "rank_dropout": 0.5}),
+    **{
+        f"{name} twice": ((lambda layer=layer: Twice(layer())), x, IN_LAYER)
+        for name, (layer, x) in LAYERS.items()
+        if x.is_floating_point() and name != "attention"
+    },
     "parameters": (lambda: Net(Experts()), X, {"target_modules": None, "target_parameters": ["stacked", "matrix"]}),
     "tokens": (Tied, TOKENS, {"target_modules": ["middle"], "trainable_token_indices": [1, 3]}),
     "dora": (_linear, X, {**IN_LAYER, "use_dora": True}),
@@ -264,6 +279,15 @@ def _loaded(pair: Pair) -> None:
         load_adapter(pair.model, folder, "a")
 
 
+def _scaled(pair: Pair) -> None:
+    """The same adapter's name with another scaling, which compiled code may take for a number that changes."""
+    set_adapter(pair.model, None)
+    delete_adapter(pair.model, "a")
+    pair.config = dataclasses.replace(pair.config, lora_alpha=pair.config.lora_alpha + 3)
+    (add_adapter if adapters(pair.model) else inject)(pair.model, pair.config, "a")
+    set_adapter(pair.model, "a")
+
+
 OPERATIONS: dict[str, Callable[[Pair], Any]] = {
     "merge": lambda pair: merge(pair.model),
     "unmerge": lambda pair: unmerge(pair.model),
@@ -279,6 +303,7 @@ OPERATIONS: dict[str, Callable[[Pair], Any]] = {
     "mixed": _mixed,
     "disabled": _off,
     "loaded": _loaded,
+    "scaled": _scaled,
     "moved": lambda pair: randomize(pair.model, 0.3) if adapters(pair.model) else None,
     "train": lambda pair: pair.model.train(),
     "eval": lambda pair: pair.model.eval(),
@@ -305,6 +330,7 @@ _SETTINGS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(Hea
 
 
 @settings(max_examples=12, **_SETTINGS)
+@example(kind="linear twice", names=["scaled", "scaled"])
 @given(kind=_KIND, names=_NAMES)
 def test_any_operations(kind: str, names: list[str]) -> None:
     _run(kind, names, "eager")
