@@ -24,6 +24,7 @@ from lightning_lora.model.freeze import freeze_norms
 from lightning_lora.model.inject import inject
 from lightning_lora.model.merge import merge, unmerge
 from lightning_lora.model.peft_wrapped import wrapped_models
+from lightning_lora.model.recompute import keep_adapters, leave_alone
 from lightning_lora.model.record import Injection, adopt, injections, injections_of
 from lightning_lora.model.removed import MERGED, REMOVED, forget_removed, how_merged, removed_injections
 from lightning_lora.model.summary import print_summary
@@ -257,6 +258,7 @@ class LoRA(Callback):
         """Let a SLURM job be requeued between steps alone, and look at each step, now that none is a trial."""
         if self is _lora_callbacks(trainer)[0]:
             requeue.requeue_waits(trainer)
+            keep_adapters(pl_module)
             self._watches.begin_steps(trainer, self.on_nan)
 
     @override
@@ -395,6 +397,7 @@ class LoRA(Callback):
         return forget_removed(root)
 
     def _release(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        leave_alone(pl_module)
         configure_model.as_before(pl_module)
         quantized_base.as_before(trainer, pl_module)
         self._watches.stop()

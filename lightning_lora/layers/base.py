@@ -278,6 +278,15 @@ class LoraLayer(nn.Module):
     def active(self, names: Iterable[str]) -> None:
         self.__dict__["_active"] = tuple(names)
 
+    @property
+    def chosen(self) -> tuple[tuple[str, ...], Rows | None]:
+        """Which adapters a forward pass computes with: the active ones, or for a batch those of each sample."""
+        return self._active, self._rows
+
+    @chosen.setter
+    def chosen(self, choice: tuple[tuple[str, ...], Rows | None]) -> None:
+        self.__dict__.update(zip(("_active", "_rows"), choice))
+
     def modules_at_work(self) -> list[nn.Module]:
         """This layer with what is in it, and the active adapters."""
         active = [self.lora[name] for name in self._active if name in self.lora]

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_lora.layers import MergedForm
 from lightning_lora.model.merge import merge_layers
+from lightning_lora.model.recompute import leave_alone
 from lightning_lora.model.record import adapted_layers, roots_of
 from lightning_lora.model.removed import keep_removed, remove_all, require_adapters
 
@@ -49,6 +50,7 @@ def eject(
             layer.unmerge()
         for injection in reversed(found):
             injection.switch(False)
+    leave_alone(model)
     for root in roots_of(found):
         removed = remove_all(root)
         if merge:

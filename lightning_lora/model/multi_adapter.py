@@ -10,6 +10,7 @@ from torch import nn
 from lightning_lora.config import LoraConfig
 from lightning_lora.layers import LoraLayer, rows_of
 from lightning_lora.model.inject import inject
+from lightning_lora.model.recompute import keep_adapters
 from lightning_lora.model.record import Injection, adapted_layers, injections, own_injections
 from lightning_lora.model.removed import is_removed, remove_adapter, require_whole
 from lightning_lora.sharding import is_sharded
@@ -73,6 +74,7 @@ def set_adapter(model: ModuleT, adapter_names: str | Sequence[str] | None) -> Mo
     names = _checked(adapter_names, found)
     _require_unmerged(model, layers)
     _require_compatible([injection for injection in found if injection.adapter_name in names])
+    keep_adapters(model)
     for layer in layers:
         layer.active = (name for name in names if name in layer.lora._modules)
     # First all of the base's own back, then the chosen ones in, which may be for the same modules.
@@ -150,12 +152,12 @@ def adapters_for(model: ModuleT, adapter_names: Sequence[str | None]) -> Iterato
     rows = rows_of(adapter_names, [name for name in known if name in names])
     with _activated(model, []):
         for layer in layers:
-            layer.__dict__["_rows"] = rows
+            layer.chosen = (), rows
         try:
             yield model
         finally:
             for layer in layers:
-                layer.__dict__["_rows"] = None
+                layer.chosen = (), None
 
 
 @contextmanager
