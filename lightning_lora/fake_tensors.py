@@ -64,6 +64,16 @@ class FakeTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # (torch
         self._sizes: dict[int, int] = {}
         self._is_off = False
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """It keeps nothing of what operations give, so that layers are to do what they do in a run."""
+        return True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled parts run as they are written, whose operations are then seen."""
+        return False
+
     def __enter__(self) -> "FakeTensors":
         # A fake tensor has weak references, with which torch swaps none; of ours, a new type alone is to be taken over.
         self._patch = patch("torch.utils.swap_tensors", _put)

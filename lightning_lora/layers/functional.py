@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor  # not public, but what torch's documentation has for tensors without values
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode  # of which torch 2.13 has no public name
 
 PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # not another subclass, which has operations of its own
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # new in PyTorch 2.7
@@ -119,12 +120,14 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
     Nothing else is defined for a ``torch.autograd.Function`` with only a backward pass, nor for all changes in place:
     forward-mode derivatives, the transforms of ``torch.func``, programs that are saved, and subclasses of Tensor need
-    PyTorch's own operations.
+    PyTorch's own operations. So do dispatch modes that keep what operations give, as selective activation checkpointing
+    does: it would add the adapter to what has it already.
     """
     return not (
         _is_exporting()
         or torch.jit.is_tracing()  # type: ignore
         or torch._C._are_functorch_transforms_active()
+        or is_in_torch_dispatch_mode(include_infra_modes=False)
     ) and all(
         tensor is None or (type(tensor) in PLAIN_TENSORS and forward_ad.unpack_dual(tensor).tangent is None)  # type: ignore
         for tensor in tensors
