@@ -1,5 +1,6 @@
 """Callbacks for use beside ``LoRA``."""
 
+from lightning_lora.callbacks.activation_checkpointing import ActivationCheckpointing
 from lightning_lora.callbacks.adapter_monitor import AdapterMonitor
 from lightning_lora.callbacks.base_as_reference import BaseAsReference
 from lightning_lora.callbacks.before_after import BeforeAfter
@@ -11,6 +12,7 @@ from lightning_lora.callbacks.report import Report
 from lightning_lora.callbacks.throughput import Throughput
 
 __all__ = [
+    "ActivationCheckpointing",
     "AdapterMonitor",
     "BaseAsReference",
     "BeforeAfter",

@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_lora.callback import LoRA
-from lightning_lora.callbacks import BaseAsReference, MaxUpdateNorm
+from lightning_lora.callbacks import ActivationCheckpointing, BaseAsReference, MaxUpdateNorm
 from lightning_lora.trainer.memory import MemoryEstimate
 
 # Callbacks that change what is trained or kept; the others would only leave traces.
 _OF_THE_STEP = (
     LoRA,
+    ActivationCheckpointing,
     BaseAsReference,
     MaxUpdateNorm,
     BaseFinetuning,

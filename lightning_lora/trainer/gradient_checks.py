@@ -26,12 +26,13 @@ def enable_through_checkpointing(model: nn.Module) -> None:
     for hf_model in pretrained_models(model).values():
         # Transformers 5 does so by itself, and a second hook would be left behind.
         already = getattr(hf_model, "_require_grads_hook", None) is not None
-        if _checkpoints_activations(hf_model) and not already:
+        if checkpoints_activations(hf_model) and not already:
             hf_model.enable_input_require_grads()  # type: ignore[operator]
             hf_model.__dict__[_ENABLED_HERE] = True
 
 
-def _checkpoints_activations(hf_model: nn.Module) -> bool:
+def checkpoints_activations(hf_model: nn.Module) -> bool:
+    """Whether a model of transformers computes activations again in the backward pass."""
     # Transformers 5 renames the attribute.
     name = "is_activation_checkpointing"
     return bool(getattr(hf_model, name if hasattr(hf_model, name) else "is_gradient_checkpointing", False))
