@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from lightning_lora.gguf_reading import parsed_once
 
@@ -120,7 +121,6 @@ def without_weights() -> Iterator[None]:
     import transformers
 
     logging: Any = transformers.utils.logging
-
     models: Any = transformers.PreTrainedModel
     read = models.from_pretrained.__func__
 
@@ -140,11 +140,10 @@ def without_weights() -> Iterator[None]:
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # or it would warn that all weights are new
-    models.from_pretrained = classmethod(build)
     try:
-        yield
+        with patch.object(models, "from_pretrained", classmethod(build)):
+            yield
     finally:
-        models.from_pretrained = classmethod(read)
         logging.set_verbosity(verbosity)
 
 
