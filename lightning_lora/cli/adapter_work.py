@@ -31,11 +31,7 @@ _OTHER_FORMATS = {"gguf": save_gguf_adapter, "diffusers": save_diffusers_adapter
 
 
 def run(given: argparse.Namespace) -> int:
-    """Do what the parsed arguments say.
-
-    Returns:
-        The exit code.
-    """
+    """Do what the parsed arguments say; gives the exit code."""
     commands = {
         "inspect": _inspect,
         "export": _export,

@@ -43,10 +43,7 @@ def amplification(model: nn.Module) -> dict[str, float]:
 def draw(similarities: dict[str, Tensor], path: Path, titles: tuple[str, str]) -> None:
     """Write a picture with a panel for each name of layers, such as ``q_proj``: the mean over them, as in figure 3.
 
-    Args:
-        similarities: By the names of the layers, as ``(r, s)``.
-        path: The file, whose ending says the kind of picture.
-        titles: What the adapters are called.
+    The ending of the path says the kind of picture; the titles are those of the two adapters.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
