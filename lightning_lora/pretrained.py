@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -215,12 +216,11 @@ def quantization_config(quantize: str, dtype: torch.dtype) -> Any:
 
 def _quantize_layers(model: PreTrainedModel, quantize: str, dtype: torch.dtype) -> None:
     """Quantize the linear layers of a loaded model but its head, one after the other."""
-    import bitsandbytes
     from torch.nn import Linear
 
     from lightning_lora.fake_tensors import has_values
 
-    library: Any = bitsandbytes
+    library: Any = import_module("bitsandbytes")
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
@@ -244,10 +244,9 @@ def _quantize_layers(model: PreTrainedModel, quantize: str, dtype: torch.dtype) 
 
 def _without_values(new: Any, weight: torch.Tensor) -> Any:
     """The packed weight of a new layer of bitsandbytes in the place of one that has no values, and has none either."""
-    import bitsandbytes
     import torch
 
-    library: Any = bitsandbytes
+    library: Any = import_module("bitsandbytes")
     settings = _kept(new.weight)
     if isinstance(new, library.nn.Linear4bit):
         names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
