@@ -61,11 +61,9 @@ def resolve(pretrained: str) -> str:
 
 
 def load_tokenizer(pretrained: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint; a tokenizer without padding token pads with its end-of-text token.
+    """Load the tokenizer of a checkpoint that :func:`resolve` finds, or of the GGUF file of this name in it.
 
-    Args:
-        pretrained: See :func:`resolve`.
-        gguf_file: Name of the GGUF file inside ``pretrained``. Default ``None``: an ordinary checkpoint.
+    A tokenizer without padding token pads with its end-of-text token.
 
     Raises:
         FileNotFoundError: If ``pretrained`` or ``gguf_file`` does not exist.
@@ -82,14 +80,10 @@ def load_tokenizer(pretrained: str, gguf_file: str | None = None) -> PreTrainedT
 def load_causal_lm(
     pretrained: str, gguf_file: str | None, dtype: torch.dtype, quantize: str | None = None
 ) -> PreTrainedModel:
-    """Load a causal language model, of ordinary PyTorch modules unless it is to be quantized.
+    """Load a causal language model that :func:`resolve` finds, of ordinary modules of PyTorch unless it is quantized.
 
-    Args:
-        pretrained: See :func:`resolve`.
-        gguf_file: Name of the GGUF file inside ``pretrained``, or ``None`` for an ordinary checkpoint.
-        dtype: Type of the weights in memory.
-        quantize: One of :data:`QUANTIZE`, by which bitsandbytes keeps all linear layers but the head; in an ordinary
-            checkpoint one after the other, so that the whole model is never there unquantized.
+    By one of :data:`QUANTIZE`, bitsandbytes then keeps all linear layers but the head; in an ordinary checkpoint one
+    after the other, so that the whole model is never there unquantized.
 
     Raises:
         FileNotFoundError: If ``pretrained`` or ``gguf_file`` does not exist.
@@ -155,14 +149,9 @@ def load_classifier(
     gguf_file: str | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
-    """Load a model with a head for whole sequences, which is new where the checkpoint has none.
+    """Load a model that :func:`resolve` finds with a head for whole sequences, new where the checkpoint has none.
 
-    Args:
-        pretrained: See :func:`resolve`.
-        tokenizer: That of the checkpoint, whose padding decoders must know.
-        dtype: Type of the weights in memory.
-        gguf_file: Name of the GGUF file inside ``pretrained``. Default ``None``: an ordinary checkpoint.
-        settings: Those of the model's config, such as ``num_labels``.
+    Further settings are those of the model's config, such as ``num_labels``.
 
     Raises:
         FileNotFoundError: If ``pretrained`` or ``gguf_file`` does not exist.

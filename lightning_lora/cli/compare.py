@@ -30,8 +30,7 @@ def amplification(model: nn.Module) -> dict[str, float]:
     for root_name, injection in named_injections(model):
         for name, layer in injection.layers():
             adapter = layer.lora[injection.adapter_name]
-            factors = adapter.low_rank_factors() if isinstance(adapter, LoraAdapter) else None
-            if factors is not None and isinstance(adapter, LoraAdapter):
+            if isinstance(adapter, LoraAdapter) and (factors := adapter.low_rank_factors()) is not None:
                 left, values, right = decomposed(factors)
                 weight = adapter.rows(layer.base_weight()).double()
                 update = abs(adapter.scaling) * torch.linalg.vector_norm(values)

@@ -39,15 +39,9 @@ def base_of(saved: SavedAdapter, base: str | None, gguf_file: str | None) -> Bas
 def open_on_base(
     saved: SavedAdapter, base: Base, dtype: str | torch.dtype = "auto", unquantized: bool = False
 ) -> nn.Module:
-    """Load a base model and put a saved adapter on it.
+    """Load a base model, in its own type unless another is given, and put a saved adapter on it.
 
-    The base is quantized as that was which the adapter was trained on.
-
-    Args:
-        saved: What was read of the adapter.
-        base: Its base.
-        dtype: Type of the weights; ``"auto"`` is that of the base.
-        unquantized: Whether to leave the base in full precision all the same.
+    The base is quantized as that was which the adapter was trained on, unless it is to be left in full precision.
 
     Returns:
         The adapted model, or what holds it as the LightningModule of a checkpoint did.
