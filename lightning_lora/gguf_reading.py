@@ -6,10 +6,9 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
-
-_REMEMBERED = ("GGUFReader", "get_tensor_name_map")  # which transformers takes from the library at each call
 
 
 @contextmanager
@@ -24,15 +23,10 @@ def parsed_once(gguf_file: str | None) -> Iterator[None]:
     if library is None or hasattr(library.GGUFReader, "cache_info"):
         yield
         return
-    own = {name: getattr(library, name) for name in _REMEMBERED}
-    remembered = {"GGUFReader": _of_plain_array(own["GGUFReader"]), "get_tensor_name_map": own["get_tensor_name_map"]}
-    try:
-        for name, function in remembered.items():
-            setattr(library, name, cache(function))
+    reader, names = cache(_of_plain_array(library.GGUFReader)), cache(library.get_tensor_name_map)
+    # Which transformers takes from the library at each call.
+    with patch.multiple(library, GGUFReader=reader, get_tensor_name_map=names):
         yield
-    finally:
-        for name, function in own.items():
-            setattr(library, name, function)
 
 
 def _of_plain_array(reader: Any) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from lightning_lora.gguf_reading import parsed_once
 
@@ -59,11 +61,9 @@ def resolve(pretrained: str) -> str:
 
 
 def load_tokenizer(pretrained: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint; a tokenizer without padding token pads with its end-of-text token.
+    """Load the tokenizer of a checkpoint that :func:`resolve` finds, or of the GGUF file of this name in it.
 
-    Args:
-        pretrained: See :func:`resolve`.
-        gguf_file: Name of the GGUF file inside ``pretrained``. Default ``None``: an ordinary checkpoint.
+    A tokenizer without padding token pads with its end-of-text token.
 
     Raises:
         FileNotFoundError: If ``pretrained`` or ``gguf_file`` does not exist.
@@ -80,14 +80,10 @@ def load_tokenizer(pretrained: str, gguf_file: str | None = None) -> PreTrainedT
 def load_causal_lm(
     pretrained: str, gguf_file: str | None, dtype: torch.dtype, quantize: str | None = None
 ) -> PreTrainedModel:
-    """Load a causal language model, of ordinary PyTorch modules unless it is to be quantized.
+    """Load a causal language model that :func:`resolve` finds, of ordinary modules of PyTorch unless it is quantized.
 
-    Args:
-        pretrained: See :func:`resolve`.
-        gguf_file: Name of the GGUF file inside ``pretrained``, or ``None`` for an ordinary checkpoint.
-        dtype: Type of the weights in memory.
-        quantize: One of :data:`QUANTIZE`, by which bitsandbytes keeps all linear layers but the head; in an ordinary
-            checkpoint one after the other, so that the whole model is never there unquantized.
+    By one of :data:`QUANTIZE`, bitsandbytes then keeps all linear layers but the head; in an ordinary checkpoint one
+    after the other, so that the whole model is never there unquantized.
 
     Raises:
         FileNotFoundError: If ``pretrained`` or ``gguf_file`` does not exist.
@@ -120,7 +116,6 @@ def without_weights() -> Iterator[None]:
     import transformers
 
     logging: Any = transformers.utils.logging
-
     models: Any = transformers.PreTrainedModel
     read = models.from_pretrained.__func__
 
@@ -140,11 +135,10 @@ def without_weights() -> Iterator[None]:
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # or it would warn that all weights are new
-    models.from_pretrained = classmethod(build)
     try:
-        yield
+        with patch.object(models, "from_pretrained", classmethod(build)):
+            yield
     finally:
-        models.from_pretrained = classmethod(read)
         logging.set_verbosity(verbosity)
 
 
@@ -155,14 +149,9 @@ def load_classifier(
     gguf_file: str | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
-    """Load a model with a head for whole sequences, which is new where the checkpoint has none.
+    """Load a model that :func:`resolve` finds with a head for whole sequences, new where the checkpoint has none.
 
-    Args:
-        pretrained: See :func:`resolve`.
-        tokenizer: That of the checkpoint, whose padding decoders must know.
-        dtype: Type of the weights in memory.
-        gguf_file: Name of the GGUF file inside ``pretrained``. Default ``None``: an ordinary checkpoint.
-        settings: Those of the model's config, such as ``num_labels``.
+    Further settings are those of the model's config, such as ``num_labels``.
 
     Raises:
         FileNotFoundError: If ``pretrained`` or ``gguf_file`` does not exist.
@@ -216,12 +205,11 @@ def quantization_config(quantize: str, dtype: torch.dtype) -> Any:
 
 def _quantize_layers(model: PreTrainedModel, quantize: str, dtype: torch.dtype) -> None:
     """Quantize the linear layers of a loaded model but its head, one after the other."""
-    import bitsandbytes
     from torch.nn import Linear
 
     from lightning_lora.fake_tensors import has_values
 
-    library: Any = bitsandbytes
+    library: Any = import_module("bitsandbytes")
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
@@ -245,10 +233,9 @@ def _quantize_layers(model: PreTrainedModel, quantize: str, dtype: torch.dtype) 
 
 def _without_values(new: Any, weight: torch.Tensor) -> Any:
     """The packed weight of a new layer of bitsandbytes in the place of one that has no values, and has none either."""
-    import bitsandbytes
     import torch
 
-    library: Any = bitsandbytes
+    library: Any = import_module("bitsandbytes")
     settings = _kept(new.weight)
     if isinstance(new, library.nn.Linear4bit):
         names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")

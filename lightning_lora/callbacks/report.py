@@ -19,7 +19,7 @@ from lightning_lora.callbacks.logged_files import log_file
 from lightning_lora.callbacks.outputs import file_bytes, outputs, weight_bytes
 from lightning_lora.data.from_files import FileData
 from lightning_lora.data.lengths import lengths_of
-from lightning_lora.formats.run_record import Output, Rows, RunRecord, write_record
+from lightning_lora.formats.run_record import Rows, RunRecord, write_record
 from lightning_lora.model.learned import updates_of
 from lightning_lora.model.record import named_injections
 from lightning_lora.plain import plain
@@ -77,7 +77,7 @@ class Report(Callback):
             "before": self._before,
             "after": after,
             "samples": [],
-            "outputs": [_output("all weights in memory", "", weight_bytes(pl_module))],
+            "outputs": [{"name": "all weights in memory", "path": "", "bytes": weight_bytes(pl_module)}],
             "updates": updates,
         }
 
@@ -91,7 +91,9 @@ class Report(Callback):
             for each in trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
             if isinstance(each, BeforeAfter)
         ]
-        record["outputs"] += [_output(name, str(path), file_bytes(path)) for name, path in outputs(trainer)]
+        record["outputs"] += [
+            {"name": name, "path": str(path), "bytes": file_bytes(path)} for name, path in outputs(trainer)
+        ]
         write_record(record, self.run_dir)
         try:
             written = write_report(self.run_dir)
@@ -176,7 +178,3 @@ def _data(trainer: L.Trainer) -> list[Rows]:
         for purpose, loader in loaders.items()
         if isinstance(dataset := getattr(loader, "dataset", None), Sized)
     ]
-
-
-def _output(name: str, path: str, size: int) -> Output:
-    return {"name": name, "path": path, "bytes": size}

@@ -29,11 +29,7 @@ _DESCRIPTIONS = {
 
 
 def run(arguments: list[str]) -> int:
-    """Run one of the commands.
-
-    Returns:
-        The exit code.
-    """
+    """Run one of the commands; gives the exit code."""
     parser = _parser()
     given = parser.parse_args(arguments)
     if given.command == "merge" and given.dtype == "q8_0" and given.format != "gguf":

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from lightning_lora.cli.compare import amplification, draw, similarities
 from lightning_lora.cli.diff import by_common_names, diff
-from lightning_lora.cli.load_base import gguf_tokenizer_of, local_base, open_on_base, tokenizer_of
+from lightning_lora.cli.load_base import base_of, gguf_tokenizer_of, local_base, open_on_base, tokenizer_of
 from lightning_lora.cli.new_adapters import extract, resize
 from lightning_lora.cli.terminal import console, on_one_line, printable, steps
 from lightning_lora.formats.diffusers_adapter import save_diffusers_adapter, save_kohya_adapter
@@ -31,11 +31,7 @@ _OTHER_FORMATS = {"gguf": save_gguf_adapter, "diffusers": save_diffusers_adapter
 
 
 def run(given: argparse.Namespace) -> int:
-    """Do what the parsed arguments say.
-
-    Returns:
-        The exit code.
-    """
+    """Do what the parsed arguments say; gives the exit code."""
     commands = {
         "inspect": _inspect,
         "export": _export,
@@ -83,11 +79,12 @@ def _export(given: argparse.Namespace) -> int:
     saved = read(given.adapter)
     with steps(2) as begin:
         begin("loading the base")
-        model = open_on_base(saved, given.base, given.gguf_file)
+        base = base_of(saved, given.base, given.gguf_file)
+        model = open_on_base(saved, base)
         begin("writing the adapter")
         if given.format in _OTHER_FORMATS:
             _OTHER_FORMATS[given.format](model, given.target)
-            place = local_base(saved, given.base, given.gguf_file) if given.format == "gguf" else None
+            place = local_base(base) if given.format == "gguf" else None
             written = [given.target, *([write_modelfile(given.target, place)] if place is not None else [])]
             print(f"Wrote {' and '.join(map(str, written))}")
             return 0
@@ -103,10 +100,10 @@ def _merge(given: argparse.Namespace) -> int:
     saved, as_gguf = read(given.adapter), given.format == "gguf"
     with steps(3) as begin:
         begin("loading the base")
-        make_tokenizer = gguf_tokenizer_of if as_gguf else tokenizer_of
-        tokenizer = make_tokenizer(saved, given.base, given.gguf_file)
+        base = base_of(saved, given.base, given.gguf_file)
+        tokenizer = (gguf_tokenizer_of if as_gguf else tokenizer_of)(saved, base)
         dtype = "auto" if as_gguf else getattr(torch, given.dtype, "auto")
-        model = open_on_base(saved, given.base, given.gguf_file, dtype, given.onto == "original")
+        model = open_on_base(saved, base, dtype, given.onto == "original")
         begin("folding the adapter in")
         if not (as_gguf or is_quantized(model)):  # which are done as they are written
             eject(model, merge=True)
@@ -127,7 +124,7 @@ def _compare(given: argparse.Namespace) -> int:
         raise ValueError(f"{one.path} and {other.path} have no adapted layer of one shape in common.")
     if given.output is not None:
         draw(found, given.output, (str(one.path), str(other.path)))
-    amplified = amplification(open_on_base(one, given.base, given.gguf_file)) if given.base else {}
+    amplified = amplification(open_on_base(one, base_of(one, given.base, given.gguf_file))) if given.base else {}
     table = Table("layers", "phi(1, 1)", "phi(r, r)", *(["amplified"] if amplified else []))
     for layer, phi in found.items():
         last = min(phi.shape)

@@ -30,8 +30,7 @@ def amplification(model: nn.Module) -> dict[str, float]:
     for root_name, injection in named_injections(model):
         for name, layer in injection.layers():
             adapter = layer.lora[injection.adapter_name]
-            factors = adapter.low_rank_factors() if isinstance(adapter, LoraAdapter) else None
-            if factors is not None and isinstance(adapter, LoraAdapter):
+            if isinstance(adapter, LoraAdapter) and (factors := adapter.low_rank_factors()) is not None:
                 left, values, right = decomposed(factors)
                 weight = adapter.rows(layer.base_weight()).double()
                 update = abs(adapter.scaling) * torch.linalg.vector_norm(values)
@@ -43,10 +42,7 @@ def amplification(model: nn.Module) -> dict[str, float]:
 def draw(similarities: dict[str, Tensor], path: Path, titles: tuple[str, str]) -> None:
     """Write a picture with a panel for each name of layers, such as ``q_proj``: the mean over them, as in figure 3.
 
-    Args:
-        similarities: By the names of the layers, as ``(r, s)``.
-        path: The file, whose ending says the kind of picture.
-        titles: What the adapters are called.
+    The ending of the path says the kind of picture; the titles are those of the two adapters.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.

@@ -18,10 +18,7 @@ T = TypeVar("T")
 
 
 def diff(given: argparse.Namespace) -> int:
-    """Print what differs.
-
-    Returns:
-        The exit code: 1 if they compute something else.
+    """Print what differs; gives the exit code: 1 if they compute something else.
 
     Raises:
         CheckpointError: If one is of a kind that this package does not have.

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,54 +15,48 @@ from lightning_lora.model.quantization import described
 from lightning_lora.model.state_dict import CheckpointError
 
 
-class _Holder(nn.Module):
-    """Holds a model under the name that it has in the LightningModule that a checkpoint was saved from."""
+class Base(NamedTuple):
+    """A base model: a hub id or a directory, and the GGUF file in it, if it is one."""
+
+    name: str
+    gguf_file: str | None
 
 
-def open_on_base(
-    saved: SavedAdapter,
-    base: str | None,
-    gguf_file: str | None = None,
-    dtype: str | torch.dtype = "auto",
-    unquantized: bool = False,
-) -> nn.Module:
-    """Load a base model of transformers and put a saved adapter on it.
-
-    The base is quantized as that was which the adapter was trained on.
-
-    Args:
-        saved: What was read of the adapter.
-        base: A hub id or a directory; ``None`` takes what the adapter names as its base.
-        gguf_file: Name of the GGUF file in ``base``, if it is one; a checkpoint of a recipe names its own.
-        dtype: Type of the weights; ``"auto"`` is that of the base.
-        unquantized: Whether to leave the base in full precision all the same.
-
-    Returns:
-        The adapted model, or what holds it as the LightningModule of a checkpoint did.
+def base_of(saved: SavedAdapter, base: str | None, gguf_file: str | None) -> Base:
+    """The base model of an adapter and the GGUF file in it, as they are given, or else as the adapter names them.
 
     Raises:
-        CheckpointError: If the base is not known, or the adapter does not fit it.
+        CheckpointError: If neither says what it is.
     """
-    name, gguf_file = _named(saved, base, gguf_file)
-    quantize = None if unquantized else _quantize_as(saved)
-    model = load_base(name, gguf_file, dtype, quantize)
-    if saved.path.is_dir():
-        load_adapter(model, saved.path, other_format=unquantized)
-        return model
-    holder = _Holder()
-    _put(holder, _prefix(saved, model), model)
-    load_adapter(holder, saved.path, other_format=unquantized)
-    return holder
-
-
-def _named(saved: SavedAdapter, base: str | None, gguf_file: str | None) -> tuple[str, str | None]:
-    """The base model and the GGUF file in it, as they are given, or else as the adapter names them."""
     hyper = {} if saved.path.is_dir() else read_checkpoint(saved.path).get("hyper_parameters", {})
     hyper = {name: value for name, value in hyper.items() if isinstance(value, str)} if isinstance(hyper, dict) else {}
     name = base or saved.settings.get("base_model_name_or_path") or hyper.get("pretrained")
     if not name:
         raise CheckpointError(f"{saved.path} does not say what its base model is: name it with --base.")
-    return str(name), gguf_file or (None if base else hyper.get("gguf_file"))
+    return Base(str(name), gguf_file or (None if base else hyper.get("gguf_file")))
+
+
+def open_on_base(
+    saved: SavedAdapter, base: Base, dtype: str | torch.dtype = "auto", unquantized: bool = False
+) -> nn.Module:
+    """Load a base model, in its own type unless another is given, and put a saved adapter on it.
+
+    The base is quantized as that was which the adapter was trained on, unless it is to be left in full precision.
+
+    Returns:
+        The adapted model, or what holds it as the LightningModule of a checkpoint did.
+
+    Raises:
+        CheckpointError: If the adapter does not fit the base.
+    """
+    model = load_base(*base, dtype, None if unquantized else _quantize_as(saved))
+    if not saved.path.is_dir():
+        for part in reversed((_prefix(saved, model) or "model").split(".")):
+            holder = nn.Module()
+            holder.add_module(part, model)
+            model = holder
+    load_adapter(model, saved.path, other_format=unquantized)
+    return model
 
 
 def _quantize_as(saved: SavedAdapter) -> str | None:
@@ -84,14 +78,7 @@ def _quantize_as(saved: SavedAdapter) -> str | None:
 
 
 def load_base(name: str, gguf_file: str | None, dtype: str | torch.dtype, quantize: str | None) -> nn.Module:
-    """Load a model of transformers, or one of diffusers from a directory, by the class that its config names.
-
-    Args:
-        name: A hub id or a directory.
-        gguf_file: The file in it, if it is a GGUF file.
-        dtype: Type of the weights; ``"auto"`` is the model's own.
-        quantize: What to quantize it to, by the name that the recipes have for it.
-    """
+    """Load a model of transformers, or one of diffusers from a directory, by the class that its config names."""
     diffusion = _diffusion_class(name)
     if diffusion is not None:
         loaded: nn.Module = diffusion.from_pretrained(name, torch_dtype=None if isinstance(dtype, str) else dtype)
@@ -149,59 +136,48 @@ def _prefix(saved: SavedAdapter, model: nn.Module) -> str:
     )
 
 
-def _put(holder: nn.Module, name: str, model: nn.Module) -> None:
-    *owners, last = (name or "model").split(".")
-    for owner in owners:
-        holder.add_module(owner, _Holder())
-        holder = holder.get_submodule(owner)
-    holder.add_module(last, model)
-
-
-def tokenizer_of(saved: SavedAdapter, base: str | None, gguf_file: str | None = None) -> Any | None:
+def tokenizer_of(saved: SavedAdapter, base: Base) -> Any | None:
     """The tokenizer that lies with the adapter or with its base, if there is one."""
     from transformers import AutoTokenizer
 
     from lightning_lora.pretrained import load_tokenizer, resolve
 
-    name, gguf_file = _named(saved, base, gguf_file)
-    place = resolve(name)
-    for folder in [saved.path, Path(place)]:
+    place = Path(resolve(base.name))
+    for folder in (saved.path, place):
         if (folder / "tokenizer_config.json").is_file():
             return AutoTokenizer.from_pretrained(folder)
-    if gguf_file is not None:
-        return load_tokenizer(name, gguf_file)
-    if Path(place).exists():
+    if base.gguf_file is not None:
+        return load_tokenizer(*base)
+    if place.exists():
         return None
     try:
-        return AutoTokenizer.from_pretrained(place)
+        return AutoTokenizer.from_pretrained(base.name)
     except (OSError, ValueError):  # the hub has none of it
         return None
 
 
-def gguf_tokenizer_of(saved: SavedAdapter, base: str | None, gguf_file: str | None = None) -> Any:
+def gguf_tokenizer_of(saved: SavedAdapter, base: Base) -> Any:
     """What the tokenizer of a GGUF file is made of: the GGUF file that the base is, or a tokenizer.
 
     Raises:
         CheckpointError: If there is neither.
     """
-    name, _ = _named(saved, base, gguf_file)
-    place = local_base(saved, base, gguf_file)
+    place = local_base(base)
     if place is not None and place.is_file():
         return place
     tokenizer = tokenizer_of(saved, base)
     if tokenizer is None:
-        raise CheckpointError(f"A GGUF file holds a tokenizer too, and there is none with {saved.path} or {name}.")
+        raise CheckpointError(f"A GGUF file holds a tokenizer too, and there is none with {saved.path} or {base.name}.")
     return tokenizer
 
 
-def local_base(saved: SavedAdapter, base: str | None, gguf_file: str | None = None) -> Path | None:
+def local_base(base: Base) -> Path | None:
     """The base on this machine: its GGUF file, or its directory, ``None`` where a hub's id names it alone."""
     from transformers.utils.hub import cached_file
 
     from lightning_lora.pretrained import resolve
 
-    name, gguf_file = _named(saved, base, gguf_file)
-    if gguf_file is not None:
-        return Path(str(cached_file(resolve(name), gguf_file))).absolute()
-    place = Path(resolve(name)).absolute()
-    return place if place.is_dir() else None
+    place = resolve(base.name)
+    if base.gguf_file is not None:
+        return Path(str(cached_file(place, base.gguf_file))).absolute()
+    return Path(place).absolute() if Path(place).is_dir() else None

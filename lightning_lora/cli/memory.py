@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from lightning_lora.callback import LoRA
 from lightning_lora.callbacks import ActivationCheckpointing, BaseAsReference, MaxUpdateNorm
@@ -91,19 +91,16 @@ def _of_processes(trainer: Any) -> str | None:
 
 def show(found: MemoryEstimate, of_processes: str | None) -> None:
     """Print the table."""
-    table = Table(title=f"Memory of a training step ({found.batch})", title_justify="left")
-    for heading in ("", "in all", "at the peak"):
-        table.add_column(heading, justify="right" if heading else "left")
-    rows = {
-        "frozen base": found.frozen,
-        "adapters": found.adapters,
-        "other trained parameters": found.others,
-        "copies and averages": found.kept,
-        "optimizer moments": found.moments,
-    }
-    optional = ("other trained parameters", "copies and averages")
-    for name, size in rows.items():
-        if name not in optional or size >= 0.001 * found.peak:
+    headings = Column("in all", justify="right"), Column("at the peak", justify="right")
+    table = Table("", *headings, title=f"Memory of a training step ({found.batch})", title_justify="left")
+    for name, size, is_optional in (
+        ("frozen base", found.frozen, False),
+        ("adapters", found.adapters, False),
+        ("other trained parameters", found.others, True),
+        ("copies and averages", found.kept, True),
+        ("optimizer moments", found.moments, False),
+    ):
+        if not is_optional or size >= 0.001 * found.peak:
             table.add_row(name, bytes_in_words(size), bytes_in_words(size))
     table.add_row("gradients", bytes_in_words(found.gradients), bytes_in_words(found.gradients_at_peak))
     table.add_row("activations", "", bytes_in_words(found.activations), end_section=True)

@@ -1,7 +1,6 @@
 """What ``lightning-lora resize`` and ``extract`` do."""
 
 import argparse
-from collections.abc import Mapping
 
 from rich.table import Table
 
@@ -37,13 +36,9 @@ def extract(given: argparse.Namespace) -> int:
     for layer, error in found.errors.items():
         table.add_row(printable(layer), f"{error:.2e}")
     console().print(table)
-    _say(found.left_out)
+    if found.left_out:
+        most = sorted(found.left_out.items(), key=lambda each: -each[1])
+        shown = [f"{name} (changed by {share:.1%})" for name, share in most]
+        print(printable(f"Not in the adapter, since they are no linear layers of their own: {listed(shown)}"))
     print(f"Wrote {given.target}")
     return 0
-
-
-def _say(left_out: Mapping[str, float]) -> None:
-    if left_out:
-        most = sorted(left_out, key=lambda name: -left_out[name])
-        shown = [f"{name} (changed by {left_out[name]:.1%})" for name in most]
-        print(printable(f"Not in the adapter, since they are no linear layers of their own: {listed(shown)}"))

@@ -64,16 +64,7 @@ class RecipeTrainer(Trainer):
     def memory(
         self, model: LightningModule, datamodule: LightningDataModule | None = None, fakes: FakeTensors | None = None
     ) -> MemoryEstimate:
-        """Estimate what a fit would hold in memory.
-
-        Args:
-            model: The model.
-            datamodule: The data; ``None`` if the model has its own.
-            fakes: In which the model was made.
-
-        Returns:
-            The bytes.
-        """
+        """Estimate what a fit would hold in memory; ``fakes`` is in which the model was made."""
         with without_weights(), fakes or fake_tensors() as running:
             return estimate(self, model, datamodule, running)
 

@@ -16,12 +16,9 @@ _TEXTS = 2  # that are shown of a row
 
 
 def show(data: FileData, rows: int) -> None:
-    """Print counts, lengths, and some rows of a data module that is set up.
+    """Print counts, lengths, and so many rows, at even distances, of a data module that is set up.
 
-    Args:
-        data: The data module.
-        rows: How many rows are shown, at even distances. What is learned in them is green, and in «» where there are no
-            colors.
+    What is learned in them is green, and in «» where there are no colors.
     """
     console = Console(highlight=False)
     parts: dict[str, Sequence[Any]] = {"training": data.train_rows or [], "validation": data.val_rows}

@@ -69,9 +69,8 @@ def norms(updates: list[Update]) -> dict[str, Figure]:
     places = [_place(update.layer) for update in updates]
     columns = sorted({depth for depth, _ in places})
     kinds = list(dict.fromkeys(pattern for _, pattern in places))
-    rows = dict(zip(kinds, _short(kinds)))
-    table: list[list[float | None]] = [[None] * len(columns) for _ in rows]
-    numbers: list[list[int | None]] = [[None] * len(columns) for _ in rows]
+    table: list[list[float | None]] = [[None] * len(columns) for _ in kinds]
+    numbers: list[list[int | None]] = [[None] * len(columns) for _ in kinds]
     for number, (update, (depth, pattern)) in enumerate(zip(updates, places)):
         row, column = kinds.index(pattern), columns.index(depth)
         table[row][column] = update.relative_norm if relative else update.spectrum.norm
@@ -79,7 +78,7 @@ def norms(updates: list[Update]) -> dict[str, Figure]:
     trace = {
         "type": "heatmap",
         "x": [".".join(map(str, depth)) or "-" for depth in columns],
-        "y": [literal(name) for name in rows.values()],
+        "y": [literal(_short(kind, kinds)) for kind in kinds],
         "z": table,
         "customdata": numbers,
         "colorscale": "Viridis",
@@ -133,12 +132,8 @@ def _place(layer: str) -> tuple[tuple[int, ...], str]:
     return numbers, ".".join("*" if part.isdecimal() else part for part in parts)
 
 
-def _short(patterns: list[str]) -> list[str]:
-    """The ends of names, each as long as it must be to tell it from the others."""
-
-    def end(pattern: str) -> str:
-        parts = pattern.split(".")
-        ends = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
-        return next((e for e in ends if sum(f".{other}".endswith(f".{e}") for other in patterns) == 1), pattern)
-
-    return [end(pattern) for pattern in patterns]
+def _short(pattern: str, patterns: list[str]) -> str:
+    """The end of a name, as long as it must be to tell it from the others."""
+    parts = pattern.split(".")
+    ends = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+    return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in patterns) == 1), pattern)
