@@ -383,7 +383,13 @@ class LoraLayer(nn.Module):
 
     def is_as_merged(self) -> bool:
         """Whether the weights are still those that :meth:`merge` put there."""
-        return all(seal.fits(local_tensor(self, name)) for name, seal in self._seals.items())
+        # What is computed of others by now would be computed anew over whatever is put there.
+        return all(self._holds(name) and seal.fits(local_tensor(self, name)) for name, seal in self._seals.items())
+
+    def _holds(self, name: str) -> bool:
+        owner_name, _, attribute = name.rpartition(".")
+        owner = self.get_submodule(owner_name)
+        return attribute in owner._parameters or attribute in owner._buffers
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name.startswith("lora."):
@@ -551,7 +557,9 @@ def class_without_adapter(layer: LoraLayer) -> type[nn.Module]:
     if own is adapted:
         return base_class(layer)
     bases = tuple(base_class(layer) if base is adapted else base for base in own.__bases__)
-    return type(own.__name__.replace(adapted.__name__, bases[-1].__name__), bases, {"__module__": own.__module__})
+    # Parametrizations have the weight that they compute in the class.
+    names = {name: value for name, value in vars(own).items() if name not in ("__dict__", "__weakref__")}
+    return type(own.__name__.replace(adapted.__name__, bases[-1].__name__), bases, names)
 
 
 def _adapted(layer: LoraLayer) -> type[nn.Module]:
