@@ -36,6 +36,8 @@ def drop_frozen(optimizers: Iterable[Any], model: nn.Module) -> None:
     _put_in_adapters([each for optimizer in optimizers for each in nested(optimizer)], model)
     for optimizer in optimizers:
         _require_apart(optimizer, model)
+        for each in nested(optimizer):  # which may share groups, so all of them before any
+            _drop_beside(each)
         dropped = [_drop_from(each) for each in nested(optimizer)]
         if any(dropped) and not is_sharded(model):
             _require_dropped(optimizer)
@@ -134,6 +136,42 @@ def _drop_from(optimizer: Any) -> bool:
         found = True
         del state[parameter]
     return found
+
+
+def _drop_beside(optimizer: Any) -> None:
+    """Drop what an optimizer keeps in lists of a tensor for each parameter, as Lookahead does."""
+    groups = [group["params"] for group in getattr(optimizer, "param_groups", ())]
+    for name, value in list(getattr(optimizer, "__dict__", {}).items()):
+        if (kept := _kept_beside(value, groups)) is not value:
+            setattr(optimizer, name, kept)
+    for group in getattr(optimizer, "param_groups", ()):
+        group.update({key: _kept_beside(value, [group["params"]]) for key, value in group.items()})
+
+
+def _kept_beside(value: Any, groups: list[Any]) -> Any:
+    """A list without the entries of frozen parameters, if it has one for each of a group's, by group or of them all."""
+    every = [parameter for group in groups for parameter in group]
+    if any(value is group for group in groups) or all(parameter.requires_grad for parameter in every):
+        return value
+    if _is_beside(value, every):
+        kept = [entry for entry, parameter in zip(value, every) if parameter.requires_grad]
+    elif isinstance(value, (list, tuple)) and len(value) == len(groups) > 0 and all(map(_is_beside, value, groups)):
+        kept = [_kept_beside(entry, [group]) for entry, group in zip(value, groups)]
+    else:
+        return value
+    if isinstance(value, list):
+        value[:] = kept  # others may hold on to it
+        return value
+    return tuple(kept)
+
+
+def _is_beside(value: Any, parameters: list[Tensor]) -> bool:
+    """Whether it is a list of a tensor for each parameter, in its shape."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == len(parameters) > 0
+        and all(isinstance(e, Tensor) and e.shape == p.shape for e, p in zip(value, parameters))
+    )
 
 
 def _require_apart(optimizer: Any, model: nn.Module) -> None:
