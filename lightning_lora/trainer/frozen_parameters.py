@@ -97,6 +97,9 @@ def _put_in_adapters(optimizers: list[Any], model: nn.Module) -> None:
         trained = [p for p in layer.lora.parameters() if p.requires_grad and id(p) not in held]
         for weight in layer.adapted_parameters().values():
             of_weight.setdefault(id(weight), []).extend(trained)
+    for optimizer in optimizers:
+        for parameter in held_by(optimizer) if _keeps_lists(optimizer) else ():
+            of_weight.pop(id(parameter), None)  # it has made lists beside its groups, with nothing for adapters
     done: set[int] = set()  # wrappers may share groups with what they wrap
     for optimizer in optimizers:
         if any(id(parameter) in of_weight for parameter in getattr(optimizer, "state", ())):
@@ -148,6 +151,14 @@ def _drop_beside(optimizer: Any) -> None:
         group.update({key: _kept_beside(value, [group["params"]]) for key, value in group.items()})
 
 
+def _keeps_lists(optimizer: Any) -> bool:
+    """Whether an optimizer keeps lists of a tensor for each parameter beside its groups."""
+    groups = [group["params"] for group in getattr(optimizer, "param_groups", ())]
+    every = [parameter for group in groups for parameter in group]
+    values = [value for value in getattr(optimizer, "__dict__", {}).values() if not any(value is g for g in groups)]
+    return any(_is_beside(value, every) or _are_beside(value, groups) for value in values)
+
+
 def _kept_beside(value: Any, groups: list[Any]) -> Any:
     """A list without the entries of frozen parameters, if it has one for each of a group's, by group or of them all."""
     every = [parameter for group in groups for parameter in group]
@@ -155,7 +166,7 @@ def _kept_beside(value: Any, groups: list[Any]) -> Any:
         return value
     if _is_beside(value, every):
         kept = [entry for entry, parameter in zip(value, every) if parameter.requires_grad]
-    elif isinstance(value, (list, tuple)) and len(value) == len(groups) > 0 and all(map(_is_beside, value, groups)):
+    elif _are_beside(value, groups):
         kept = [_kept_beside(entry, [group]) for entry, group in zip(value, groups)]
     else:
         return value
@@ -172,6 +183,11 @@ def _is_beside(value: Any, parameters: list[Tensor]) -> bool:
         and len(value) == len(parameters) > 0
         and all(isinstance(e, Tensor) and e.shape == p.shape for e, p in zip(value, parameters))
     )
+
+
+def _are_beside(value: Any, groups: list[Any]) -> bool:
+    """Whether it is a list of such a list for each group."""
+    return isinstance(value, (list, tuple)) and len(value) == len(groups) > 0 and all(map(_is_beside, value, groups))
 
 
 def _require_apart(optimizer: Any, model: nn.Module) -> None:

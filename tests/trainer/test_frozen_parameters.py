@@ -221,6 +221,15 @@ def test_lists_beside_the_groups(kind: type, by_group: bool, lbfgs: bool) -> Non
     assert_same_tensors(trained(lambda every: every), trained(lambda every: [p for p in every if p.requires_grad]))
 
 
+@pytest.mark.parametrize("by_group", [True, False])
+def test_lists_that_were_made_before_the_adapters_are_refused(by_group: bool) -> None:
+    model = Toy()
+    optimizer = LooksAhead(torch.optim.SGD(model.parameters(), lr=0.05), by_group=by_group)
+    optimizer.state.clear()
+    with pytest.raises(RuntimeError, match="has made its state of such a list"):
+        drop_frozen([optimizer], inject(model, LoraConfig(r=2)))
+
+
 class Two(Toy):
     """Two optimizers over all parameters, which both hold the adapters."""
 
