@@ -83,7 +83,9 @@ def class_without_adapter(layer: LoraLayer) -> type[nn.Module]:
     if own is adapted:
         return base_class(layer)
     bases = tuple(base_class(layer) if base is adapted else base for base in own.__bases__)
-    return type(own.__name__.replace(adapted.__name__, bases[-1].__name__), bases, {"__module__": own.__module__})
+    # Parametrizations have the weight that they compute in the class.
+    names = {name: value for name, value in vars(own).items() if name not in ("__dict__", "__weakref__")}
+    return type(own.__name__.replace(adapted.__name__, bases[-1].__name__), bases, names)
 
 
 def _adapted(layer: LoraLayer) -> type[nn.Module]:

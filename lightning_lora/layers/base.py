@@ -393,7 +393,13 @@ class LoraLayer(nn.Module):
 
     def is_as_merged(self) -> bool:
         """Whether the weights are still those that :meth:`merge` put there."""
-        return all(seal.fits(local_tensor(self, name)) for name, seal in self._seals.items())
+        # What is computed of others by now would be computed anew over whatever is put there.
+        return all(self._holds(name) and seal.fits(local_tensor(self, name)) for name, seal in self._seals.items())
+
+    def _holds(self, name: str) -> bool:
+        owner_name, _, attribute = name.rpartition(".")
+        owner = self.get_submodule(owner_name)
+        return attribute in owner._parameters or attribute in owner._buffers
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name.startswith("lora."):

@@ -42,10 +42,15 @@ class _Removed:
         """The layers that are there still."""
         return [part for part in self.layers if part.layer() is not None]
 
+    def fits(self) -> bool:
+        """Whether it can be put back: no layer has taken on another class since, as parametrizations give it one."""
+        return all(type(part.layer()) is part.own_class for part in self.alive())
+
 
 @dataclasses.dataclass
 class _RemovedLayer:
     layer: "weakref.ref[nn.Module]"
+    own_class: type[nn.Module]
     layer_class: type[nn.Module]
     adapters: nn.ModuleDict
     attributes: dict[str, Any]
@@ -125,7 +130,7 @@ def _remove_class(layer: LoraLayer) -> _RemovedLayer:
     layer_class, adapters = type(layer), layer.lora
     own_class, attributes = layer.end(class_without_adapter(layer))
     change_class(layer, own_class)
-    return _RemovedLayer(weakref.ref(layer), layer_class, adapters, attributes | noted)
+    return _RemovedLayer(weakref.ref(layer), own_class, layer_class, adapters, attributes | noted)
 
 
 def remove_adapter(injection: Injection) -> None:
@@ -178,10 +183,14 @@ def forget_removed(root: nn.Module) -> list[dict[str, Any]]:
 def restore(model: nn.Module) -> None:
     """Put adapters that were merged and taken out back into their layers, which stay merged.
 
-    It is for the caller to have those let go whose weights were changed since; see :func:`let_go_if_changed`.
+    Those whose layers have another class by now are let go. It is for the caller to have those let go whose weights
+    were changed since; see :func:`let_go_if_changed`.
     """
     for removed in _removed_in(model):
         _forget(removed)
+        if not removed.fits():
+            _tell_let_go(model, removed.injections)
+            continue
         for part in removed.alive():
             layer: Any = part.layer()
             change_class(layer, part.layer_class)
@@ -205,8 +214,13 @@ def let_go_if_changed(root: nn.Module) -> None:
     """Take all adapters out of a model whose merged weights were changed since: there is no way back to its base."""
     if not injections_of(root) or all(layer.is_as_merged() for layer in adapted_layers(root)):
         return
-    names = ", ".join(repr(injection.adapter_name) for injection in injections_of(root))
+    gone = list(injections_of(root))
     remove_all(root)
+    _tell_let_go(root, gone)
+
+
+def _tell_let_go(root: nn.Module, gone: list[Injection]) -> None:
+    names = ", ".join(repr(injection.adapter_name) for injection in gone)
     rank_zero_warn(
         f"The weights of this {type(root).__name__} were changed after the adapter {names} was merged into them, so "
         "the adapter is let go: what the model has now is its base."

@@ -36,6 +36,8 @@ def drop_frozen(optimizers: Iterable[Any], model: nn.Module) -> None:
     _put_in_adapters([each for optimizer in optimizers for each in nested(optimizer)], model)
     for optimizer in optimizers:
         _require_apart(optimizer, model)
+        for each in nested(optimizer):  # which may share groups, so all of them before any
+            _drop_beside(each)
         dropped = [_drop_from(each) for each in nested(optimizer)]
         if any(dropped) and not is_sharded(model):
             _require_dropped(optimizer)
@@ -95,6 +97,9 @@ def _put_in_adapters(optimizers: list[Any], model: nn.Module) -> None:
         trained = [p for p in layer.lora.parameters() if p.requires_grad and id(p) not in held]
         for weight in layer.adapted_parameters().values():
             of_weight.setdefault(id(weight), []).extend(trained)
+    for optimizer in optimizers:
+        for parameter in held_by(optimizer) if _keeps_lists(optimizer) else ():
+            of_weight.pop(id(parameter), None)  # it has made lists beside its groups, with nothing for adapters
     done: set[int] = set()  # wrappers may share groups with what they wrap
     for optimizer in optimizers:
         if any(id(parameter) in of_weight for parameter in getattr(optimizer, "state", ())):
@@ -134,6 +139,55 @@ def _drop_from(optimizer: Any) -> bool:
         found = True
         del state[parameter]
     return found
+
+
+def _drop_beside(optimizer: Any) -> None:
+    """Drop what an optimizer keeps in lists of a tensor for each parameter, as Lookahead does."""
+    groups = [group["params"] for group in getattr(optimizer, "param_groups", ())]
+    for name, value in list(getattr(optimizer, "__dict__", {}).items()):
+        if (kept := _kept_beside(value, groups)) is not value:
+            setattr(optimizer, name, kept)
+    for group in getattr(optimizer, "param_groups", ()):
+        group.update({key: _kept_beside(value, [group["params"]]) for key, value in group.items()})
+
+
+def _keeps_lists(optimizer: Any) -> bool:
+    """Whether an optimizer keeps lists of a tensor for each parameter beside its groups."""
+    groups = [group["params"] for group in getattr(optimizer, "param_groups", ())]
+    every = [parameter for group in groups for parameter in group]
+    values = [value for value in getattr(optimizer, "__dict__", {}).values() if not any(value is g for g in groups)]
+    return any(_is_beside(value, every) or _are_beside(value, groups) for value in values)
+
+
+def _kept_beside(value: Any, groups: list[Any]) -> Any:
+    """A list without the entries of frozen parameters, if it has one for each of a group's, by group or of them all."""
+    every = [parameter for group in groups for parameter in group]
+    if any(value is group for group in groups) or all(parameter.requires_grad for parameter in every):
+        return value
+    if _is_beside(value, every):
+        kept = [entry for entry, parameter in zip(value, every) if parameter.requires_grad]
+    elif _are_beside(value, groups):
+        kept = [_kept_beside(entry, [group]) for entry, group in zip(value, groups)]
+    else:
+        return value
+    if isinstance(value, list):
+        value[:] = kept  # others may hold on to it
+        return value
+    return tuple(kept)
+
+
+def _is_beside(value: Any, parameters: list[Tensor]) -> bool:
+    """Whether it is a list of a tensor for each parameter, in its shape."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == len(parameters) > 0
+        and all(isinstance(e, Tensor) and e.shape == p.shape for e, p in zip(value, parameters))
+    )
+
+
+def _are_beside(value: Any, groups: list[Any]) -> bool:
+    """Whether it is a list of such a list for each group."""
+    return isinstance(value, (list, tuple)) and len(value) == len(groups) > 0 and all(map(_is_beside, value, groups))
 
 
 def _require_apart(optimizer: Any, model: nn.Module) -> None:

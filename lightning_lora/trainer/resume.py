@@ -72,7 +72,14 @@ def run_rng_state(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> dict[st
         "metrics": {} if trainer.interrupted else _metrics(trainer),
         # Their gradients have part of another batch's in them by now, so they are computed anew.
         "again": _accumulated(trainer) if _in_backward(trainer) else 0,
+        "accumulate": _accumulates(trainer),
     }
+
+
+def _accumulates(trainer: pl.Trainer) -> int | None:
+    """Of how many batches a step takes the gradients, if a hook has set it since the run began."""
+    number = trainer.accumulate_grad_batches
+    return None if number == getattr(trainer.fit_loop, "accumulated", number) else number
 
 
 def _metrics(trainer: pl.Trainer) -> dict[str, Any]:
@@ -100,7 +107,8 @@ def _state_of_rank(trainer: pl.Trainer) -> dict[str, Any]:
 
 def _accumulated_gradients(trainer: pl.Trainer) -> dict[str, torch.Tensor]:
     module = trainer.lightning_module
-    if not _accumulated(trainer) or _in_backward(trainer) or is_sharded(module):
+    is_kept = _accumulated(trainer) or not module.automatic_optimization  # which may step whenever it likes
+    if not is_kept or _in_backward(trainer) or is_sharded(module):
         return {}
     return {name: p.grad.cpu() for name, p in module.named_parameters() if p.grad is not None and p.requires_grad}
 
@@ -146,6 +154,7 @@ class Moment:
         batches: Number of batches of an epoch, if known.
         metrics: What callbacks and schedulers may monitor; ``None`` in checkpoints of version 0.1.
         state: What this rank has to itself: random states and accumulated gradients.
+        accumulate: Of how many batches a step takes the gradients, if a hook had set it.
     """
 
     in_epoch: bool
@@ -157,10 +166,13 @@ class Moment:
     batches: float | None
     metrics: dict[str, Any] | None
     state: dict[str, Any] | None
+    accumulate: int | None = None
 
     def restore(self, trainer: pl.Trainer) -> None:
         """Set random states, gradients and metrics to what they were at this moment."""
         module = trainer.lightning_module
+        if self.in_epoch and self.accumulate is not None:  # its start, where hooks set it, is not called again
+            trainer.accumulate_grad_batches = self.accumulate
         trainer.callback_metrics.update({name: value.to(module.device) for name, value in (self.metrics or {}).items()})
         if self.state is None:
             return
@@ -198,6 +210,7 @@ def install(trainer: pl.Trainer) -> None:
     mix_into(fit_loop, ResumingFitLoop)
     mix_into(epoch_loop, ResumingEpochLoop)
     fit_loop.moment = None  # type: ignore[attr-defined]
+    fit_loop.accumulated = trainer.accumulate_grad_batches  # type: ignore[attr-defined]
     fit_loop.requeue = Requeue()  # type: ignore[attr-defined]
 
 
@@ -245,6 +258,7 @@ def settle(checkpoint: dict[str, Any], rank: int = 0, world_size: int = 1) -> Mo
         batches=saved.get("batches"),
         metrics=saved.get("metrics"),
         state=state,
+        accumulate=saved.get("accumulate"),
     )
     again = saved.get("again", 0)
     if begun and now["ready"] > now["processed"]:
@@ -274,6 +288,7 @@ class ResumingFitLoop:
     """
 
     moment: Moment | None
+    accumulated: int  # of how many batches a step took the gradients when the run began
     requeue: "Requeue"
     trainer: pl.Trainer
     _combined_loader_states_to_load: list[Any]

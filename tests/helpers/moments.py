@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -52,6 +52,21 @@ class Noisy(Toy):
         follow = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.7, threshold=0.5)
         monitor = {"monitor": "val_loss" if self.scheduler == "val" else "train_loss", "strict": False}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": follow, "interval": "epoch", **monitor}}
+
+
+class ByHand(Noisy):
+    """Steps by itself, after every third batch."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if (batch_idx + 1) % 3 == 0:
+            optimizer: Any = self.optimizers()
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 class Record(DummyLogger):
@@ -117,6 +132,8 @@ class Setup:
     validation_draws: bool = True
     draws_in: str | None = None  # a hook
     scheduler: str = "step"
+    accumulation: dict[int, int] | None = None  # by epoch
+    module: type[Noisy] = Noisy
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def loader(self) -> DataLoader[Any]:
@@ -134,11 +151,13 @@ class Setup:
         """The model, its Trainer, what was logged, and what was saved."""
         for seed in (torch.manual_seed, random.seed, np.random.seed):
             seed(7 if ckpt_path is None else 999)
-        model = kw.pop("model", None) or Noisy(self.scheduler, self.validation_draws)
+        model = kw.pop("model", None) or self.module(self.scheduler, self.validation_draws)
         lora = LoRA(r=2, lora_dropout=self.dropout, summary=False, merge=None)
         save, record = SaveAt(folder, kinds), Record()
         settings = {"max_epochs": 3, "logger": record, "log_every_n_steps": 1, "enable_checkpointing": False}
         callbacks = [lora, Draws(self.draws_in), save, *kw.pop("callbacks", [])]
+        if self.accumulation is not None:
+            callbacks.append(GradientAccumulationScheduler(self.accumulation))
         trainer = toys.trainer(folder, callbacks, **(settings | self.trainer | kw))
         shuffled = DataLoader(dataset(), batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(2))
         trainer.fit(model, self.loader(), shuffled, ckpt_path=ckpt_path)

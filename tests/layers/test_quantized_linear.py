@@ -439,6 +439,24 @@ def test_what_is_aside_comes_back_to_where_the_model_is_by_then(kind: str) -> No
     assert {tensor.device.type for tensor in tensors_in(model[0].packed)} == {"meta"}
 
 
+@kinds()
+@settings(max_examples=6)
+@given(
+    mode=st.sampled_from([torch.no_grad, torch.inference_mode]),
+    variant=st.sampled_from([{}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"use_vera": True}]),
+    then=st.sampled_from([lambda model: model, merge, lambda model: unmerge(merge(model))]),
+)
+def test_outside_of_training(kind: str, mode: Any, variant: dict[str, Any], then: Any) -> None:
+    """The Trainer validates, tests and predicts in inference mode."""
+    model = inject(llama(kind).eval(), LoraConfig(r=4, **variant))
+    train(model)
+    expected = logits(model).detach()
+    with mode():
+        found = logits(then(model))
+    limit = 1e-2 if kind == "int8" else 2e-5  # which rounds its inputs to 8 bits while it is not merged
+    torch.testing.assert_close(found, expected, rtol=0, atol=limit)
+
+
 @kinds("nf4", "torchao int8", "hqq 4")
 def test_several_adapters_beside_each_other(kind: str) -> None:
     from lightning_lora import add_adapter, set_adapter

@@ -10,10 +10,12 @@ from helpers.toys import Toy, assert_same_tensors, loader, outputs, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 from lightning_lora import (
     LoRA,
     LoraConfig,
+    adapters,
     add_adapter,
     disabled,
     eject,
@@ -29,6 +31,17 @@ CHANGES: dict[str, Any] = {
     "a new parameter": lambda model, path: setattr(model.net[4], "weight", nn.Parameter(torch.ones(16, 16))),
     "full training": lambda model, path: toys.trainer(path).fit(model, loader()),
 }
+CHANGES |= {
+    name: lambda model, path, put=put: put(model.net[4])
+    for name, put in {
+        "a parametrization": lambda layer: parametrize.register_parametrization(layer, "weight", nn.Identity()),
+        "a norm of weights": parametrizations.weight_norm,
+        "a norm of weights of the older kind": weight_norm,
+        "a spectral norm": lambda layer: parametrizations.spectral_norm(layer, n_power_iterations=15).eval(),
+        "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        "pruning nothing": lambda layer: prune.identity(layer, "weight"),
+    }.items()
+}
 USES: dict[str, Any] = {
     "unmerge": lambda model, path: unmerge(model),
     "a test with LoRA": lambda model, path: toys.trainer(path, [LoRA(r=2, summary=False)]).test(
@@ -41,7 +54,7 @@ USES: dict[str, Any] = {
 }
 
 
-@settings(max_examples=16)
+@settings(max_examples=40)
 @given(change=st.sampled_from(sorted(CHANGES)), use=st.sampled_from(sorted(USES)))
 def test_whatever_was_done_to_merged_weights_stays(
     change: str, use: str, tmp_path_factory: pytest.TempPathFactory
@@ -52,6 +65,18 @@ def test_whatever_was_done_to_merged_weights_stays(
     before = outputs(model)
     USES[use](model, path)
     assert torch.equal(outputs(eject(model) if "lora" in str(list(model.state_dict())) else model), before)
+
+
+@settings(max_examples=16)
+@given(change=st.sampled_from(sorted({*CHANGES} - {"full training", "load_state_dict"})), taken_out=st.booleans())
+def test_whatever_was_done_to_merged_layers_stays(change: str, taken_out: bool) -> None:
+    model = inject(Toy(), LoraConfig(r=2))
+    toys.randomize(model)
+    eject(model, merge=True) if taken_out else merge(model)
+    CHANGES[change](model.eval(), Path())
+    before = outputs(model)
+    assert torch.equal(outputs(unmerge(model)), before)
+    assert not adapters(model)
 
 
 def test_a_second_fit_trains_on_the_merged_weights(tmp_path: Path) -> None:

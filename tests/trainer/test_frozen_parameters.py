@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import toys
 from helpers.toys import Toy, assert_same_tensors, loader, snapshot
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -76,6 +76,24 @@ class Wraps(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state_dict["inner"])
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "inner"})
+
+
+class LooksAhead(Wraps):
+    """Keeps its slow weights in lists beside the groups."""
+
+    def __init__(self, optimizer: Optimizer, kind: type = list, by_group: bool = True) -> None:
+        super().__init__(optimizer)
+        slow = [kind(p.detach().clone() for p in group["params"]) for group in optimizer.param_groups]
+        self.slow = slow if by_group else kind(weight for weights in slow for weight in weights)
+
+    def step(self, closure: Any = None) -> Any:
+        loss = self.optimizer.step(closure)
+        lists = self.slow if len(self.slow) == len(self.param_groups) else [self.slow]
+        slow = [weight for weights in lists for weight in weights]
+        with torch.no_grad():
+            for parameter, weight in zip(held_by(self), slow, strict=True):
+                parameter.copy_(weight.add_(parameter - weight, alpha=0.5))
+        return loss
 
 
 class Trains(Toy):
@@ -175,6 +193,41 @@ def test_optimizers_of_other_packages(tmp_path: Path, package: str, name: str, s
     module = pytest.importorskip(package, reason="an optimizer of another package, which no extra installs")
     cls = getattr(module, name)
     require_resumable(tmp_path, lambda named: cls([p for _, p in named], lr=1e-2, **settings))
+
+
+@settings(max_examples=8)
+@given(kind=st.sampled_from([list, tuple]), by_group=st.booleans(), lbfgs=st.booleans())
+def test_lists_beside_the_groups(kind: type, by_group: bool, lbfgs: bool) -> None:
+    def trained(give: Callable[[list[nn.Parameter]], list[nn.Parameter]]) -> dict[str, Tensor]:
+        model = inject(Toy(), LoraConfig(r=2, seed=1)).eval()
+        parameters = give(list(model.parameters()))
+        first = set(model.net[0].parameters())
+        halves = [[p for p in parameters if (p in first) == is_first] for is_first in (True, False)]
+        groups: Any = parameters if lbfgs else [{"params": halves[0]}, {"params": halves[1], "lr": 0.1}]
+        inner = torch.optim.LBFGS(groups, lr=0.1) if lbfgs else torch.optim.SGD(groups, lr=0.05)
+        optimizer = LooksAhead(inner, kind, by_group)
+        drop_frozen([optimizer], model)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss: Tensor = model.net(torch.ones(4, 8)).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        return snapshot(model)
+
+    assert_same_tensors(trained(lambda every: every), trained(lambda every: [p for p in every if p.requires_grad]))
+
+
+@pytest.mark.parametrize("by_group", [True, False])
+def test_lists_that_were_made_before_the_adapters_are_refused(by_group: bool) -> None:
+    model = Toy()
+    optimizer = LooksAhead(torch.optim.SGD(model.parameters(), lr=0.05), by_group=by_group)
+    optimizer.state.clear()
+    with pytest.raises(RuntimeError, match="has made its state of such a list"):
+        drop_frozen([optimizer], inject(model, LoraConfig(r=2)))
 
 
 class Two(Toy):

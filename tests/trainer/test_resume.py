@@ -190,7 +190,7 @@ def test_a_moment_is_found_by_its_progress(name: str) -> None:
     begun, ended, batches = expected.pop("done")
     moment = settle(checkpoint)
     nothing = {"in_epoch": False, "follows": False, "validated": False, "epoch_ends": False, "plateau_due": False,
-               "stateful": False, "batches": None, "metrics": None, "state": None}  # fmt: skip
+               "stateful": False, "batches": None, "metrics": None, "state": None, "accumulate": None}  # fmt: skip
     assert vars(moment) == nothing | expected
     progress = checkpoint["loops"]["fit_loop"]
     for each in ("total", "current"):

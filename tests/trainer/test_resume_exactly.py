@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.moments import Noisy, SaveAt, Setup, difference, kind_of
+from helpers.moments import ByHand, Noisy, SaveAt, Setup, difference, kind_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -49,6 +49,8 @@ KINDS_OF_RUN = {
     "rows augmented in this process": Setup(data="epochs", augmented=True, trainer={"max_epochs": 2}),
     "part of the batches": Setup(data="epochs", trainer={"limit_train_batches": 5, "max_epochs": 2}),
     "a callback draws as the epoch starts": Setup(draws_in="on_train_epoch_start", trainer={"max_epochs": 2}),
+    "accumulation by epoch": Setup(accumulation={0: 3, 1: 2}, trainer={"accumulate_grad_batches": 1, "max_epochs": 2}),
+    "optimized by hand": Setup(module=ByHand, trainer={"val_check_interval": 4, "max_epochs": 2}),
     "no sanity check": Setup(trainer={"num_sanity_val_steps": 0, "max_epochs": 2}),
 }
 

@@ -26,7 +26,8 @@ class Torchao(QuantizedStorage):
         return self.codes(packed).dtype
 
     def dequantized(self, module: nn.Module, packed: Packed) -> Tensor:
-        return self.codes(packed).detach().dequantize().float()
+        with torch.no_grad():  # and not of what is detached, which in inference mode torchao's tensors cannot be
+            return self.codes(packed).dequantize().float()
 
     def requantized(self, module: nn.Module, packed: Packed, weight: Tensor) -> Packed:
         from torchao.quantization import PerRow, PerTensor
@@ -69,8 +70,9 @@ class TorchaoNF4(Torchao):
         return is_a(module._parameters.get("weight"), "NF4Tensor", "torchao.")
 
     def dequantized(self, module: nn.Module, packed: Packed) -> Tensor:
-        like: Any = self.codes(packed).detach()
-        values: Tensor = like.get_original_weight()
+        like: Any = self.codes(packed)
+        with torch.no_grad():
+            values: Tensor = like.get_original_weight()
         return values.float()
 
     def requantized(self, module: nn.Module, packed: Packed, weight: Tensor) -> Packed:
