@@ -23,6 +23,7 @@ from lightning_lora.layers.loftq import is_rounded
 from lightning_lora.model.quantization import quantized_layers
 from lightning_lora.model.state_dict import CheckpointError
 from lightning_lora.model.targets import find_modules_to_save, matches, modules_by_name
+from lightning_lora.patterns import fullmatch, require_expression
 from lightning_lora.sharding import full_tensor
 
 Tensors = dict[str, Tensor]
@@ -62,6 +63,7 @@ def as_plain_lora(files: PeftFiles, base: nn.Module) -> tuple[LoraConfig, Tensor
         if settings.get("ensure_weight_tying"):
             config = _with_tied_targets(config, tensors, modules)
     if files.is_trained_by_peft:  # else they are whole names
+        config = _with_layers_of_peft(config, modules)
         config = _with_modules_of_peft(config, tensors, modules)
     return _with_stored_embeddings(config, tensors, base, str(files.directory))
 
@@ -238,6 +240,38 @@ def _with_tied_targets(config: LoraConfig, tensors: Tensors, modules: Mapping[st
         layer for layer in found if layer not in declared and id(getattr(modules[layer], "weight", None)) in weights
     ]
     return dataclasses.replace(config, target_modules=[*config.target_modules, *tied]) if tied else config
+
+
+def _with_layers_of_peft(config: LoraConfig, modules: Mapping[str, nn.Module]) -> LoraConfig:
+    """Name what is adapted where blocks are chosen, as PEFT chooses it: of what is not targeted by its whole name.
+
+    Stacked parameters it does not choose from, and no blocks at all are none that are chosen.
+    """
+    chosen, targets = config.layers_to_transform, config.target_modules
+    if chosen is None or not isinstance(targets, list):
+        return config
+    indices = [chosen] if isinstance(chosen, int) else chosen
+    if indices:
+        given = config.layers_pattern
+        patterns = [given] if isinstance(given, str) else given or [r".*\.[^.]*"]
+        for pattern in patterns:
+            require_expression(pattern, "layers_pattern")
+        targets = [
+            name
+            for name in modules
+            if name in targets or (matches(name, targets) and _block_of(name, patterns) in indices)
+        ]
+    return dataclasses.replace(config, target_modules=targets, layers_to_transform=None, layers_pattern=None)
+
+
+def _block_of(name: str, patterns: list[str]) -> int | None:
+    """The first number in a name, but for its end, that follows what one of these expressions matches."""
+    parts = name.split(".")
+    for pattern in patterns:
+        for place, part in enumerate(parts[1:-1], start=1):
+            if part.isdecimal() and fullmatch(rf"(?:.*\.)?(?:{pattern})", ".".join(parts[:place]), "layers_pattern"):
+                return int(part)
+    return None
 
 
 def _with_modules_of_peft(config: LoraConfig, tensors: Tensors, modules: Mapping[str, nn.Module]) -> LoraConfig:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import peft
@@ -77,6 +78,25 @@ def test_a_start_in_any_case_that_peft_takes(
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=spelled)
     theirs = peft.get_peft_model(llama(), config)
     toys.randomize(theirs)
+    theirs.save_pretrained(path)
+    torch.testing.assert_close(computed(load_adapter(llama(), path)), computed(theirs), rtol=1e-4, atol=2e-5)
+
+
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(
+    blocks=st.integers(0, 1) | st.lists(st.integers(0, 1), max_size=2),
+    pattern=st.sampled_from([None, [], "layers", "l.*s", "model.layers", ["h", "layers"]]),
+    whole=st.sampled_from([[], ["lm_head"], ["model.layers.1.self_attn.k_proj"]]),
+    parameters=st.sampled_from([None, ["self_attn.o_proj.weight"]]),
+)
+def test_blocks_are_chosen_as_peft_chooses_them(
+    blocks: Any, pattern: Any, whole: list[str], parameters: list[str] | None, tmp_path_factory: Any
+) -> None:
+    hypothesis.assume(blocks != [] or not pattern)  # which PEFT refuses
+    chosen = {"layers_to_transform": blocks, "layers_pattern": pattern, "target_parameters": parameters}
+    targets, path = ["q_proj", *whole], tmp_path_factory.mktemp("peft")
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **chosen)
+    theirs = peft.get_peft_model(llama(), config)
     theirs.save_pretrained(path)
     torch.testing.assert_close(computed(load_adapter(llama(), path)), computed(theirs), rtol=1e-4, atol=2e-5)
 
