@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.formats.peft_config import config_from_peft
-from lightning_lora.formats.peft_files import PREFIX, PeftFiles, layers_in
+from lightning_lora.formats.peft_files import OF_LAYER, PREFIX, PeftFiles, layers_in
 from lightning_lora.formats.transformers_names import in_todays_names
+from lightning_lora.fqn import listed
 from lightning_lora.layers.conv import is_misrun_by_peft
 from lightning_lora.layers.loftq import is_rounded
 from lightning_lora.model.quantization import quantized_layers
@@ -55,6 +56,8 @@ def as_plain_lora(files: PeftFiles, base: nn.Module) -> tuple[LoraConfig, Tensor
             tensors = {name: tensor for name, tensor in tensors.items() if ".lora_velora_" not in name}
         if settings.get("use_bdlora"):
             tensors = _without_blocks(tensors, settings["use_bdlora"], config, modules, source)
+        if files.is_trained_by_peft:
+            config = _with_order_of_patterns(config, tensors, source)
         tensors = _as_peft_runs(tensors, files, modules)
         config, tensors = in_todays_names(config, tensors, base, str(files.directory))
         tensors = _experts_in_todays_layout(config, tensors, files, modules)
@@ -240,6 +243,34 @@ def _with_tied_targets(config: LoraConfig, tensors: Tensors, modules: Mapping[st
         layer for layer in found if layer not in declared and id(getattr(modules[layer], "weight", None)) in weights
     ]
     return dataclasses.replace(config, target_modules=[*config.target_modules, *tied]) if tied else config
+
+
+def _with_order_of_patterns(config: LoraConfig, tensors: Tensors, source: str) -> LoraConfig:
+    """PEFT's first pattern counts, and its file has them sorted: the tensors tell which ranks were first."""
+    ranks: dict[str, int] = {}
+    lost: list[str] = []
+    for name, tensor in tensors.items():
+        found = OF_LAYER.fullmatch(name)
+        if found is None or found["inner"] not in ("lora_A.weight", "lora_embedding_A"):
+            continue
+        layer = found["layer"]
+        possible = _values_of(config.rank_pattern, layer, "rank_pattern")
+        if len(possible) > 1 and len(tensor) in possible:
+            ranks[re.escape(layer)] = len(tensor)
+        if len(_values_of(config.alpha_pattern, layer, "alpha_pattern")) > 1:
+            lost.append(layer)
+    if lost:
+        rank_zero_warn(
+            f"{source} has several alpha_pattern for {listed(list(map(repr, lost)), 2)}, and PEFT sorts them when it "
+            "saves: the first one in the file is taken, as PEFT does. If another one was the first in training, put "
+            "it first."
+        )
+    return dataclasses.replace(config, rank_pattern={**ranks, **config.rank_pattern}) if ranks else config
+
+
+def _values_of(patterns: Mapping[str, float], layer: str, setting: str) -> set[float]:
+    """What the patterns that match a layer say."""
+    return {value for pattern, value in patterns.items() if fullmatch(rf"(.*\.)?({pattern})", layer, setting)}
 
 
 def _with_layers_of_peft(config: LoraConfig, modules: Mapping[str, nn.Module]) -> LoraConfig:
