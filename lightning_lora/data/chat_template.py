@@ -126,14 +126,12 @@ def require_written(tokenizer: Any, messages: list[Message], tools: Tools = None
             raise ValueError("found 'tools', expected none, for there is no chat template that writes them.")
         return
     whole = render(tokenizer, messages, tools)
+    unmarked = _left_out(tokenizer, messages, tools, whole)
     for index, message in enumerate(messages):
         text = message["content"].strip()
         # Some write results of tools as JSON.
-        if (
-            message["role"] != "assistant"
-            and text not in whole
-            and json.dumps(text, ensure_ascii=False)[1:-1] not in whole
-        ):
+        is_written = text in whole or json.dumps(text, ensure_ascii=False)[1:-1] in whole
+        if message["role"] != "assistant" and (index in unmarked or not is_written):
             found = f"{_short(text)}, which the chat template leaves out"
             raise MessageError(index, "content", found, "one that it writes")
         for key in sorted(message.keys() - {"role", "content", "weight"}):
@@ -149,8 +147,48 @@ def require_written(tokenizer: Any, messages: list[Message], tools: Tools = None
                 raise MessageError(
                     index, key, f"{_short(message[key])}, which the chat template leaves out", "a key that it writes"
                 )
+        _require_written_calls(tokenizer, messages, index, tools)
     if tools and _written(tokenizer, messages, None) == whole:
         raise ValueError("found 'tools', which the chat template leaves out, expected a template that writes them.")
+
+
+def _left_out(tokenizer: Any, messages: list[Message], tools: Tools, whole: str) -> set[int]:
+    """Which messages but the assistant's are left out, though their words may stand there in others."""
+    others = [index for index, message in enumerate(messages) if message["role"] != "assistant"]
+    marks = {index: _mark(index) for index in others}
+    marked = [{**message, "content": message["content"] + marks.get(i, "")} for i, message in enumerate(messages)]
+    written = _written(tokenizer, marked, tools)
+    return set() if written is None else _unwritten(marks, written, whole)
+
+
+def _require_written_calls(tokenizer: Any, messages: list[Message], index: int, tools: Tools) -> None:
+    """Require that each call of a message is written, by name and, where there are some, with its arguments."""
+    calls = messages[index].get("tool_calls", [])
+    names = {number: _mark(number) for number in range(len(calls))}
+    arguments = {number: _mark(len(calls) + number) for number in names if calls[number]["function"]["arguments"]}
+    marked = []
+    for number, call in enumerate(calls):
+        function = {**call["function"], "name": call["function"]["name"] + names[number]}
+        if number in arguments:
+            function["arguments"] = {**function["arguments"], arguments[number]: arguments[number]}
+        marked.append({**call, "function": function})
+    before = messages[:index]
+    written = _written(tokenizer, [*before, {**messages[index], "tool_calls": marked}], tools) if calls else None
+    if written is None:
+        return
+    whole = _written(tokenizer, messages[: index + 1], tools) or ""
+    for number in sorted(_unwritten(names, written, whole) | _unwritten(arguments, written, whole)):
+        found = f"{_short(calls[number]['function'])}, of which the chat template leaves out a part"
+        raise MessageError(index, f"tool_calls[{number}]", found, "a call that it writes")
+
+
+def _mark(number: int) -> str:
+    """A word that can be told from those of other numbers."""
+    return f"{_PROBE}{number}z"
+
+
+def _unwritten(marks: dict[int, str], written: str, whole: str) -> set[int]:
+    return {index for index, mark in marks.items() if written.count(mark) <= whole.count(mark)}
 
 
 def _written(tokenizer: Any, messages: list[Message], tools: Tools) -> str | None:
@@ -163,18 +201,36 @@ def _written(tokenizer: Any, messages: list[Message], tools: Tools) -> str | Non
 def _apply(tokenizer: Any, messages: list[Message], tools: Tools, **options: Any) -> Any:
     given = [_given(tokenizer, message, tools) for message in messages]
     try:
+        if any("tool_calls" in message for message in given):
+            given = _with_arguments_as_wanted(tokenizer, given, tools, options.get("add_generation_prompt", False))
         return tokenizer.apply_chat_template(given, tools=tools, **options)
-    except TypeError as error:
-        # Some join a call's arguments to a text, where transformers has them as an object.
-        texts = [_with_arguments_as_text(message) for message in given]
-        if texts == given:
-            raise _refusal(messages, error) from None
-        try:
-            return tokenizer.apply_chat_template(texts, tools=tools, **options)
-        except Exception as second:
-            raise _refusal(messages, second) from None
     except Exception as error:  # a template is code, which may raise anything
         raise _refusal(messages, error) from None
+
+
+def _with_arguments_as_wanted(tokenizer: Any, given: list[Message], tools: Tools, asks: bool) -> list[Message]:
+    """The messages with the arguments of calls as objects, as transformers has them, or as texts.
+
+    Some templates join them to a text, which objects cannot be, and some write them as they are, which is in Python's
+    notation for objects.
+    """
+    texts = [_with_arguments_as_text(message) for message in given]
+    options = {"tools": tools, "add_generation_prompt": asks, "tokenize": False}
+    try:
+        written = tokenizer.apply_chat_template(given, **options)
+    except TypeError:
+        return texts
+    in_python = {
+        str(call["function"]["arguments"])
+        for message in given
+        for call in message.get("tool_calls", [])
+        if call["function"]["arguments"]
+    }
+    if any(arguments in written for arguments in in_python):
+        as_texts = tokenizer.apply_chat_template(texts, **options)
+        if any(as_texts.count(arguments) < written.count(arguments) for arguments in in_python):
+            return texts
+    return given
 
 
 def _refusal(messages: list[Message], error: Exception) -> ValueError:
@@ -200,10 +256,14 @@ def _with_arguments_as_text(message: Message) -> Message:
     if "tool_calls" not in message:
         return message
     calls = [
-        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        {**call, "function": {**call["function"], "arguments": _as_json(call["function"]["arguments"])}}
         for call in message["tool_calls"]
     ]
     return {**message, "tool_calls": calls}
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 @lru_cache(maxsize=64)

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from glob import glob
@@ -23,6 +24,7 @@ __all__ = ["Record", "read_records"]
 # Files, or files by the weights of their rows.
 Paths = str | list[str] | dict[str, float]
 
+_QUOTED = re.compile(r'"[^"]*"')
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -242,9 +244,12 @@ def _csv(file: Path, bad: BadRows) -> Iterator[Record]:
     with _open(file) as lines:
         header = lines.readline()
         # What separates the names in the header separates the values too.
-        delimiter = max(",;\t", key=header.count)
+        delimiter = max(",;\t", key=_QUOTED.sub("", header).count)
         reader = csv.DictReader(chain([header], lines), strict=True, delimiter=delimiter)
-        names = list(reader.fieldnames or [])
+        try:
+            names = list(reader.fieldnames or [])
+        except csv.Error as error:
+            raise ValueError(f"{file}, line 1: found no valid CSV ({error}). Correct the header.") from None
         if len(set(names)) < len(names) or not all(names):
             raise ValueError(
                 f"{file}, line 1: found the header {', '.join(map(repr, names))}, expected each field's name once. "

@@ -17,7 +17,12 @@ MEANINGFUL = frozenset(
         *("instruction", "options", "choices"),
         *("tools", "functions", "tool_calls", "function_call", "chat_template_kwargs"),
         *("reasoning", "reasoning_content", "thinking", "thought", "thoughts", "rationale", "chain_of_thought", "cot"),
-        *("image", "images", "audio", "audios", "video", "videos", "text_pair", "pair"),
+        *(
+            f"{kind}{end}"
+            for kind in ("image", "audio", "video")
+            for end in ("", "s", "_url", "_urls", "_path", "_paths")
+        ),
+        *("input_image", "input_audio", "pixel_values", "text_pair", "pair"),
         *(f"{name}{number}" for name in ("text", "sentence", "question") for number in (1, 2)),
         *("premise", "hypothesis"),
     )

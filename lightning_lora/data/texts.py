@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.data.cache import cache_name
-from lightning_lora.data.chat_template import MessageError, special_tokens
+from lightning_lora.data.chat_template import MessageError, require_written, special_tokens
 from lightning_lora.data.conversation import IGNORED, Row, encode_question
 from lightning_lora.data.files import Paths, data_files
 from lightning_lora.data.from_files import FileData
@@ -161,6 +161,7 @@ class LanguageModelData(TextData):
         """The messages before the last answer, as token ids up to where it begins, and as they are."""
         found = read_question(record)
         try:
+            require_written(self.tokenizer, found.messages, found.tools)
             return encode_question(self.tokenizer, found.messages, found.tools, self.separator), found.messages
         except ValueError as error:
             raise in_row(record, found, error) from None

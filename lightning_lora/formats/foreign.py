@@ -40,6 +40,9 @@ _TORCHTUNE = {
     "mlp.w2": "mlp.down_proj",
     "mlp.w3": "mlp.up_proj",
 }
+# Whether torchtune turns neighbors in its rotary embedding, by the model types of transformers that it has models of:
+# https://github.com/meta-pytorch/torchtune/tree/main/torchtune/models, whose qwen2_hf_to_tune permutes nothing.
+_TURNS_NEIGHBORS = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False, "qwen3": False}
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -178,9 +181,7 @@ def _from_loralib(tensors: dict[str, Tensor], root: nn.Module, path: Path) -> Fa
 def _from_litgpt(tensors: dict[str, Tensor], root: nn.Module, path: Path) -> tuple[Factors, float | None]:
     settings_file = path.parent / "hyperparameters.yaml"
     settings = _settings_beside(settings_file)
-    config: Any = root.config
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, groups, head_dim = _heads(root, path)
     sizes = {"q_proj": heads * head_dim, "k_proj": groups * head_dim, "v_proj": groups * head_dim}
     chosen = {"q_proj": "lora_query", "k_proj": "lora_key", "v_proj": "lora_value"}
     parts = [name for name, setting in chosen.items() if settings.get(setting, name != "k_proj")]
@@ -206,21 +207,42 @@ def _from_litgpt(tensors: dict[str, Tensor], root: nn.Module, path: Path) -> tup
 
 def _from_torchtune(tensors: dict[str, Tensor], root: nn.Module, path: Path) -> tuple[Factors, float | None]:
     settings = _settings_beside(path.parent / "adapter_config.json")
-    config: Any = root.config
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    queries, groups, _ = _heads(root, path)
+    heads = {"q_proj": queries, "k_proj": groups}
+    model_type = str(getattr(root.config, "model_type", None))
     factors: Factors = {}
     for name, (lora_A, lora_B) in _pairs(tensors, (".lora_a.weight", ".lora_b.weight"), path).items():
         block, inner = _block(name, "layers.")
         layer = "lm_head" if name == "output" else _renamed(name, block, inner, _TORCHTUNE, path)
         kind = layer.rpartition(".")[2]
-        factors[layer] = (lora_A, _halves_apart(lora_B, heads[kind]) if kind in heads else lora_B)
+        if kind in heads and model_type not in _TURNS_NEIGHBORS:
+            raise CheckpointError(
+                f"{path} adapts {name!r}, and in which order torchtune has its rows in a {model_type!r} model is not "
+                f"known; known are {', '.join(_TURNS_NEIGHBORS)}. Nothing was loaded."
+            )
+        is_paired = kind in heads and _TURNS_NEIGHBORS[model_type] and len(lora_B) % (2 * heads[kind]) == 0
+        factors[layer] = (lora_A, _halves_apart(lora_B, heads[kind]) if is_paired else lora_B)
     return factors, settings.get("lora_alpha")
+
+
+def _heads(root: nn.Module, path: Path) -> tuple[int, int, int]:
+    """How many heads of queries and of keys a model of transformers has, and their size."""
+    config: Any = getattr(root, "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise CheckpointError(
+            f"{path} is for a Llama-like model of transformers, whose config tells its heads, and this is a "
+            f"{type(root).__name__} without such a config: load it onto the model that it was trained on. "
+            "Nothing was loaded."
+        )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
 
 
 def _halves_apart(lora_B: Tensor, heads: int) -> Tensor:
     """Rows of B in the order of transformers' rotary embedding, which turns one half of a head against the other.
 
-    Torchtune's turns neighbors, so that its rows of each head come in pairs.
+    Torchtune's turns neighbors in most models, so that its rows of each head come in pairs.
     """
     return lora_B.view(heads, -1, 2, lora_B.shape[1]).transpose(1, 2).reshape(lora_B.shape)
 

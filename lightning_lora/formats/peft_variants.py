@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoraConfig
 from lightning_lora.formats.peft_config import config_from_peft
-from lightning_lora.formats.peft_files import PREFIX, PeftFiles, layers_in
+from lightning_lora.formats.peft_files import OF_LAYER, PREFIX, PeftFiles, layers_in
 from lightning_lora.formats.transformers_names import in_todays_names
+from lightning_lora.fqn import listed
 from lightning_lora.layers.conv import is_misrun_by_peft
 from lightning_lora.layers.loftq import is_rounded
 from lightning_lora.model.quantization import quantized_layers
 from lightning_lora.model.state_dict import CheckpointError
 from lightning_lora.model.targets import find_modules_to_save, matches, modules_by_name
+from lightning_lora.patterns import fullmatch, require_expression
 from lightning_lora.sharding import full_tensor
 
 Tensors = dict[str, Tensor]
@@ -54,6 +56,8 @@ def as_plain_lora(files: PeftFiles, base: nn.Module) -> tuple[LoraConfig, Tensor
             tensors = {name: tensor for name, tensor in tensors.items() if ".lora_velora_" not in name}
         if settings.get("use_bdlora"):
             tensors = _without_blocks(tensors, settings["use_bdlora"], config, modules, source)
+        if files.is_trained_by_peft:
+            config = _with_order_of_patterns(config, tensors, source)
         tensors = _as_peft_runs(tensors, files, modules)
         config, tensors = in_todays_names(config, tensors, base, str(files.directory))
         tensors = _experts_in_todays_layout(config, tensors, files, modules)
@@ -62,6 +66,7 @@ def as_plain_lora(files: PeftFiles, base: nn.Module) -> tuple[LoraConfig, Tensor
         if settings.get("ensure_weight_tying"):
             config = _with_tied_targets(config, tensors, modules)
     if files.is_trained_by_peft:  # else they are whole names
+        config = _with_layers_of_peft(config, modules)
         config = _with_modules_of_peft(config, tensors, modules)
     return _with_stored_embeddings(config, tensors, base, str(files.directory))
 
@@ -238,6 +243,66 @@ def _with_tied_targets(config: LoraConfig, tensors: Tensors, modules: Mapping[st
         layer for layer in found if layer not in declared and id(getattr(modules[layer], "weight", None)) in weights
     ]
     return dataclasses.replace(config, target_modules=[*config.target_modules, *tied]) if tied else config
+
+
+def _with_order_of_patterns(config: LoraConfig, tensors: Tensors, source: str) -> LoraConfig:
+    """PEFT's first pattern counts, and its file has them sorted: the tensors tell which ranks were first."""
+    ranks: dict[str, int] = {}
+    lost: list[str] = []
+    for name, tensor in tensors.items():
+        found = OF_LAYER.fullmatch(name)
+        if found is None or found["inner"] not in ("lora_A.weight", "lora_embedding_A"):
+            continue
+        layer = found["layer"]
+        possible = _values_of(config.rank_pattern, layer, "rank_pattern")
+        if len(possible) > 1 and len(tensor) in possible:
+            ranks[re.escape(layer)] = len(tensor)
+        if len(_values_of(config.alpha_pattern, layer, "alpha_pattern")) > 1:
+            lost.append(layer)
+    if lost:
+        rank_zero_warn(
+            f"{source} has several alpha_pattern for {listed(list(map(repr, lost)), 2)}, and PEFT sorts them when it "
+            "saves: the first one in the file is taken, as PEFT does. If another one was the first in training, put "
+            "it first."
+        )
+    return dataclasses.replace(config, rank_pattern={**ranks, **config.rank_pattern}) if ranks else config
+
+
+def _values_of(patterns: Mapping[str, float], layer: str, setting: str) -> set[float]:
+    """What the patterns that match a layer say."""
+    return {value for pattern, value in patterns.items() if fullmatch(rf"(.*\.)?({pattern})", layer, setting)}
+
+
+def _with_layers_of_peft(config: LoraConfig, modules: Mapping[str, nn.Module]) -> LoraConfig:
+    """Name what is adapted where blocks are chosen, as PEFT chooses it: of what is not targeted by its whole name.
+
+    Stacked parameters it does not choose from, and no blocks at all are none that are chosen.
+    """
+    chosen, targets = config.layers_to_transform, config.target_modules
+    if chosen is None or not isinstance(targets, list):
+        return config
+    indices = [chosen] if isinstance(chosen, int) else chosen
+    if indices:
+        given = config.layers_pattern
+        patterns = [given] if isinstance(given, str) else given or [r".*\.[^.]*"]
+        for pattern in patterns:
+            require_expression(pattern, "layers_pattern")
+        targets = [
+            name
+            for name in modules
+            if name in targets or (matches(name, targets) and _block_of(name, patterns) in indices)
+        ]
+    return dataclasses.replace(config, target_modules=targets, layers_to_transform=None, layers_pattern=None)
+
+
+def _block_of(name: str, patterns: list[str]) -> int | None:
+    """The first number in a name, but for its end, that follows what one of these expressions matches."""
+    parts = name.split(".")
+    for pattern in patterns:
+        for place, part in enumerate(parts[1:-1], start=1):
+            if part.isdecimal() and fullmatch(rf"(?:.*\.)?(?:{pattern})", ".".join(parts[:place]), "layers_pattern"):
+                return int(part)
+    return None
 
 
 def _with_modules_of_peft(config: LoraConfig, tensors: Tensors, modules: Mapping[str, nn.Module]) -> LoraConfig:

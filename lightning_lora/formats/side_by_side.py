@@ -18,6 +18,7 @@ from torch import Tensor, nn
 _SMALL = 1 << 20  # bytes, which take less time than a storage of their own
 _ALIGNED = 64  # bytes
 _PLAIN = (Tensor, nn.Parameter)
+_PLACE = 5  # what torch says of a tensor beside its storage: offset, shape, stride, whether it has a gradient, hooks
 
 
 def save(value: Any, file: IO[bytes]) -> None:
@@ -94,7 +95,9 @@ def _laid_out(tensors: Iterable[Tensor], shared: set[int]) -> Iterator[tuple[int
         flat = torch.zeros(ends[-1], dtype=dtype, device="cpu")
         # How torch pickles a tensor: with its storage, then where it is in it, and last whether it has a gradient and
         # its hooks, of which a new tensor has none.
-        rebuild, (storage, *_) = flat.__reduce_ex__(2)  # type: ignore[no-untyped-call]
+        rebuild, (storage, *rest) = flat.__reduce_ex__(2)  # type: ignore[no-untyped-call]
+        if len(rest) != _PLACE:  # more is said of types whose storages have none, such as float8
+            continue
         for tensor, offset in zip(group, [0, *ends]):
             flat[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)
             shape, stride = tuple(tensor.shape), tensor.stride()

@@ -6,12 +6,14 @@ import torch
 
 from lightning_lora.eval_mode import evaluating
 
+_ROUNDING = 16 * torch.finfo(torch.float32).eps  # of float32, also in coarser types, which would hide what is seen
+
 
 @torch.no_grad()
 def require_separation(model: Any) -> None:
     """Require that no token attends to those of another row that shares its sequence.
 
-    Two rows of four tokens are packed; changing the first must not change a bit of what the second gives.
+    Two rows of four tokens are packed; changing the first must not change what the second gives.
 
     Args:
         model: A causal language model of transformers, which tells packed rows apart by their ``position_ids``.
@@ -27,7 +29,8 @@ def require_separation(model: Any) -> None:
             model(input_ids=torch.cat([row, second])[None], position_ids=positions, use_cache=False).logits[0, 4:]
             for row in (first, other)
         )
-    if not torch.equal(one, two):
+    # Experts take the tokens of all rows together, and how many these are moves the last digits of what they give.
+    if not torch.allclose(one, two, rtol=0, atol=_ROUNDING * float(one.abs().max())):
         raise ValueError(
             f"Found that {type(model).__name__} lets packed rows see each other, expected it to tell them apart by "
             "their position_ids, as the models of transformers that build their masks in one place do. Set packing to "

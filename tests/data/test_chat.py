@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.texts import word_checkpoint, word_model, word_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel, Lfm2Config, Lfm2ForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lightning_lora.data import ChatData
 from lightning_lora.data.conversation import IGNORED, RewrittenTurnsError, encode_conversation, encode_turns
@@ -199,6 +201,27 @@ def test_a_model_that_lets_rows_see_each_other_is_an_error() -> None:
 
     with pytest.raises(ValueError, match="Seeing lets packed rows see each other"):
         require_separation(Seeing(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2)))
+
+
+@settings(deadline=None, max_examples=10)
+@given(experts=st.integers(2, 6), chosen=st.integers(1, 2), seed=st.integers(0, 100))
+def test_experts_that_take_the_tokens_of_all_rows_together_keep_them_apart(
+    experts: int, chosen: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(**sizes, **heads, num_local_experts=experts, num_experts_per_tok=chosen)
+    require_separation(MixtralForCausalLM(config))
+
+
+def test_a_convolution_over_all_rows_is_an_error() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Lfm2Config(**sizes, **heads, layer_types=["conv", "full_attention"])
+    with pytest.raises(ValueError, match="Lfm2ForCausalLM lets packed rows see each other"):
+        require_separation(Lfm2ForCausalLM(config))
 
 
 def write(folder: Path, rows: list[dict[str, Any]]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from helpers.chat_templates import TEMPLATES, byte_tokenizer, marked
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_lora.data.chat_template import MessageError
 from lightning_lora.data.conversation import encode_turns
@@ -213,6 +216,58 @@ def test_an_answer_of_weight_0_is_not_learned(name: str) -> None:
 def test_what_a_template_leaves_out_is_an_error(template: str, message: str) -> None:
     with pytest.raises(MessageError, match=message):
         encode_turns(byte_tokenizer(template), [USER, REPLY], 100)
+
+
+@settings(deadline=None)
+@given(left_out=st.sampled_from(["system", "tool"]), words=st.lists(st.sampled_from(["a", "hi", "yo"]), min_size=1))
+def test_words_that_stand_elsewhere_do_not_make_up_for_what_is_left_out(left_out: str, words: list[str]) -> None:
+    text = " ".join(words)
+    template = TEMPLATES["chatml"].replace(
+        "{% for m in messages %}", f"{{% for m in messages if m.role != '{left_out}' %}}"
+    )
+    assert template != TEMPLATES["chatml"]
+    messages = [USER | {"content": f"{text} more"}, REPLY, {"role": left_out, "content": text}, MORE, LAST]
+    with pytest.raises(MessageError, match=r"messages\[2\]\.content: found .*, which the chat template leaves out"):
+        encode_turns(byte_tokenizer(template), messages, 1000)
+    assert encode_turns(byte_tokenizer(TEMPLATES["chatml"]), messages, 1000)[0][0] is not None
+
+
+CALLING = (
+    "{% for m in messages %}{{ m.role + m.content }}{% for c in m.tool_calls or [] %}CALL{% endfor %}<eos>{% endfor %}"
+)
+
+
+@settings(deadline=None)
+@given(places=st.lists(st.sampled_from(["Rome", "Bern"]), min_size=2, max_size=4))
+def test_every_call_and_its_arguments_must_be_written(places: list[str]) -> None:
+    calls = [{"type": "function", "function": {"name": "sky", "arguments": {"at": place}}} for place in places]
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": calls}]
+    whole = "{{ c.function | tojson }}"
+    ((row, _),) = encode_turns(byte_tokenizer(CALLING.replace("CALL", whole)), messages, 1000)
+    assert row is not None
+    for template, number in (("{{ c.function.name }}", 0), (f"{{% if loop.first %}}{whole}{{% endif %}}", 1)):
+        with pytest.raises(MessageError, match=rf"tool_calls\[{number}\]: found .* leaves out a part"):
+            encode_turns(byte_tokenizer(CALLING.replace("CALL", template)), messages, 1000)
+    bare = [{"type": "function", "function": {"name": "sky", "arguments": {}}}]
+    without = byte_tokenizer(CALLING.replace("CALL", "{{ c.function.name }}"))
+    ((row, _),) = encode_turns(without, [USER, {"role": "assistant", "content": "", "tool_calls": bare}], 1000)
+    assert marked(without, row) == "userhi<eos>«assistantsky<eos>»"
+
+
+@settings(deadline=None)
+@given(place=st.text("aé你'\"", min_size=1, max_size=4), join=st.booleans(), said=st.booleans())
+def test_arguments_are_written_as_json(place: str, join: bool, said: bool) -> None:
+    arguments = {"at": place}
+    call = {"type": "function", "function": {"name": "sky", "arguments": arguments}}
+    content = str(arguments) if said else ""  # which a template writes as it is
+    messages = [USER, {"role": "assistant", "content": content, "tool_calls": [call]}]
+    write = "{{ 'sky' + c.function.arguments }}" if join else "{{ 'sky' }}{{ c.function.arguments }}"
+    expected = f"sky{json.dumps(arguments, ensure_ascii=False)}<eos>»"
+    for template in (write, "{{ 'sky' }}{{ c.function.arguments | tojson }}"):
+        tokenizer = byte_tokenizer(CALLING.replace("CALL", "{{ c.function.name[3:] }}" + template))
+        ((row, _),) = encode_turns(tokenizer, messages, 1000)
+        assert row is not None
+        assert (tokenizer.decode(row["input_ids"]) + "»").endswith(expected)
 
 
 def test_an_unknown_key_is_an_error_unless_the_template_writes_it() -> None:

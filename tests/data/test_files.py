@@ -26,6 +26,20 @@ def write(folder: Path, name: str, text: str, encoding: str = "utf-8") -> str:
     return str(path)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(delimiter=st.sampled_from(",;\t"), inside=st.text(",;\t ", max_size=6))
+def test_what_separates_is_told_outside_of_quotes(delimiter: str, inside: str, tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", f'"x{inside}"{delimiter}y\n1{delimiter}2\n')
+    (record,) = read(path)
+    assert record.fields == {f"x{inside}": "1", "y": "2"}
+
+
+def test_a_header_that_is_no_csv_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", '"x"y,z\n1,2\n')
+    with pytest.raises(ValueError, match=r"a\.csv, line 1: found no valid CSV .*Correct the header"):
+        read(path)
+
+
 def test_jsonl_names_lines(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", '\ufeff{"x": 1}\n\n{"x": "é"}\n')
     assert [(record.where, record.fields) for record in read(path)] == [

@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_lora.data.messages import is_text, read_conversation, read_question
 from lightning_lora.data.record import Record
@@ -132,6 +134,17 @@ def test_what_is_missing_in_tables_says_nothing() -> None:
         "label": True,
     }
     assert read_conversation(Record("here", row)).messages[0]["content"] == "w1\n\nw2"
+
+
+@settings(deadline=None)
+@given(kind=st.sampled_from(["image", "audio", "video"]), end=st.sampled_from(["", "s", "_url", "_urls", "_path"]))
+def test_what_is_seen_or_heard_beside_a_text_is_an_error(kind: str, end: str) -> None:
+    with pytest.raises(ValueError, match=f"field '{kind}{end}': found 'x.bin'"):
+        read_conversation(Record("here", {"prompt": "w1", "completion": "w2", f"{kind}{end}": "x.bin"}))
+    part = {"type": "text", "text": "w1", f"{kind}{end}": "x.bin"}
+    messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "w2"}]
+    with pytest.raises(ValueError, match=r"messages\[0\]\.content\[0\]"):
+        read_conversation(Record("here", {"messages": messages}))
 
 
 def test_weights() -> None:

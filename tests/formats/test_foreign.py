@@ -12,6 +12,7 @@ from helpers.models import tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_lora import CheckpointError, eject
 from lightning_lora.formats.foreign import load_foreign_adapter
@@ -128,6 +129,65 @@ def test_torchtune(suffix: str, tmp_path: Path) -> None:
     assert found.keys() == wanted.keys()
     for name, update in wanted.items():
         torch.testing.assert_close(found[name], update)
+
+
+def model_of(model_type: str, heads: int, groups: int, head_dim: int) -> Any:
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": head_dim, "hidden_size": 16}
+    config = AutoConfig.for_model(
+        model_type, vocab_size=10, intermediate_size=16, num_hidden_layers=1, pad_token_id=0, **sizes
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    model_type=st.sampled_from(["llama", "mistral", "gemma", "qwen2", "qwen3"]),
+    groups=st.integers(1, 2),
+    shared=st.integers(1, 2),
+    half=st.sampled_from([2, 4]),
+)
+def test_the_rows_of_torchtune_are_in_its_models_order(
+    model_type: str, groups: int, shared: int, half: int, tmp_path: Path
+) -> None:
+    # Qwen2 has no head_dim of its own.
+    head_dim = 16 // (groups * shared) if model_type == "qwen2" else 2 * half
+    model = model_of(model_type, groups * shared, groups, head_dim)
+    wanted, state = {}, {}
+    for name, heads in (("q_proj", groups * shared), ("k_proj", groups)):
+        A, B = random(R, 16), random(heads * head_dim, R)
+        wanted[f"model.layers.0.self_attn.{name}"] = ALPHA / R * B @ A
+        state[f"layers.0.attn.{name}.lora_a.weight"] = A
+        state[f"layers.0.attn.{name}.lora_b.weight"] = B if model_type.startswith("qwen") else to_torchtune(B, heads)
+    torch.save(state, tmp_path / "adapter_0.pt")
+    found = updates(load_foreign_adapter(model, tmp_path / "adapter_0.pt", ALPHA))
+    for name, update in wanted.items():
+        torch.testing.assert_close(found[name], update)
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "match"),
+    [
+        (
+            lambda: model_of("granite", 2, 2, 8),
+            ("layers.0.attn.q_proj", "lora_a.weight"),
+            "rows in a 'granite' model is",
+        ),
+        (
+            lambda: nn.Sequential(nn.Linear(2, 2)),
+            ("layers.0.attn.q_proj", "lora_a.weight"),
+            "a Sequential without such",
+        ),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), ("transformer.h.0.attn.proj", "lora_A"), "a Sequential without such"),
+        (lambda: model_of("gpt_neox", 2, 2, 8), ("transformer.h.0.attn.proj", "lora_A"), "GPTNeoXForCausalLM does not"),
+        (lambda: model_of("mistral", 3, 3, 2), ("layers.0.attn.q_proj", "lora_a.weight"), "of another shape"),
+    ],
+)
+def test_other_models_are_refused_by_name(make: Any, names: tuple[str, str], match: str, tmp_path: Path) -> None:
+    layer, matrix = names
+    other = matrix.replace("_a", "_b").replace("_A", "_B")
+    torch.save({f"{layer}.{matrix}": random(R, 16), f"{layer}.{other}": random(16, R)}, tmp_path / "lora.pt")
+    with pytest.raises(CheckpointError, match=match):
+        load_foreign_adapter(make(), tmp_path / "lora.pt", ALPHA)
 
 
 class Pickled:

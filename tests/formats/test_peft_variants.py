@@ -1,7 +1,9 @@
 """Every setting of PEFT's configs: an adapter is read so that it computes what was trained, or refused by name."""
 
 import re
+import warnings
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import peft
@@ -79,6 +81,62 @@ def test_a_start_in_any_case_that_peft_takes(
     toys.randomize(theirs)
     theirs.save_pretrained(path)
     torch.testing.assert_close(computed(load_adapter(llama(), path)), computed(theirs), rtol=1e-4, atol=2e-5)
+
+
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(
+    blocks=st.integers(0, 1) | st.lists(st.integers(0, 1), max_size=2),
+    pattern=st.sampled_from([None, [], "layers", "l.*s", "model.layers", ["h", "layers"]]),
+    whole=st.sampled_from([[], ["lm_head"], ["model.layers.1.self_attn.k_proj"]]),
+    parameters=st.sampled_from([None, ["self_attn.o_proj.weight"]]),
+)
+def test_blocks_are_chosen_as_peft_chooses_them(
+    blocks: Any, pattern: Any, whole: list[str], parameters: list[str] | None, tmp_path_factory: Any
+) -> None:
+    hypothesis.assume(blocks != [] or not pattern)  # which PEFT refuses
+    chosen = {"layers_to_transform": blocks, "layers_pattern": pattern, "target_parameters": parameters}
+    targets, path = ["q_proj", *whole], tmp_path_factory.mktemp("peft")
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **chosen)
+    theirs = peft.get_peft_model(llama(), config)
+    theirs.save_pretrained(path)
+    torch.testing.assert_close(computed(load_adapter(llama(), path)), computed(theirs), rtol=1e-4, atol=2e-5)
+
+
+PATTERNS = ["q_proj", "^model.layers.0.*", "layers.1.self_attn.q_proj", r"layers\.\d\.self_attn\.[qv]_proj"]
+
+
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(
+    ranks=st.permutations(PATTERNS).flatmap(
+        lambda order: st.lists(st.integers(1, 5), min_size=1, max_size=4).map(lambda values: dict(zip(order, values)))
+    )
+)
+def test_ranks_are_those_of_the_first_pattern_though_the_file_has_them_sorted(
+    ranks: dict[str, int], tmp_path_factory: Any
+) -> None:
+    path = tmp_path_factory.mktemp("peft")
+    targets = ["q_proj", "v_proj"]
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, rank_pattern=ranks)
+    theirs = peft.get_peft_model(llama(), config)
+    theirs.save_pretrained(path)
+    model = load_adapter(llama(), path)
+    torch.testing.assert_close(computed(model), computed(theirs), rtol=1e-4, atol=2e-5)
+    save_adapter(model, path / "again")
+    again = peft.PeftModel.from_pretrained(llama(), path / "again")
+    torch.testing.assert_close(computed(again), computed(theirs), rtol=1e-4, atol=2e-5)
+
+
+def test_an_order_of_scalings_that_is_lost_is_warned_of(tmp_path: Path) -> None:
+    for number, alphas in enumerate(({"q_proj": 2, "v_proj": 4}, {"q_proj": 4, "^model.*": 16})):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, alpha_pattern=alphas)
+        peft.get_peft_model(llama(), config).save_pretrained(tmp_path / str(number))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(llama(), tmp_path / "0")
+    with pytest.warns(UserWarning, match="has several alpha_pattern for 'model.layers.0.self_attn.q_proj'"):
+        model = load_adapter(llama(), tmp_path / "1")
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "1")
+    torch.testing.assert_close(computed(model), computed(theirs), rtol=1e-4, atol=2e-5)
 
 
 def test_weights_that_were_trained_apart_open_in_a_model_that_is_not_tied(tmp_path: Path) -> None:
